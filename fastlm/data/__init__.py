@@ -1,0 +1,1 @@
+"""From sources to batches: text, token shards, order, packing."""

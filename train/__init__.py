@@ -1,0 +1,1 @@
+"""The training stages: pretrain, SFT, DPO, and the functions they share."""
