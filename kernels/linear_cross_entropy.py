@@ -1,0 +1,370 @@
+"""Cross-entropy behind the head's matmul, without ever holding the (N, V) logits.
+
+    logits = h W^T (+ bias), in chunks of rows whose logits fit in chunk_bytes; the loss of a row is cross_entropy.py's.
+    dh = dlogits W          dW = dlogits^T h, added up in fp32 over the chunks          dbias = sum of dlogits' rows
+
+h: (N, D); W: (V, D); bias: (V,). The matmuls run in h's dtype (autocast's, where it is on); loss and lse are fp32.
+"sum" and "mean": the forward leaves dh and dW ready, so that a step takes 3 matmuls; the backward scales them.
+"none" (and linear_logprobs): the forward keeps lse, the backward makes each chunk's logits again: 4 matmuls.
+On a CPU, rows whose target is ignored are dropped before the matmul. Elsewhere that would need the count on the host,
+hence a synchronisation: pass max_counted, a bound the host knows, and only that many rows are multiplied.
+Beside the matmuls, in chunk-of-logits-sized passes: 2 reads and 1 write in the fused forward; 1 read in a forward
+alone, 1 read and 1 write in the recomputing backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.kernels.common import accumulation_dtype, matmul_dtype
+from fastlm.kernels.cross_entropy import (
+    check_options,
+    cross_entropy_backward_reference,
+    cross_entropy_reference,
+    mean_over_counted,
+)
+
+# A row kernel: (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, write_grad,
+# *options). It fills loss and lse where write_loss, else reads lse; where write_grad it overwrites logits by their
+# gradient times dloss (or 1). RowKernel = Callable[..., None] Options = tuple[int, float, float, float, int]  #
+# ignore_index, z_loss, label_smoothing, softcap, vocab_size
+
+# A row kernel takes (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, write_grad,
+# *options). It fills loss and lse where write_loss and reads lse otherwise; where write_grad it overwrites logits by
+# their gradient times dloss.
+RowKernel = Callable[..., None]
+Options = tuple[int, float, float, float, int]  # ignore_index, z_loss, label_smoothing, softcap, vocab_size
+
+
+def _rows_cpu(
+    logits: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    dloss: Tensor | None,
+    write_loss: bool,
+    write_grad: bool,
+    *options: Any,
+) -> None:
+    if write_loss:
+        rows = cross_entropy_reference(logits, targets, *options)
+        loss.copy_(rows[0])
+        lse.copy_(rows[1])
+    if write_grad:
+        upstream = torch.ones_like(lse) if dloss is None else dloss
+        logits.copy_(cross_entropy_backward_reference(upstream, logits, targets, lse, *options))
+
+
+# ---------------------------------------------------------------- the chunk loop
+
+
+def _counted_rows(targets: Tensor, ignore_index: int, max_counted: int) -> Tensor | None:
+    """Indices of the rows to multiply, or None for all of them. max_counted < 0: not known."""
+    if targets.device.type == "cpu" and max_counted < 0:
+        keep = (targets != ignore_index).nonzero().squeeze(1)
+        return None if len(keep) == len(targets) else keep
+    if 0 <= max_counted < len(targets):
+        return (targets == ignore_index).to(torch.int8).argsort(stable=True)[:max_counted]
+    return None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a b (total = a b at first) with total in fp32 or fp64 and no rounding of the product in between."""
+    beta = 0 if first else 1
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def chunk_rows(n: int, width: int, element_size: int, chunk_bytes: int) -> int:
+    """Rows of logits in a chunk: as many as fit in chunk_bytes, in multiples of 128 where that leaves any, evenly
+    spread over n."""
+    most = max(1, chunk_bytes // (width * element_size))
+    if most < 128:
+        return most
+    chunks = max(1, -(-n // (most // 128 * 128)))
+    return -(-n // (chunks * 128)) * 128
+
+
+def run_chunks(
+    rows: RowKernel,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dloss: Tensor | None,
+    lse: Tensor | None,
+    options: Options,
+    chunk_bytes: int,
+    max_counted: int,
+    need_dh: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss (N,), lse (N,), dh, dW, dbias), chunk by chunk. With lse given the loss is not computed. Gradients not
+    needed are empty."""
+    width, acc = len(weight), accumulation_dtype(h.dtype)
+    keep = _counted_rows(targets, options[0], max_counted)
+    all_h, all_lse = h, lse
+    if keep is not None:
+        h, targets = h[keep], targets[keep]
+        dloss, lse = (t if t is None else t[keep] for t in (dloss, lse))
+    n = len(h)
+    write = (lse is None, need_dh or need_dw)
+    loss = h.new_empty(n, dtype=acc)
+    lse = h.new_empty(n, dtype=acc) if lse is None else lse
+    dh = h.new_empty(h.shape if need_dh else (0,))
+    make = torch.zeros if n == 0 else torch.empty  # the first chunk writes, the others add
+    dw = make(weight.shape if need_dw else (0,), dtype=acc, device=h.device)
+    db = torch.zeros(width if need_dw and bias is not None else 0, dtype=acc, device=h.device)
+    w, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
+    size = chunk_rows(n, width, h.element_size(), chunk_bytes)
+    # every row of the buffer starts at a multiple of 128 bytes, whatever the vocabulary's size
+    buffer = h.new_empty(min(size, n), -(-width // 64) * 64)[:, :width]
+    for start in range(0, n, size):
+        at = slice(start, min(start + size, n))
+        logits = buffer[: at.stop - start]
+        if b is None:
+            torch.mm(h[at], w.t(), out=logits)
+        else:
+            torch.addmm(b, h[at], w.t(), out=logits)
+        rows(logits, targets[at], loss[at], lse[at], None if dloss is None else dloss[at], *write, *options)
+        if need_dh:
+            torch.mm(logits, w, out=dh[at])
+        if need_dw:
+            _add_product(dw, logits.t(), h[at], first=start == 0)
+            if bias is not None:
+                db += logits.sum(0, dtype=acc)
+    if keep is not None:
+        loss, dh = _spread(loss, keep, len(all_h)), _spread(dh, keep, len(all_h)) if need_dh else dh
+        lse = _spread(lse, keep, len(all_h)) if all_lse is None else all_lse
+    return loss, lse, dh, dw, db
+
+
+def _spread(part: Tensor, keep: Tensor, n: int) -> Tensor:
+    """part's rows at the indices keep of n rows, zeros elsewhere."""
+    return part.new_zeros(n, *part.shape[1:]).index_copy_(0, keep, part)
+
+
+def _fused(rows: RowKernel, h, weight, bias, targets, *rest):
+    *options, chunk_bytes, max_counted, need_dh, need_dw = rest
+    loss, _, dh, dw, db = run_chunks(
+        rows, h, weight, bias, targets, None, None, tuple(options), chunk_bytes, max_counted, need_dh, need_dw
+    )
+    return loss.sum(), dh, dw, db
+
+
+def _nll(rows: RowKernel, h, weight, bias, targets, *rest):
+    *options, chunk_bytes, max_counted = rest
+    out = run_chunks(rows, h, weight, bias, targets, None, None, tuple(options), chunk_bytes, max_counted, False, False)
+    return out[:2]
+
+
+def _nll_backward(rows: RowKernel, dloss, h, weight, bias, targets, lse, *rest):
+    *options, chunk_bytes, max_counted, need_dh, need_dw = rest
+    out = run_chunks(
+        rows, h, weight, bias, targets, dloss, lse, tuple(options), chunk_bytes, max_counted, need_dh, need_dw
+    )
+    return out[2:]
+
+
+# ---------------------------------------------------------------- registration
+
+
+@torch.library.custom_op("fastlm::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float,
+    vocab_size: int,
+    chunk_bytes: int,
+    max_counted: int,
+    need_dh: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    return _fused(_rows_cpu, h, weight, bias, targets, *options, chunk_bytes, max_counted, need_dh, need_dw)
+
+
+@torch.library.custom_op("fastlm::linear_nll", mutates_args=())
+def _linear_nll(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float,
+    vocab_size: int,
+    chunk_bytes: int,
+    max_counted: int,
+) -> tuple[Tensor, Tensor]:
+    options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    return _nll(_rows_cpu, h, weight, bias, targets, *options, chunk_bytes, max_counted)
+
+
+@torch.library.custom_op("fastlm::linear_nll_backward", mutates_args=())
+def _linear_nll_backward(
+    dloss: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float,
+    vocab_size: int,
+    chunk_bytes: int,
+    max_counted: int,
+    need_dh: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    limits = (chunk_bytes, max_counted, need_dh, need_dw)
+    return _nll_backward(_rows_cpu, dloss, h, weight, bias, targets, lse, *options, *limits)
+
+
+_linear_cross_entropy.register_kernel("cpu")(partial(_fused, _rows_cpu))
+_linear_nll.register_kernel("cpu")(partial(_nll, _rows_cpu))
+_linear_nll_backward.register_kernel("cpu")(partial(_nll_backward, _rows_cpu))
+
+
+def _gradients_like(h: Tensor, weight: Tensor, bias: Tensor | None, need_dh: bool, need_dw: bool) -> tuple[Tensor, ...]:
+    acc = accumulation_dtype(h.dtype)
+    return (
+        h.new_empty(h.shape if need_dh else (0,)),
+        weight.new_empty(weight.shape if need_dw else (0,), dtype=acc),
+        weight.new_empty(len(weight) if need_dw and bias is not None else 0, dtype=acc),
+    )
+
+
+@_linear_cross_entropy.register_fake
+def _(h, weight, bias, targets, *rest):
+    return h.new_empty((), dtype=accumulation_dtype(h.dtype)), *_gradients_like(h, weight, bias, *rest[-2:])
+
+
+@_linear_nll.register_fake
+def _(h, weight, bias, targets, *rest):
+    loss = h.new_empty(h.shape[0], dtype=accumulation_dtype(h.dtype))
+    return loss, torch.empty_like(loss)
+
+
+@_linear_nll_backward.register_fake
+def _(dloss, h, weight, bias, targets, lse, *rest):
+    return _gradients_like(h, weight, bias, *rest[-2:])
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.need_dh, ctx.need_dw, ctx.has_bias = inputs[-2], inputs[-1], inputs[2] is not None
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    grads = [None, None, None]
+    if dloss is not None:
+        wanted = (ctx.need_dh, ctx.need_dw, ctx.need_dw and ctx.has_bias)
+        for i, (wants, saved, dtype) in enumerate(zip(wanted, ctx.saved_tensors, ctx.dtypes, strict=True)):
+            grads[i] = (saved * dloss).to(dtype) if wants else None
+    return (*grads, *[None] * 10)
+
+
+def _nll_setup(ctx, inputs, output) -> None:
+    h, weight, bias, targets, *ctx.options = inputs
+    ctx.save_for_backward(h, weight, bias, targets, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _nll_backward_formula(ctx, dloss, _):
+    if dloss is None:
+        return (None,) * 11
+    h, weight, bias, targets, lse = ctx.saved_tensors
+    need_dh, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    dh, dw, db = _linear_nll_backward(dloss, h, weight, bias, targets, lse, *ctx.options, need_dh, need_dw)
+    grads = (
+        dh if need_dh else None,
+        dw.to(weight.dtype) if need_dw else None,
+        db.to(bias.dtype) if need_dw and bias is not None else None,
+    )
+    return (*grads, *[None] * 8)
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
+_linear_nll.register_autograd(_nll_backward_formula, setup_context=_nll_setup)
+
+
+def linear_nll(
+    name: str,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: tuple[int, float, float, float, int | None],
+    reduction: str,
+    chunk_bytes: int,
+    max_counted: int | None,
+) -> Tensor:
+    """The loss of each row ("none"), or their sum; the checks and the dtype rules of linear_cross_entropy and
+    linear_logprobs."""
+    ignore_index, z_loss, label_smoothing, softcap, vocab_size = options
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    check_options(name, reduction, label_smoothing, softcap, vocab_size, len(weight))
+    if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1]:
+        raise ValueError(f"{name}: h {tuple(h.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)")
+    if targets.shape != h.shape[:1]:
+        raise ValueError(f"{name}: targets {tuple(targets.shape)} must be (N,) = ({h.shape[0]},)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias {tuple(bias.shape)} must be (V,) = ({len(weight)},)")
+    h = h.to(matmul_dtype(h))
+    args = (h, weight, bias, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size, chunk_bytes)
+    limit = -1 if max_counted is None else max_counted
+    if reduction == "none":
+        return _linear_nll(*args, limit)[0]
+    grad = torch.is_grad_enabled()
+    need_dw = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    return _linear_cross_entropy(*args, limit, grad and h.requires_grad, need_dw)[0]
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    vocab_size: int | None = None,
+    chunk_bytes: int = 256 << 20,
+    max_counted: int | None = None,
+) -> Tensor:
+    """cross_entropy(h W^T + bias, targets) in nats, without ever holding the (N, V) logits: at most chunk_bytes of
+    them.
+
+    h (N, D), weight (V, D), bias (V,), targets (N,) integers; columns from vocab_size on are padding. Returns fp32
+    whatever autocast says, a scalar, or (N,) for "none"; the matmuls run in h's dtype, or autocast's. dW is added up
+    in fp32. max_counted: the caller's promise that at most so many targets count; the others then cost no matmul (on
+    a CPU they never do). Gradients of gradients are not defined. Raises ValueError on shapes or options that do not
+    fit.
+    """
+    options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    loss = linear_nll("linear_cross_entropy", h, weight, bias, targets, options, reduction, chunk_bytes, max_counted)
+    return mean_over_counted(loss, targets, ignore_index) if reduction == "mean" else loss
