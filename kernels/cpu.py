@@ -1,12 +1,17 @@
 """The bridge from tensors to the native CPU kernels (kernels/native), and what is known about them on this machine.
 
-The native module takes addresses; the functions here check dtypes, shapes and strides, allocate the results and pass
-`torch.get_num_threads()`, so that the kernels run on torch's own OpenMP threads. Where the module was not built (no
-C++ compiler at installation) `available` is false for every tensor, and the ops use their PyTorch reference.
+The native module takes addresses; the functions here bring shapes, strides and dtypes into its form, allocate the
+results and pass `torch.get_num_threads()`, so that the kernels run on torch's own OpenMP threads. `available` says
+whether they may be called: where the module was not built (no C++ compiler at installation), and for other dtypes,
+the ops use their PyTorch reference.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fastlm.kernels.common import as_rows
 
 try:
     from fastlm.kernels import _native
@@ -19,19 +24,17 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether the native kernels take these tensors: the module is built, all on the CPU, all fp32 or all bf16."""
+    """Whether the native kernels take these tensors: the module is built, and all are fp32 or all bf16."""
     dtype = tensors[0].dtype
-    return (
-        _native is not None and dtype in DTYPES and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
-    )
+    return _native is not None and dtype in DTYPES and all(t.dtype == dtype for t in tensors)
 
 
 def status() -> str:
     """One line for `fastlm doctor`: whether the native module is built, its instruction set, its threads."""
     if _native is None:
-        return f"not built ({_why_not}): PyTorch reference path; install again with a C++ compiler to get it"
+        return f"PyTorch reference path: the native module is not built ({_why_not}); install again with a C++ compiler"
     threads = f"{torch.get_num_threads()} threads" if _native.openmp() else "1 thread (built without OpenMP)"
-    return f"native, {_native.instruction_set()} of {', '.join(_native.instruction_sets())}, {threads}"
+    return f"native, {_native.instruction_set()} (of {', '.join(_native.instruction_sets())}), {threads}"
 
 
 def keep_large_blocks() -> bool:
@@ -44,36 +47,121 @@ def keep_large_blocks() -> bool:
     return _native is not None and _native.keep_large_blocks()
 
 
-def _rows(x: Tensor, dim: int) -> tuple[Tensor, int]:
-    """x as (rows, dim) with adjacent elements within a row, and its row stride; copies only where it must."""
-    x = x.reshape(-1, dim)
-    if x.stride(1) != 1 and dim > 1:
-        x = x.contiguous()
-    return x, x.stride(0)
+def _common(x: Tensor) -> tuple[bool, int]:
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x * rstd * w over the last dimension: y like x (contiguous) and rstd, fp32, one per row."""
-    rows, stride = _rows(x, w.numel())
-    y = torch.empty(x.shape, dtype=x.dtype)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x + residual, rstd) as rms_norm.py defines them; without a residual the sum is x itself."""
+    bf16, threads = _common(x)
+    rows, w = as_rows(x), weight.float().contiguous()
+    add = None if residual is None else as_rows(residual)
+    y, rstd = _empty(x, *x.shape), torch.empty(x.shape[:-1])
+    total = x if add is None else torch.empty_like(y)
     _native.rms_norm(
-        x.dtype == torch.bfloat16, rows.data_ptr(), stride, 0, 0, w.contiguous().data_ptr(), 0, y.data_ptr(),
-        rstd.data_ptr(), rows.shape[0], w.numel(), eps, torch.get_num_threads(),
+        bf16, rows.data_ptr(), rows.stride(0), _address(add), 0 if add is None else add.stride(0), w.data_ptr(),
+        total.data_ptr(), y.data_ptr(), rstd.data_ptr(), len(rows), w.numel(), eps, threads,
     )  # fmt: skip
-    return y, rstd
+    return y, total, rstd
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dx like x (contiguous) and dw like w; dy may have any strides."""
-    rows, stride = _rows(x, w.numel())
-    dy_rows, dy_stride = _rows(dy, w.numel())
-    dx, dw = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(w)
-    blocks = max(1, min(64, rows.shape[0]))
-    partial = torch.empty(blocks, w.numel())
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None, emit_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dw, y or nothing) as rms_norm.py defines them."""
+    bf16, threads = _common(x)
+    rows, dy, w, rstd = as_rows(x), as_rows(dy), weight.float().contiguous(), rstd.contiguous()
+    add = None if dsum is None else as_rows(dsum)
+    dx, dw = _empty(x, *x.shape), torch.empty(w.shape)
+    y = _empty(x, *x.shape) if emit_y else None
     _native.rms_norm_backward(
-        x.dtype == torch.bfloat16, rows.data_ptr(), stride, w.contiguous().data_ptr(), rstd.data_ptr(),
-        dy_rows.data_ptr(), dy_stride, 0, 0, dx.data_ptr(), partial.data_ptr(), dw.data_ptr(), rows.shape[0],
-        w.numel(), blocks, torch.get_num_threads(),
+        bf16, rows.data_ptr(), rows.stride(0), w.data_ptr(), rstd.data_ptr(), dy.data_ptr(), dy.stride(0),
+        _address(add), 0 if add is None else add.stride(0), dx.data_ptr(), _address(y), dw.data_ptr(), len(rows),
+        w.numel(), threads,
     )  # fmt: skip
-    return dx, dw
+    return dx, dw.to(weight.dtype), _empty(x, 0) if y is None else y
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """(q, k) rotated, as rope.py defines it. Raises IndexError for a position outside cos."""
+    bf16, threads = _common(q)
+    batch, tokens, _, head_dim = q.shape
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    at = None if positions is None else positions.long().contiguous()
+    to_q, to_k = _empty(q, *q.shape), _empty(k, *k.shape)
+    _native.rope(
+        bf16, q.data_ptr(), q.stride()[:3], q.shape[2], to_q.data_ptr(), k.data_ptr(), k.stride()[:3], k.shape[2],
+        to_k.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(cos), _address(at), batch, tokens, head_dim // 2, inverse,
+        threads,
+    )  # fmt: skip
+    return to_q, to_k
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, as swiglu.py defines it."""
+    bf16, threads = _common(gate_up)
+    rows, dim = as_rows(gate_up), gate_up.shape[-1] // 2
+    y = _empty(gate_up, *gate_up.shape[:-1], dim)
+    _native.swiglu(bf16, rows.data_ptr(), rows.stride(0), y.data_ptr(), len(rows), dim, threads)
+    return y
+
+
+def swiglu_backward(dy: Tensor, gate_up: Tensor, emit_y: bool) -> tuple[Tensor, Tensor]:
+    """(dgate_up, y or nothing) as swiglu.py defines them."""
+    bf16, threads = _common(gate_up)
+    rows, dy, dim = as_rows(gate_up), as_rows(dy), gate_up.shape[-1] // 2
+    grad = _empty(gate_up, *gate_up.shape)
+    y = _empty(gate_up, *gate_up.shape[:-1], dim if emit_y else 0)
+    _native.swiglu_backward(
+        bf16, rows.data_ptr(), rows.stride(0), dy.data_ptr(), dy.stride(0), grad.data_ptr(),
+        y.data_ptr() if emit_y else 0, len(rows), dim, threads,
+    )  # fmt: skip
+    return grad, y if emit_y else _empty(gate_up, 0)
+
+
+def cross_entropy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    loss: Tensor | None,
+    lse: Tensor,
+    dloss: Tensor | None,
+    grad: Tensor | None,
+    *options: float,
+) -> None:
+    """Fill loss and lse (n,) of logits (n, V), or read lse where loss is None; fill grad, or logits, times dloss.
+
+    The columns of logits and grad are adjacent; loss, lse and dloss are contiguous fp32. options: ignore_index,
+    z_loss, label_smoothing, softcap, vocab_size. The lse of an ignored row is 0.
+    """
+    bf16, threads = _common(logits)
+    targets = targets.long().contiguous()
+    _native.cross_entropy(
+        bf16, logits.data_ptr(), logits.stride(0), targets.data_ptr(), _address(loss), lse.data_ptr(), _address(dloss),
+        _address(grad), 0 if grad is None else grad.stride(0), *logits.shape, *options, threads,
+    )  # fmt: skip
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *options: float) -> tuple[Tensor, Tensor]:
+    """(loss, lse) of each row, as cross_entropy.py defines them."""
+    rows = as_rows(logits)
+    loss, lse = torch.empty(len(rows)), torch.empty(len(rows))
+    cross_entropy_rows(rows, targets, loss, lse, None, None, *options)
+    return loss, lse
+
+
+def cross_entropy_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *options: float) -> Tensor:
+    """dlogits, as cross_entropy.py defines it."""
+    rows, grad = as_rows(logits), _empty(logits, *logits.shape)
+    cross_entropy_rows(rows, targets, None, lse.contiguous(), dloss.float().contiguous(), grad, *options)
+    return grad

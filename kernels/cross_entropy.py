@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlm.kernels import cpu
 from fastlm.kernels.common import accumulation_dtype
 
 
@@ -118,7 +119,8 @@ def _cross_entropy_cpu(
     softcap: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    return cross_entropy_reference(logits, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    return (cpu.cross_entropy if cpu.available(logits) else cross_entropy_reference)(logits, targets, *options)
 
 
 @_cross_entropy_backward.register_kernel("cpu")
@@ -133,9 +135,8 @@ def _cross_entropy_backward_cpu(
     softcap: float,
     vocab_size: int,
 ) -> Tensor:
-    return cross_entropy_backward_reference(
-        dloss, logits, targets, lse, ignore_index, z_loss, label_smoothing, softcap, vocab_size
-    )
+    backward = cpu.cross_entropy_backward if cpu.available(logits) else cross_entropy_backward_reference
+    return backward(dloss, logits, targets, lse, ignore_index, z_loss, label_smoothing, softcap, vocab_size)
 
 
 @_cross_entropy.register_fake

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.kernels import cpu
 from fastlm.kernels.common import accumulation_dtype, matmul_dtype
 from fastlm.kernels.cross_entropy import (
     check_options,
@@ -51,6 +52,11 @@ def _rows_cpu(
     write_grad: bool,
     *options: Any,
 ) -> None:
+    if cpu.available(logits):
+        cpu.cross_entropy_rows(
+            logits, targets, loss if write_loss else None, lse, dloss, logits if write_grad else None, *options
+        )
+        return
     if write_loss:
         rows = cross_entropy_reference(logits, targets, *options)
         loss.copy_(rows[0])
@@ -89,7 +95,7 @@ def chunk_rows(n: int, width: int, element_size: int, chunk_bytes: int) -> int:
     if most < 128:
         return most
     chunks = max(1, -(-n // (most // 128 * 128)))
-    return -(-n // (chunks * 128)) * 128
+    return max(1, -(-n // (chunks * 128))) * 128
 
 
 def run_chunks(

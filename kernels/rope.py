@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlm.kernels import cpu
 from fastlm.kernels.common import accumulation_dtype
 
 
@@ -56,6 +57,8 @@ def _rope(
 def _rope_cpu(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    if cpu.available(q, k) and cos.dtype == sin.dtype == torch.float32:
+        return cpu.rope(q, k, cos, sin, positions, inverse)
     return (rope_backward_reference if inverse else rope_reference)(q, k, cos, sin, positions)
 
 

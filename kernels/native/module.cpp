@@ -3,9 +3,13 @@
 // Addresses are plain integers: kernels/cpu.py is the only caller, and it checks shapes, strides and dtypes first.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -34,8 +38,15 @@ struct Ops {
     const char* name;
     decltype(&baseline::rms_norm) rms_norm;
     decltype(&baseline::rms_norm_backward) rms_norm_backward;
+    decltype(&baseline::rope) rope;
+    decltype(&baseline::swiglu) swiglu;
+    decltype(&baseline::swiglu_backward) swiglu_backward;
+    decltype(&baseline::cross_entropy) cross_entropy;
 };
-#define FASTLM_OPS(isa) Ops{#isa, isa::rms_norm, isa::rms_norm_backward}
+#define FASTLM_OPS(isa)                                                                                       \
+    Ops {                                                                                                     \
+        #isa, isa::rms_norm, isa::rms_norm_backward, isa::rope, isa::swiglu, isa::swiglu_backward, isa::cross_entropy \
+    }
 
 // The sets this machine can run, widest last.
 std::vector<Ops> supported() {
@@ -97,19 +108,52 @@ NB_MODULE(_native, m) {
 #endif
     });
 
+    // Arguments by position, as in ops.hpp.
     using Gil = nb::call_guard<nb::gil_scoped_release>;
-    m.def("rms_norm", [](bool bf16, uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride,
-                         uintptr_t w, uintptr_t sum, uintptr_t y, uintptr_t rstd, int64_t rows, int64_t dim, float eps,
-                         int threads) {
-        ops.rms_norm(bf16, at<void>(x), x_stride, at<void>(residual), residual_stride, at<void>(w), at<void>(sum),
+    using Address = uintptr_t;
+    using Strides = std::tuple<int64_t, int64_t, int64_t>;
+    m.def("rms_norm", [](bool is_bf16, Address x, int64_t x_stride, Address residual, int64_t residual_stride, Address w,
+                         Address sum, Address y, Address rstd, int64_t rows, int64_t dim, float eps, int threads) {
+        ops.rms_norm(is_bf16, at<void>(x), x_stride, at<void>(residual), residual_stride, at<float>(w), at<void>(sum),
                      at<void>(y), at<float>(rstd), rows, dim, eps, threads);
     }, Gil());
-    m.def("rms_norm_backward", [](bool bf16, uintptr_t s, int64_t s_stride, uintptr_t w, uintptr_t rstd, uintptr_t dy,
-                                  int64_t dy_stride, uintptr_t dsum, int64_t dsum_stride, uintptr_t dx,
-                                  uintptr_t partial, uintptr_t dw, int64_t rows, int64_t dim, int64_t blocks,
-                                  int threads) {
-        ops.rms_norm_backward(bf16, at<void>(s), s_stride, at<void>(w), at<float>(rstd), at<void>(dy), dy_stride,
-                              at<void>(dsum), dsum_stride, at<void>(dx), at<float>(partial), at<void>(dw), rows, dim,
-                              blocks, threads);
+    m.def("rms_norm_backward", [](bool is_bf16, Address s, int64_t s_stride, Address w, Address rstd, Address dy,
+                                  int64_t dy_stride, Address dsum, int64_t dsum_stride, Address dx, Address y,
+                                  Address dw, int64_t rows, int64_t dim, int threads) {
+        int64_t blocks = std::clamp<int64_t>(rows, 1, 64);
+        std::vector<float> partial(blocks * dim);
+        ops.rms_norm_backward(is_bf16, at<void>(s), s_stride, at<float>(w), at<float>(rstd), at<void>(dy), dy_stride,
+                              at<void>(dsum), dsum_stride, at<void>(dx), at<void>(y), partial.data(), at<float>(dw),
+                              rows, dim, blocks, threads);
+    }, Gil());
+    m.def("rope", [](bool is_bf16, Address q, Strides q_strides, int64_t q_heads, Address q_out, Address k,
+                     Strides k_strides, int64_t k_heads, Address k_out, Address cos, Address sin, int64_t table_rows,
+                     Address positions, int64_t batch, int64_t tokens, int64_t half, bool inverse, int threads) {
+        auto heads = [](Address from, Address to, const Strides& s, int64_t n) {
+            return Heads{at<void>(from), at<void>(to), std::get<0>(s), std::get<1>(s), std::get<2>(s), n};
+        };
+        const int64_t* p = at<int64_t>(positions);
+        for (int64_t i = 0; p && i < batch * tokens; i++)
+            if (p[i] < 0 || p[i] >= table_rows)
+                throw std::out_of_range("rope: position " + std::to_string(p[i]) + " is outside the table of " +
+                                        std::to_string(table_rows) + " positions");
+        ops.rope(is_bf16, heads(q, q_out, q_strides, q_heads), heads(k, k_out, k_strides, k_heads), at<float>(cos),
+                 at<float>(sin), p, batch, tokens, half, inverse ? -1.0f : 1.0f, threads);
+    }, Gil());
+    m.def("swiglu", [](bool is_bf16, Address gate_up, int64_t stride, Address y, int64_t rows, int64_t dim, int threads) {
+        ops.swiglu(is_bf16, at<void>(gate_up), stride, at<void>(y), rows, dim, threads);
+    }, Gil());
+    m.def("swiglu_backward", [](bool is_bf16, Address gate_up, int64_t stride, Address dy, int64_t dy_stride,
+                                Address dgate_up, Address y, int64_t rows, int64_t dim, int threads) {
+        ops.swiglu_backward(is_bf16, at<void>(gate_up), stride, at<void>(dy), dy_stride, at<void>(dgate_up),
+                            at<void>(y), rows, dim, threads);
+    }, Gil());
+    m.def("cross_entropy", [](bool is_bf16, Address logits, int64_t stride, Address targets, Address loss, Address lse,
+                              Address dloss, Address grad, int64_t grad_stride, int64_t rows, int64_t width,
+                              int64_t ignore_index, float z_loss, float smoothing, float softcap, int64_t vocab,
+                              int threads) {
+        ops.cross_entropy(is_bf16, at<void>(logits), stride, at<int64_t>(targets), at<float>(loss), at<float>(lse),
+                          at<float>(dloss), at<void>(grad), grad_stride, rows, width,
+                          Loss{vocab, ignore_index, z_loss, smoothing, softcap}, threads);
     }, Gil());
 }

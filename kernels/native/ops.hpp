@@ -1,18 +1,47 @@
-// The native ops of one instruction set. Included once per set, with FASTLM_ISA naming its namespace: no include guard.
+// The native ops of one instruction set. Included once per set, with FASTLM_ISA naming its namespace.
 //
-// A `void*` is fp32, or bf16 where `is_bf16` says so. A stride counts elements from one row to the next; the elements
-// of a row are adjacent. `threads` is the size of the OpenMP team. Results do not depend on it.
+// A `void*` is fp32, or bf16 where `is_bf16` says so. A stride counts elements; the elements of a row are adjacent.
+// `threads` is the size of the OpenMP team; results do not depend on it. A pointer said to be optional may be null.
+#ifndef FASTLM_OPS_TYPES
+#define FASTLM_OPS_TYPES
 #include <stdint.h>
+namespace fastlm {
+struct Heads {  // (batch, tokens, heads, 2 * half) to rotate; the result is contiguous
+    const void* from;
+    void* to;
+    int64_t batch_stride, token_stride, head_stride, heads;
+};
+struct Loss {
+    int64_t vocab, ignore_index;
+    float z_loss, smoothing, softcap;  // softcap 0: none
+};
+}  // namespace fastlm
+#endif
 
 namespace fastlm::FASTLM_ISA {
 
-// y = s * rstd * w, s = x (+ residual, then written to `sum`)
+// y = s * rstd * w, where s = x, or x + residual, then written to `sum` (optional: residual with sum)
 void rms_norm(bool is_bf16, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-              const void* w, void* sum, void* y, float* rstd, int64_t rows, int64_t dim, float eps, int threads);
+              const float* w, void* sum, void* y, float* rstd, int64_t rows, int64_t dim, float eps, int threads);
 
-// dx (+ dsum) and dw; `partial` is scratch of (blocks, dim)
-void rms_norm_backward(bool is_bf16, const void* s, int64_t s_stride, const void* w, const float* rstd, const void* dy,
-                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, float* partial, void* dw,
-                       int64_t rows, int64_t dim, int64_t blocks, int threads);
+// dx (+ dsum), dw, and y again (optional: dsum, y); `partial` is scratch of (blocks, dim)
+void rms_norm_backward(bool is_bf16, const void* s, int64_t s_stride, const float* w, const float* rstd, const void* dy,
+                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, void* y, float* partial,
+                       float* dw, int64_t rows, int64_t dim, int64_t blocks, int threads);
+
+// rotate q and k by the angle of each token's position, times `sign`; positions (batch, tokens) optional: 0, 1, ...
+void rope(bool is_bf16, const Heads& q, const Heads& k, const float* cos, const float* sin, const int64_t* positions,
+          int64_t batch, int64_t tokens, int64_t half, float sign, int threads);
+
+// y = silu(gate) * up of rows [gate, up], each of `dim`; the backward writes y again where given (optional)
+void swiglu(bool is_bf16, const void* gate_up, int64_t stride, void* y, int64_t rows, int64_t dim, int threads);
+void swiglu_backward(bool is_bf16, const void* gate_up, int64_t stride, const void* dy, int64_t dy_stride,
+                     void* dgate_up, void* y, int64_t rows, int64_t dim, int threads);
+
+// loss and lse of rows of logits, unless `loss` is null, and then lse is read; `grad` (optional) receives the gradient
+// times dloss (null: 1) and may be the logits themselves
+void cross_entropy(bool is_bf16, const void* logits, int64_t stride, const int64_t* targets, float* loss, float* lse,
+                   const float* dloss, void* grad, int64_t grad_stride, int64_t rows, int64_t width, const Loss& options,
+                   int threads);
 
 }  // namespace fastlm::FASTLM_ISA

@@ -30,7 +30,7 @@ void add_row(const T* x, const T* residual, T* sum, int64_t n) {
 }
 
 template <typename T>
-void scale_row(const T* x, const T* w, float rstd, T* y, int64_t n) {
+void scale_row(const T* x, const float* w, float rstd, T* y, int64_t n) {
     vf r = splat(rstd);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * r * load(w + i));
@@ -39,7 +39,7 @@ void scale_row(const T* x, const T* w, float rstd, T* y, int64_t n) {
 
 // With x^ = s * rstd and g = dy * w: dx = rstd * (g - x^ * mean(g * x^)), dw = sum over rows of dy * x^.
 template <typename T>
-void backward_row(const T* s, const T* w, float rstd, const T* dy, const T* dsum, T* dx, float* dw, int64_t n) {
+void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* dsum, T* dx, T* y, float* dw, int64_t n) {
     vf dot[2] = {};
     int64_t i = 0;
     for (; i + 2 * kLanes <= n; i += 2 * kLanes)
@@ -55,6 +55,7 @@ void backward_row(const T* s, const T* w, float rstd, const T* dy, const T* dsum
         vf d = g * load(w + i) * r - v * c;
         store(dw + i, load(dw + i) + g * (v * r));
         store(dx + i, dsum ? d + load(dsum + i) : d);
+        if (y) store(y + i, v * r * load(w + i));
     }
     if (i < n) {
         int64_t m = n - i;
@@ -62,11 +63,12 @@ void backward_row(const T* s, const T* w, float rstd, const T* dy, const T* dsum
         vf d = g * load_tail(w + i, m) * r - v * c;
         store_tail(dw + i, load_tail(dw + i, m) + g * (v * r), m);
         store_tail(dx + i, dsum ? d + load_tail(dsum + i, m) : d, m);
+        if (y) store_tail(y + i, v * r * load_tail(w + i, m), m);
     }
 }
 
 template <typename T>
-void forward(const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const T* w, T* sum, T* y,
+void forward(const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* w, T* sum, T* y,
              float* rstd, int64_t rows, int64_t dim, float eps, [[maybe_unused]] int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
@@ -81,8 +83,8 @@ void forward(const T* x, int64_t x_stride, const T* residual, int64_t residual_s
 }
 
 template <typename T>
-void backward(const T* s, int64_t s_stride, const T* w, const float* rstd, const T* dy, int64_t dy_stride,
-              const T* dsum, int64_t dsum_stride, T* dx, float* partial, T* dw, int64_t rows, int64_t dim,
+void backward(const T* s, int64_t s_stride, const float* w, const float* rstd, const T* dy, int64_t dy_stride,
+              const T* dsum, int64_t dsum_stride, T* dx, T* y, float* partial, float* dw, int64_t rows, int64_t dim,
               int64_t blocks, [[maybe_unused]] int threads) {
     // dw is summed within fixed blocks of rows, then over the blocks in order: the same bits for any number of threads.
 #pragma omp parallel num_threads(threads)
@@ -93,7 +95,7 @@ void backward(const T* s, int64_t s_stride, const T* w, const float* rstd, const
             for (int64_t j = 0; j < dim; j++) part[j] = 0.0f;
             for (int64_t i = rows * b / blocks; i < rows * (b + 1) / blocks; i++)
                 backward_row(s + i * s_stride, w, rstd[i], dy + i * dy_stride, dsum ? dsum + i * dsum_stride : nullptr,
-                             dx + i * dim, part, dim);
+                             dx + i * dim, y ? y + i * dim : nullptr, part, dim);
         }
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < dim; j += kLanes) {
@@ -108,20 +110,20 @@ void backward(const T* s, int64_t s_stride, const T* w, const float* rstd, const
 }  // namespace
 
 void rms_norm(bool is_bf16, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-              const void* w, void* sum, void* y, float* rstd, int64_t rows, int64_t dim, float eps, int threads) {
+              const float* w, void* sum, void* y, float* rstd, int64_t rows, int64_t dim, float eps, int threads) {
     auto run = [&]<typename T>(T) {
-        forward((const T*)x, x_stride, (const T*)residual, residual_stride, (const T*)w, (T*)sum, (T*)y, rstd, rows,
+        forward((const T*)x, x_stride, (const T*)residual, residual_stride, w, (T*)sum, (T*)y, rstd, rows,
                 dim, eps, threads);
     };
     is_bf16 ? run(bf16{}) : run(float{});
 }
 
-void rms_norm_backward(bool is_bf16, const void* s, int64_t s_stride, const void* w, const float* rstd, const void* dy,
-                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, float* partial, void* dw,
-                       int64_t rows, int64_t dim, int64_t blocks, int threads) {
+void rms_norm_backward(bool is_bf16, const void* s, int64_t s_stride, const float* w, const float* rstd, const void* dy,
+                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, void* y, float* partial,
+                       float* dw, int64_t rows, int64_t dim, int64_t blocks, int threads) {
     auto run = [&]<typename T>(T) {
-        backward((const T*)s, s_stride, (const T*)w, rstd, (const T*)dy, dy_stride, (const T*)dsum, dsum_stride,
-                 (T*)dx, partial, (T*)dw, rows, dim, blocks, threads);
+        backward((const T*)s, s_stride, w, rstd, (const T*)dy, dy_stride, (const T*)dsum, dsum_stride,
+                 (T*)dx, (T*)y, partial, dw, rows, dim, blocks, threads);
     };
     is_bf16 ? run(bf16{}) : run(float{});
 }

@@ -1,0 +1,165 @@
+// The loss and the gradient of rows of logits, in one call: online log-sum-exp, then p - onehot written where asked.
+//
+// A row of 50,257 logits (200 KB) stays in the L2 cache between the two passes. It is taken in blocks that fit in L1:
+// the maximum of a block, then its exponentials against the largest maximum so far. Sums are kept per block and added
+// in fp64, so that the error does not grow with the vocabulary.
+#include "ops.hpp"
+#include "simd.hpp"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+constexpr int64_t kMaxBlocks = 256;
+constexpr float kNan = __builtin_nanf("");
+
+template <bool kCapped>
+vf cap_logits(vf x, float cap) {
+    if constexpr (kCapped) return cap * tanh(x / cap);
+    return x;
+}
+template <bool kCapped>
+float cap_logit(float x, float cap) {
+    return cap_logits<kCapped>(splat(x), cap)[0];
+}
+float exp_one(float x) { return exp(splat(x))[0]; }
+
+template <typename T>
+float largest(const T* x, int64_t n) {
+    vf top[4];
+    for (vf& t : top) t = splat(-__FLT_MAX__);
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+        for (int k = 0; k < 4; k++) top[k] = max(load(x + i + k * kLanes), top[k]);
+    for (; i < n; i += kLanes)
+        top[0] = max(i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -__FLT_MAX__), top[0]);
+    return max(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
+// sum of e^(z - m); with `kept`, the exponentials are stored there (fp32 only: bf16 would round them)
+template <bool kCapped, typename T>
+float sum_exp(const T* x, float m, float cap, float* kept, int64_t n) {
+    vf total[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+        for (int k = 0; k < 2; k++) {
+            vf e = exp(cap_logits<kCapped>(load(x + i + k * kLanes), cap) - m);
+            if (kept) store(kept + i + k * kLanes, e);
+            total[k] += e;
+        }
+    for (; i < n; i += kLanes) {
+        int64_t left = n - i < kLanes ? n - i : kLanes;
+        vf e = exp(cap_logits<kCapped>(load_tail(x + i, left), cap) - m);
+        if (kept) store_tail(kept + i, e, left);
+        total[0] += keep_first(e, left, 0.0f);
+    }
+    return sum(total[0] + total[1]);
+}
+
+template <bool kCapped, typename T>
+double sum_logits(const T* x, float cap, int64_t n) {
+    double total = 0;
+    for (int64_t start = 0; start < n; start += 1024) {
+        vf part = {};
+        for (int64_t i = start; i < n && i < start + 1024; i += kLanes) {
+            int64_t left = n - i < kLanes ? n - i : kLanes;
+            part += keep_first(cap_logits<kCapped>(load_tail(x + i, left), cap), left, 0.0f);
+        }
+        total += sum(part);
+    }
+    return total;
+}
+
+// grad = (e^(z - lse) * scale + shift) * (1 - (z / cap)^2 where capped)
+template <bool kCapped, typename T>
+void gradient(const T* x, float lse, float scale, float shift, float cap, T* grad, int64_t n) {
+    auto one = [&](vf v) {
+        vf z = cap_logits<kCapped>(v, cap);
+        vf g = exp(z - lse) * scale + shift;
+        if constexpr (kCapped) g *= 1.0f - (z / cap) * (z / cap);
+        return g;
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(grad + i, one(load(x + i)));
+    if (i < n) store_tail(grad + i, one(load_tail(x + i, n - i)), n - i);
+}
+
+void rescale(float* grad, float scale, float shift, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(grad + i, load(grad + i) * scale + shift);
+    if (i < n) store_tail(grad + i, load_tail(grad + i, n - i) * scale + shift, n - i);
+}
+
+template <typename T>
+void fill(T* x, float value, int64_t n) {
+    for (int64_t i = 0; i < n; i++) store_tail(x + i, splat(value), 1);
+}
+
+template <bool kCapped, typename T>
+void one_row(const T* x, int64_t target, float* loss, float* lse, float dloss, T* grad, const Loss& o) {
+    int64_t n = o.vocab, block = n / kMaxBlocks + 1 > 2048 ? n / kMaxBlocks + 1 : 2048;
+    float maxima[kMaxBlocks], m = -__FLT_MAX__;
+    float z_target = cap_logit<kCapped>(load_tail(x + target, 1)[0], o.softcap);
+    // In fp32 the exponentials of the forward pass wait in the gradient's place and are only rescaled afterwards.
+    float* kept = sizeof(T) == 4 && !kCapped && loss ? (float*)grad : nullptr;
+    double spread = o.smoothing && loss ? sum_logits<kCapped>(x, o.softcap, n) : 0;
+    if (loss) {
+        double total = 0;
+        for (int64_t b = 0, i = 0; i < n; b++, i += block) {
+            int64_t size = n - i < block ? n - i : block;
+            float top = cap_logit<kCapped>(largest(x + i, size), o.softcap), before = m;
+            maxima[b] = m = top > m ? top : m;
+            total = total * exp_one(before - m) + sum_exp<kCapped>(x + i, m, o.softcap, kept ? kept + i : nullptr, size);
+        }
+        *lse = m + __builtin_logf((float)total);
+        *loss = (1.0f - o.smoothing) * (*lse - z_target) + o.z_loss * *lse * *lse;
+        if (o.smoothing) *loss += o.smoothing * (*lse - (float)(spread / (double)n));
+    }
+    if (!grad) return;
+    float scale = dloss * (1.0f + 2.0f * o.z_loss * *lse), shift = -dloss * o.smoothing / (float)n;
+    if (kept) {
+        for (int64_t b = 0, i = 0; i < n; b++, i += block)
+            rescale(kept + i, exp_one(maxima[b] - *lse) * scale, shift, n - i < block ? n - i : block);
+    } else {
+        gradient<kCapped>(x, *lse, scale, shift, o.softcap, grad, n);
+    }
+    float at = exp_one(z_target - *lse) * scale + shift - dloss * (1.0f - o.smoothing);
+    if (kCapped) at *= 1.0f - (z_target / o.softcap) * (z_target / o.softcap);
+    store_tail(grad + target, splat(at), 1);
+}
+
+template <typename T>
+void rows_of(const T* logits, int64_t stride, const int64_t* targets, float* loss, float* lse, const float* dloss,
+             T* grad, int64_t grad_stride, int64_t rows, int64_t width, const Loss& o, [[maybe_unused]] int threads) {
+    // dynamic: ignored rows cost nothing, and they come in runs
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) {
+        const T* x = logits + i * stride;
+        T* g = grad ? grad + i * grad_stride : nullptr;
+        float *row_loss = loss ? loss + i : nullptr, up = dloss ? dloss[i] : 1.0f;
+        int64_t target = targets[i];
+        if (target == o.ignore_index || target < 0 || target >= o.vocab) {
+            float value = target == o.ignore_index ? 0.0f : kNan;
+            if (loss) loss[i] = lse[i] = value;
+            if (g) fill(g, value, o.vocab);
+        } else if (o.softcap) {
+            one_row<true>(x, target, row_loss, lse + i, up, g, o);
+        } else {
+            one_row<false>(x, target, row_loss, lse + i, up, g, o);
+        }
+        if (g) fill(g + o.vocab, 0.0f, width - o.vocab);
+    }
+}
+
+}  // namespace
+
+void cross_entropy(bool is_bf16, const void* logits, int64_t stride, const int64_t* targets, float* loss, float* lse,
+                   const float* dloss, void* grad, int64_t grad_stride, int64_t rows, int64_t width, const Loss& options,
+                   int threads) {
+    auto run = [&]<typename T>(T) {
+        rows_of((const T*)logits, stride, targets, loss, lse, dloss, (T*)grad, grad_stride, rows, width, options,
+                threads);
+    };
+    is_bf16 ? run(bf16{}) : run(float{});
+}
+
+}  // namespace fastlm::FASTLM_ISA
