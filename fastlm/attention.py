@@ -1,0 +1,209 @@
+"""Causal attention: one function for plain rows and for packed documents, its backends behind it.
+
+    out_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j,    j <= i and, when packed, j in the same document as i
+
+Query head h reads key/value head h // (H / Hkv) (grouped-query attention).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("flash", "xformers", "torch")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention, in plain rows or within packed documents.
+
+    q: (B, T, H, Dh); k, v: (B, T, Hkv, Dh). cu_seqlens: int32 (documents + 1,), the boundaries of the documents in the
+    B*T tokens laid end to end, from 0 to B*T (a row's end is always a boundary); max_seqlen: an upper bound of their
+    lengths, tokens. backend: one of BACKENDS or auto. Returns (B, T, H, Dh).
+
+    Raises ValueError for an unknown backend or when cu_seqlens comes without max_seqlen.
+    """
+    name = choose(q.device.type, q.dtype)[0] if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose among auto, {', '.join(BACKENDS)}")
+    if cu_seqlens is None:
+        rows: Callable[..., Tensor] = {"flash": flash_rows, "xformers": xformers_rows, "torch": torch_rows}[name]
+        return rows(q, k, v)
+    if max_seqlen is None:
+        raise ValueError("cu_seqlens needs max_seqlen, the length of the longest document in tokens")
+    packed: Callable[..., Tensor] = {"flash": flash_packed, "xformers": xformers_packed, "torch": torch_packed}[name]
+    flat = [t.flatten(0, 1) for t in (q, k, v)]  # (B*T, heads, Dh)
+    return packed(*flat, cu_seqlens, max_seqlen).view(q.shape)
+
+
+@cache
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that auto takes for tensors of this device type and dtype, and why."""
+    if device != "cuda":
+        return "torch", f"flash-attn and xformers need a GPU; tensors are on {device}"
+    if dtype not in HALF:
+        return "torch", f"flash-attn and xformers' fast kernels need fp16 or bf16; tensors are {dtype}"
+    if installed("flash_attn"):
+        return "flash", "flash-attn is installed"
+    if installed("xformers"):
+        return "xformers", "xformers is installed (flash-attn is not)"
+    return "torch", "neither flash-attn nor xformers is installed"
+
+
+def flash_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, causal=True)
+
+
+def flash_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+
+
+def repeat_kv(x: Tensor, heads: int) -> Tensor:
+    """(..., Hkv, Dh) -> (..., heads, Dh), each key/value head repeated for its group of query heads."""
+    return x.repeat_interleave(heads // x.shape[-2], dim=-2)
+
+
+def xformers_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    heads = q.shape[-2]
+    return memory_efficient_attention(q, repeat_kv(k, heads), repeat_kv(v, heads), attn_bias=LowerTriangularMask())
+
+
+def xformers_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    heads = q.shape[-2]
+    bias = BlockDiagonalCausalMask.from_seqlens(cu_seqlens.diff().tolist())
+    q, k, v = (t.unsqueeze(0) for t in (q, repeat_kv(k, heads), repeat_kv(v, heads)))
+    return memory_efficient_attention(q, k, v, attn_bias=bias).squeeze(0)
+
+
+def torch_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, Dh)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def torch_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    if q.device.type == "cuda" and q.dtype in HALF:
+        from torch.nn.attention.varlen import varlen_attn
+
+        heads = q.shape[-2]
+        out = varlen_attn(
+            q, repeat_kv(k, heads), repeat_kv(v, heads), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            window_size=(-1, 0),
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+    return packed_documents(q, k, v, cu_seqlens)[0]
+
+
+# Packed documents where no fused kernel takes cu_seqlens: PyTorch's own attention, document by document, as one opaque
+# operator, so that torch.compile sees static shapes however the documents fall.
+
+
+def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    ends = cu_seqlens.tolist()
+    return [(a, b) for a, b in pairwise(ends) if b > a]
+
+
+def document(x: Tensor, a: int, b: int, heads: int) -> Tensor:
+    """Tokens a..b of (N, heads', Dh) as (1, heads, b - a, Dh)."""
+    return repeat_kv(x[a:b], heads).transpose(0, 1).unsqueeze(0)
+
+
+@torch.library.custom_op("fastlm::packed_documents", mutates_args=())
+def packed_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention within each document: q (N, H, Dh), k, v (N, Hkv, Dh) -> out (N, H, Dh), lse (N, H) in fp32."""
+    n, heads, _ = q.shape
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(n, heads, dtype=torch.float32)
+    for a, b in spans(cu_seqlens):
+        o, z = forward_one(*(document(t, a, b, heads) for t in (q, k, v)))
+        out[a:b], lse[a:b] = o[0].transpose(0, 1), z[0].transpose(0, 1)
+    return out, lse
+
+
+def forward_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    scores = causal_scores(q, k)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
+
+
+def causal_scores(q: Tensor, k: Tensor) -> Tensor:
+    t = q.shape[-2]
+    future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+    return ((q.float() @ k.float().mT) * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
+
+
+@packed_documents.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastlm::packed_documents_backward", mutates_args=())
+def packed_documents_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, kv_heads = q.shape[1], k.shape[1]
+    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    for a, b in spans(cu_seqlens):
+        gq, gk, gv = backward_one([document(t, a, b, heads) for t in (dout, q, k, v, out)], lse[a:b].T.unsqueeze(0))
+        dq[a:b] = gq[0].transpose(0, 1)
+        for grad, g in ((dk, gk), (dv, gv)):  # a group of query heads adds up in its key/value head
+            grad[a:b] = g[0].unflatten(0, (kv_heads, heads // kv_heads)).sum(1).transpose(0, 1)
+    return dq, dk, dv
+
+
+def backward_one(tensors: list[Tensor], lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out = tensors
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse.contiguous(), 0.0, True
+        )
+    p = (causal_scores(q, k) - lse.unsqueeze(-1)).exp()
+    dout = dout.float()
+    ds = p * (dout @ v.float().mT - (dout * out.float()).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    return (ds @ k.float()).to(q.dtype), (ds.mT @ q.float()).to(k.dtype), (p.mT @ dout).to(v.dtype)
+
+
+@packed_documents_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    return (*packed_documents_backward(dout, q, k, v, out, lse, cu_seqlens), None)
+
+
+packed_documents.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,207 @@
+"""Checkpoints: a folder per step with safetensors weights, optimizer tensors and a JSON of plain values. Nothing is unpickled.
+
+    RUN/checkpoints/step-000150/model.safetensors      parameters
+                                optimizer.safetensors  optimizer state and random-number state
+                                state.json             step, data position, shapes, SHA-256 of the two files
+    RUN/checkpoints/best.json                          the step with the lowest validation loss
+
+A checkpoint is written beside its place and renamed into it, so it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastlm.config import ModelConfig, override
+from fastlm.errors import UserError
+from fastlm.model import Transformer
+
+FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace the file's content at once: a reader sees the old text or the new, never half of it."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"could not write {path}: {e.strerror}; free some space or choose another folder") from None
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of the optimizers' states as optimizer.parameter.name (learning rates follow from the step)."""
+    return {
+        f"{i}.{index}.{name}": value.contiguous()
+        for i, optimizer in enumerate(optimizers)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def random_state() -> dict[str, Tensor]:
+    state = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["random.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def save(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any]) -> Path:
+    """Write folder/step-NNNNNN and return it. state: plain values; must hold "step" and the model's "model" shape."""
+    final = folder / f"step-{state['step']:06d}"
+    beside = folder / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        save_file(parameters, beside / FILES[0])
+        save_file(optimizer_tensors(optimizers) | random_state(), beside / FILES[1])
+        whole = state | {"sha256": {name: digest(beside / name) for name in FILES}}
+        (beside / "state.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        for path in beside.iterdir():
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(
+            f"could not write checkpoint {final}: {e}; earlier checkpoints are whole: free some space, then --resume"
+        ) from None
+    return final
+
+
+def steps_saved(folder: Path) -> list[Path]:
+    """Checkpoints in the folder, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+
+
+def note_best(folder: Path, step: int, nats: float) -> bool:
+    """Remember the step if its validation loss (nats per token) is the lowest so far."""
+    best = read_best(folder)
+    if best is not None and best["nats"] <= nats:
+        return False
+    write_atomic(folder / "best.json", json.dumps({"step": step, "nats": nats}) + "\n")
+    return True
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    path = folder / "best.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` and the best."""
+    best = read_best(folder)
+    for path in steps_saved(folder)[:-keep]:
+        if best is None or path.name != f"step-{best['step']:06d}":
+            shutil.rmtree(path)
+
+
+def locate(place: str | Path, best: bool = False) -> Path:
+    """The checkpoint that a path names: a checkpoint folder, or a run folder (its last checkpoint, or its best)."""
+    path = Path(place)
+    if (path / "state.json").is_file():
+        return path
+    saved = steps_saved(path / "checkpoints")
+    if not saved:
+        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; give a run folder or one of its checkpoints/step-* folders")
+    if best and (found := read_best(path / "checkpoints")):
+        chosen = path / "checkpoints" / f"step-{found['step']:06d}"
+        if chosen.is_dir():
+            return chosen
+    return saved[-1]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's plain values, its files' digests verified."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        for name, expected in state["sha256"].items():
+            if digest(checkpoint / name) != expected:
+                raise UserError(f"{checkpoint / name} is corrupted: its SHA-256 is not the one noted when it was written; resume from another checkpoint")  # fmt: skip  # noqa: E501
+        return state
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{checkpoint} is not a whole checkpoint: {e}; choose another step-* folder") from None
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"could not read {path}: {e}; choose another checkpoint") from None
+
+
+@torch.no_grad()
+def load_parameters(checkpoint: Path, model: nn.Module) -> None:
+    """Copy the checkpoint's parameters into the model; other names or shapes raise UserError."""
+    found, wanted = tensors(checkpoint / FILES[0]), dict(model.named_parameters())
+    for name in sorted(found.keys() | wanted.keys()):
+        a, b = (tuple(t[name].shape) if name in t else None for t in (found, wanted))
+        if a != b:
+            raise UserError(
+                f"{checkpoint} holds a model of another shape: {name} is {a} there and {b} here; "
+                f"use the run's own configuration"
+            )
+    for name, p in wanted.items():
+        p.copy_(found[name])
+
+
+def load(checkpoint: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Put everything back where save() found it; returns the plain values."""
+    state = read_state(checkpoint)
+    load_parameters(checkpoint, model)
+    found = tensors(checkpoint / FILES[1])
+    torch.set_rng_state(found.pop("random.cpu"))
+    cuda = found.pop("random.cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    for i, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        whole["state"] = {}
+        for key, value in found.items():
+            which, index, name = key.split(".", 2)
+            if int(which) == i:
+                whole["state"].setdefault(int(index), {})[name] = value
+        try:
+            optimizer.load_state_dict(whole)
+        except (ValueError, KeyError) as e:
+            raise UserError(f"{checkpoint} holds another optimizer's state: {e}; use the run's own configuration") from None
+    return state
+
+
+def load_model(place: str | Path, device: torch.device, best: bool = False) -> tuple[Transformer, dict[str, Any]]:
+    """The model of a run or checkpoint folder, ready for inference, and the checkpoint's plain values."""
+    checkpoint = locate(place, best)
+    state = read_state(checkpoint)
+    model = Transformer(override(ModelConfig(), state["model"], str(checkpoint / "state.json")))
+    load_parameters(checkpoint, model)
+    return model.to(device).eval(), state
+
+
+def plain_model(config: ModelConfig) -> dict[str, Any]:
+    """The model's shape as JSON keeps it."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,70 @@
+"""The command line: one function per subcommand; each imports its stage inside, so that help comes at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from fastlm import __version__
+from fastlm.errors import UserError
+
+
+def pretrain(argv: list[str]) -> int:
+    """train a model from scratch on text"""
+    from fastlm.config import PretrainConfig, parse
+
+    config = parse(PretrainConfig, argv, "fastlm pretrain")
+    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.train.pretrain import pretrain as run
+
+    keep_large_blocks()
+    return run(config)
+
+
+def generate(argv: list[str]) -> int:
+    """continue a prompt with a trained model"""
+    from fastlm.config import GenerateConfig, parse
+
+    config = parse(GenerateConfig, argv, "fastlm generate")
+    from fastlm.generate import write
+
+    return write(config)
+
+
+def doctor(argv: list[str]) -> int:
+    """show what runs on this machine, for every operation, and why"""
+    if argv:
+        raise UserError(f"fastlm doctor takes no arguments; got {' '.join(argv)}")
+    from fastlm.doctor import print_report
+
+    return print_report()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "generate": generate, "doctor": doctor}
+
+USAGE = "usage: fastlm COMMAND [options]\n\n" + "\n".join(
+    f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake is one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\nfastlm COMMAND --help shows a command's options. Start with: fastlm pretrain --compile")
+        return 0
+    if argv[0] == "--version":
+        print(f"fastlm {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            from fastlm.config import nearest
+
+            raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    except UserError as e:
+        print(f"fastlm: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastlm: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,398 @@
+"""Configuration: frozen dataclasses of plain values, the presets, TOML recipes. Imports no torch, so that --help is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fastlm.errors import UserError
+
+RECIPES = Path(__file__).parent / "train" / "recipes"
+VOCAB_MULTIPLE = 64  # matmul tiles are whole when the padded vocabulary is a multiple of this
+
+T = TypeVar("T")
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Llama-style decoder: RMSNorm, RoPE (half-rotation), grouped-query attention, SwiGLU, no biases."""
+
+    vocab_size: int = 50257
+    """Number of tokens the model knows (padded to a multiple of 64 inside, never visible outside)."""
+    dim: int = 1024
+    """Width of the residual stream, channels."""
+    n_layers: int = 12
+    """Number of blocks."""
+    n_heads: int = 16
+    """Query heads; must divide dim."""
+    n_kv_heads: int = 16
+    """Key/value heads (grouped-query attention); must divide n_heads."""
+    ffn_dim: int = 4096
+    """Width of the SwiGLU feed-forward, channels."""
+    max_seq_len: int = 1024
+    """Longest sequence the position table covers, tokens."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output head too."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before RoPE (as in Qwen3)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
+            value = getattr(self, name)
+            check(value > 0, f"model.{name} is {value}; it must be a positive integer")
+        check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be positive")
+        check(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")
+        check(
+            self.dim % self.n_heads == 0,
+            f"model.n_heads is {self.n_heads}, which does not divide model.dim {self.dim}; "
+            f"choose n_heads among {divisors(self.dim)}",
+        )
+        check(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_kv_heads is {self.n_kv_heads}, which does not divide model.n_heads {self.n_heads}; "
+            f"choose n_kv_heads among {divisors(self.n_heads)}",
+        )
+        check(
+            self.head_dim % 2 == 0,
+            f"model.dim / model.n_heads is {self.head_dim}; RoPE rotates pairs, so it must be even: change n_heads",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # the published 253M shape
+    "modern-253m": ModelConfig(),
+    "modern-124m": ModelConfig(dim=768, n_heads=12, n_kv_heads=12, ffn_dim=2048),
+    "smollm2-135m": ModelConfig(
+        vocab_size=49152,
+        dim=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        ffn_dim=1536,
+        max_seq_len=8192,
+        rope_theta=100_000.0,
+    ),
+    # minutes on two CPU cores
+    "demo": ModelConfig(dim=256, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=704, max_seq_len=256),
+    # for tests
+    "tiny": ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=192, max_seq_len=256),
+}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for the hidden matrices, AdamW for embedding, head and norms; adamw: AdamW for all."""
+    lr: float = 0.003
+    """Peak learning rate of AdamW's parameters (embedding, head, norms; everything under adamw)."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the hidden matrices under muon, in units of an RMS-1 update."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices (norm weights have none)."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    schedule: Literal["wsd", "cosine", "linear"] = "wsd"
+    """wsd: warm up, stay, then fall linearly over the last decay_fraction; cosine and linear fall from the warm-up on."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises from 0."""
+    decay_fraction: float = 0.5
+    """Share of all steps over which wsd falls to min_lr_fraction."""
+    min_lr_fraction: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr"):
+            value = getattr(self, name)
+            check(value > 0, f"optim.{name} is {value}; it must be positive")
+        for name in ("weight_decay", "warmup_steps", "min_lr_fraction", "clip_norm"):
+            value = getattr(self, name)
+            check(value >= 0, f"optim.{name} is {value}; it must not be negative")
+        for name in ("beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optim.{name} is {value}; it must lie in [0, 1)")
+        check(0 < self.decay_fraction <= 1, f"optim.decay_fraction is {self.decay_fraction}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a language model from scratch on text."""
+
+    recipe: str = "demo"
+    """Where the defaults come from: a shipped recipe or a .toml file."""
+    preset: str = "demo"
+    """Model shape; single fields can be overridden with --model.FIELD."""
+    data: str = "python-stdlib"
+    """Text: python-stdlib, a .txt/.jsonl/.parquet file or folder, a hub data set (wikitext-103, org/name), or a mixture."""
+    tokenizer: str = "gpt2"
+    """gpt2, or a Hugging Face tokenizer.json (or the folder that holds one)."""
+    out: str = ""
+    """Run folder (default: runs/pretrain-RECIPE-DATA); it must not hold another run."""
+    resume: str = ""
+    """Run folder to go on with; its own configuration is used, and only --steps and the logging options may change."""
+    cache: str = ""
+    """Where tokenised data is kept (default: the user's cache folder)."""
+    steps: int = 150
+    """Optimizer steps."""
+    batch_rows: int = 8
+    """Rows of seq_len tokens per optimizer step."""
+    micro_batch_rows: int = 0
+    """Rows per forward and backward pass; 0 means batch_rows (no gradient accumulation)."""
+    seq_len: int = 256
+    """Tokens per row."""
+    seed: int = 0
+    """Seed of the initialisation and of the data order."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    checkpoint_activations: bool = False
+    """Recompute each block's activations in the backward pass: less memory, a third more compute."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition added to the loss (0: none)."""
+    validate_every: int = 50
+    """Steps between validations (0: only at the end)."""
+    validation_tokens: int = 1_000_000
+    """At most this many validation tokens are scored, from the start of the split."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints (0: only at the end)."""
+    keep_checkpoints: int = 2
+    """Most recent checkpoints kept, beside the best one."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder too."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu or cuda."""
+    attention: Literal["auto", "flash", "xformers", "torch"] = "auto"
+    """Attention backend; fastlm doctor prints what auto chooses and why."""
+    model: ModelConfig = field(default_factory=lambda: PRESETS["demo"])
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "seq_len", "validation_tokens", "keep_checkpoints"):
+            value = getattr(self, name)
+            check(value > 0, f"{name} is {value}; it must be a positive integer")
+        for name in ("micro_batch_rows", "z_loss", "validate_every", "checkpoint_every", "seed"):
+            value = getattr(self, name)
+            check(value >= 0, f"{name} is {value}; it must not be negative")
+        check(
+            self.seq_len <= self.model.max_seq_len,
+            f"seq_len is {self.seq_len}, but model.max_seq_len is {self.model.max_seq_len}; "
+            f"shorten seq_len or pass --model.max-seq-len {self.seq_len}",
+        )
+        micro = self.micro_batch_rows or self.batch_rows
+        check(
+            self.batch_rows % micro == 0,
+            f"micro_batch_rows is {micro}, which does not divide batch_rows {self.batch_rows}; "
+            f"choose it among {divisors(self.batch_rows)}",
+        )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt with a trained model."""
+
+    model: str = ""
+    """Run folder or checkpoint folder."""
+    prompt: str = "\n"
+    """Text to continue."""
+    tokens: int = 128
+    """Tokens to write."""
+    temperature: float = 0.7
+    """Sharpness of the choice: 0 takes the likeliest token, 1 samples from the model as it is."""
+    top_p: float = 0.9
+    """Sample among the likeliest tokens whose probability adds up to this."""
+    seed: int = 0
+    """The same seed writes the same text."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.model), "which model? give a run folder: fastlm generate runs/pretrain-demo --prompt TEXT")
+        check(self.tokens > 0, f"tokens is {self.tokens}; it must be a positive integer")
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
+        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The end of an error message: the choice most like word, or all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose among {', '.join(choices)}"
+
+
+def preset(name: str) -> ModelConfig:
+    check(name in PRESETS, f"unknown preset {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def coerce(key: str, kind: Any, value: Any) -> Any:
+    """value as kind (int, float, bool, str or a Literal of strings), from TOML or from a command-line word."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        check(value in choices, f"{key} is {value!r}; {nearest(str(value), choices)}")
+        return value
+    if isinstance(value, str) and kind in (int, float):
+        try:
+            value = kind(value.replace("_", ""))
+        except ValueError:
+            raise UserError(f"{key} is {value!r}; it must be {'an integer' if kind is int else 'a number'}") from None
+    if kind is float and type(value) is int:
+        value = float(value)
+    check(not isinstance(value, float) or math.isfinite(value), f"{key} is {value}; it must be finite")
+    check(type(value) is kind, f"{key} is {value!r}; it must be a value of type {kind.__name__}")
+    return value
+
+
+def override(config: T, values: dict[str, Any], where: str, prefix: str = "") -> T:
+    """config with the (nested) values put in; a preset replaces the model. An unknown key or a wrong type raises UserError."""
+    types, changes = field_types(type(config)), {}
+    start = {"model": preset(values["preset"])} if "preset" in values else {}
+    values = {name: {} for name in start} | values
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        check(name in types, f"{where}: unknown key {key!r}; {nearest(name, types)}")
+        if dataclasses.is_dataclass(types[name]):
+            check(isinstance(value, dict), f"{where}: {key} is {value!r}; it must be a table: [{key}]")
+            changes[name] = override(start.get(name, getattr(config, name)), value, where, f"{key}.")
+        else:
+            changes[name] = coerce(key, types[name], value)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def load_recipe(cls: type[T], name: str) -> T:
+    """The configuration of a shipped recipe (by name) or of a TOML file (by path)."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    shipped = [p.stem for p in RECIPES.glob("*.toml")]
+    check(path.is_file(), f"unknown recipe {name!r}; {nearest(name, shipped)} (or give the path of a .toml file)")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not a TOML file: {e}") from None
+    return override(cls(), {"recipe": path.stem} | values, str(path))
+
+
+def flags(cls: type, prefix: str = "--") -> dict[str, Any]:
+    """Every command-line flag of a configuration, with its type."""
+    found: dict[str, Any] = {}
+    for name, kind in field_types(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= flags(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}".replace("_", "-")] = kind
+    return found
+
+
+def given(cls: type, argv: Sequence[str]) -> dict[str, Any]:
+    """The flags set on the command line, with their values; a word that cannot be understood raises UserError."""
+    known, values, words = flags(cls), {}, list(argv)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        flag = flag.replace("_", "-")
+        check(flag.startswith("--"), f"unexpected argument {flag!r}; options are written --name value (see --help)")
+        positive = flag.replace("--no-", "--", 1) if known.get(flag.replace("--no-", "--", 1)) is bool else flag
+        check(positive in known, f"unknown option {flag}; {nearest(flag, known)}")
+        if known[positive] is bool:
+            values[positive] = flag == positive
+            continue
+        if not equals:
+            check(bool(words), f"{flag} needs a value")
+            value = words.pop(0)
+        values[positive] = coerce(flag, known[positive], value)
+    return values
+
+
+# What may change when a run goes on: how long it is, where it runs and what it records.
+RESUMABLE = (
+    "--resume", "--steps", "--device", "--cache", "--tensorboard", "--validate-every", "--checkpoint-every",
+    "--keep-checkpoints",
+)  # fmt: skip
+
+
+def load_run(cls: type[T], run: str) -> T:
+    """The configuration saved in a run folder."""
+    path = Path(run) / "config.toml"
+    check(path.is_file(), f"{run} is not a run folder: it holds no config.toml; give the folder that --out named")
+    return load_recipe(cls, str(path))
+
+
+def parse(cls: type[T], argv: Sequence[str], prog: str, positional: str = "") -> T:
+    """Configuration from the command line: the recipe (or the run to resume), then the preset, then single flags.
+
+    positional: the field that a first word without dashes sets. Prints the help and exits on --help.
+    """
+    names = field_types(cls)
+    if {"-h", "--help"} & set(argv):
+        import tyro
+
+        tyro.cli(cls, prog=prog, args=["--help"], default=load_recipe(cls, "demo") if "recipe" in names else cls())
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
+    asked = given(cls, argv)
+    if "--resume" in asked:
+        base = load_run(cls, asked["--resume"])
+        for flag in asked:
+            check(flag in RESUMABLE, f"{flag} cannot change when a run is resumed; only {', '.join(RESUMABLE[1:])} can")
+    else:
+        base = load_recipe(cls, asked.get("--recipe", "demo")) if "recipe" in names else cls()
+    values: dict[str, Any] = {}
+    for flag, value in asked.items():
+        *tables, name = flag.removeprefix("--").replace("-", "_").split(".")
+        place = values
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[name] = value
+    return override(base, values, prog)
+
+
+def to_toml(config: Any) -> str:
+    """The configuration as TOML: plain values first, then one table for each nested dataclass."""
+
+    def lines(c: Any) -> list[str]:
+        plain = {n: getattr(c, n) for n, k in field_types(type(c)).items() if not dataclasses.is_dataclass(k)}
+        return [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
+
+    out = lines(config)
+    for name, kind in field_types(type(config)).items():
+        if dataclasses.is_dataclass(kind):
+            out += ["", f"[{name}]", *lines(getattr(config, name))]
+    return "\n".join(out) + "\n"

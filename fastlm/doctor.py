@@ -1,0 +1,76 @@
+"""fastlm doctor: what was found on this machine, which implementation every operation takes, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastlm import attention, kernels
+from fastlm.errors import UserError
+from fastlm.kernels import cpu
+from fastlm.monitor import matmul_rate
+from fastlm.tokenizer import load_tokenizer
+
+OPTIONAL = {
+    "flash-attn": "attention on NVIDIA and AMD GPUs",
+    "xformers": "attention on GPUs where flash-attn is not installed",
+    "transformers": "models other than Llama's family",
+    "tensorboard": "--tensorboard",
+    "lm-eval": "its tasks with a fastlm model",
+}
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def kernel_choice(device: torch.device) -> tuple[str, str]:
+    """Which kernels the fused operations take for tensors on this device, and why."""
+    if device.type == "cuda":
+        return "Triton", f"tensors are on {torch.cuda.get_device_name(device)}"
+    if cpu.available(torch.empty(0)):
+        return "native C++", f"tensors are on the CPU; {cpu.status()}"
+    return "PyTorch reference", cpu.status()
+
+
+def print_report() -> int:
+    console = Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    machine = Table("machine", "", box=None, title_justify="left")
+    machine.add_row("processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none that this PyTorch can use"
+    machine.add_row("GPU", name)
+    machine.add_row("matmul rate", f"{matmul_rate(device, dtype) / 1e9:,.0f} GFLOP/s in {dtype}, measured just now")
+    machine.add_row("Python, torch", f"{platform.python_version()}, {torch.__version__}")
+    machine.add_row("triton", version("triton") or "not installed: the fused kernels cannot run on a GPU")
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    machine.add_row("C++ compiler", compiler or "none: --compile does not work on a CPU")
+    console.print(machine)
+
+    choices = Table("operation", "takes", "because", box=None)
+    for op in kernels.__all__:
+        choices.add_row(op, *kernel_choice(device))
+    choices.add_row("attention", *attention.choose(device.type, dtype))
+    choices.add_row("training dtype", str(dtype), "bf16 where a GPU has it" if device.type == "cuda" else "fp32 on CPUs")
+    try:
+        found = load_tokenizer("gpt2")
+        choices.add_row("tokenizer gpt2", f"{found.vocab_size:,} tokens", "packaged files, SHA-256 verified")
+    except UserError as e:
+        choices.add_row("tokenizer gpt2", "unusable", str(e))
+    console.print(choices)
+
+    extras = Table("optional", "version", "used for", box=None)
+    for package, use in OPTIONAL.items():
+        extras.add_row(package, version(package) or "not installed", use)
+    console.print(extras)
+    return 0

@@ -1,0 +1,191 @@
+"""The model, read top to bottom: norm, rotary positions, attention, SwiGLU, block, transformer, initialisation, counts.
+
+A Llama-style decoder. The residual stream x and the update that the last layer wants to add to it travel side by side,
+so that each addition is fused with the norm that follows it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlm import kernels
+from fastlm.attention import attention
+from fastlm.config import ModelConfig
+
+
+def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos, sin (max_seq_len, head_dim / 2), fp32: angle = position * theta^(-2i / head_dim) (RoFormer, eq. 15)."""
+    inverse = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float64), inverse)
+    return angles.cos().float(), angles.sin().float()
+
+
+def add_norm(update: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm(x + update), x + update); x is None where the stream begins."""
+    if x is None:
+        return kernels.rms_norm(update, weight, eps), update
+    return kernels.add_rms_norm(update, x, weight, eps)
+
+
+class Block(nn.Module):
+    """One layer: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        d, heads, kv_heads, head_dim = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        self.attention_norm = nn.Parameter(torch.empty(d))
+        self.qkv = nn.Linear(d, (heads + 2 * kv_heads) * head_dim, bias=False)  # rows: queries, keys, values
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.empty(head_dim))
+            self.k_norm = nn.Parameter(torch.empty(head_dim))
+        self.out = nn.Linear(heads * head_dim, d, bias=False)
+        self.ffn_norm = nn.Parameter(torch.empty(d))
+        self.gate_up = nn.Linear(d, 2 * config.ffn_dim, bias=False)  # rows: gate, up
+        self.down = nn.Linear(config.ffn_dim, d, bias=False)
+
+    def forward(
+        self,
+        update: Tensor,
+        x: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """update, x: (B, T, D), x still without update. Returns the same pair for the next block."""
+        c = self.config
+        h, x = add_norm(update, x, self.attention_norm, c.norm_eps)
+        qkv = self.qkv(h).unflatten(-1, (-1, c.head_dim))  # (B, T, H + 2 Hkv, Dh)
+        q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)
+        if c.qk_norm:
+            q = kernels.rms_norm(q, self.q_norm, c.norm_eps)
+            k = kernels.rms_norm(k, self.k_norm, c.norm_eps)
+        q, k = kernels.rope(q, k, *rotary, positions)
+        update = self.out(attention(q, k, v, cu_seqlens, max_seqlen, backend).flatten(2))
+        h, x = kernels.add_rms_norm(update, x, self.ffn_norm, c.norm_eps)
+        return self.down(kernels.swiglu(self.gate_up(h))), x
+
+
+class Transformer(nn.Module):
+    """Token ids to hidden states, logits or a loss.
+
+    The vocabulary is padded to a multiple of 64 inside; logits, losses and counts never show the padding.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, checkpoint_activations: bool = False, attention_backend: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = checkpoint_activations
+        self.attention_backend = attention_backend
+        self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.Parameter(torch.empty(config.dim))
+        if not config.tie_embeddings:
+            self.head = nn.Parameter(torch.empty(config.padded_vocab_size, config.dim))
+        cos, sin = rotary_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding if self.config.tie_embeddings else self.head
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm, (B, T, D), of tokens (B, T).
+
+        Packed rows: positions (B, T) restart in each document, cu_seqlens and max_seqlen as in attention().
+        """
+        update = F.embedding(tokens, self.embedding)
+        if torch.is_autocast_enabled(update.device.type):  # the residual stream has the matmuls' dtype
+            update = update.to(torch.get_autocast_dtype(update.device.type))
+        x, rest = None, ((self.cos, self.sin), positions, cu_seqlens, max_seqlen, self.attention_backend)
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                update, x = checkpoint(block, update, x, *rest, use_reentrant=False)
+            else:
+                update, x = block(update, x, *rest)
+        return add_norm(update, x, self.norm, self.config.norm_eps)[0]
+
+    def logits(self, tokens: Tensor, **packed) -> Tensor:
+        """Logits (B, T, vocab_size) of tokens (B, T)."""
+        return F.linear(self(tokens, **packed), self.head_weight[: self.config.vocab_size])
+
+    def loss(self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0, **packed) -> Tensor:
+        """Sum over the counted positions of -log p(target), nats, fp32: tokens, targets (B, T), -100 where not counted.
+
+        With z_loss, plus z_loss * logsumexp(logits)^2 at each of them (PaLM, section 5).
+        """
+        return kernels.linear_cross_entropy(
+            self(tokens, **packed).flatten(0, 1),
+            self.head_weight,
+            targets.flatten(),
+            reduction="sum",
+            z_loss=z_loss,
+            vocab_size=self.config.vocab_size,
+        )
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Fill every parameter, the same on every device.
+
+    Embedding and head: N(0, 0.02^2), the padding rows 0. Matrices that read the stream (qkv, gate_up): N(0, 1/fan_in).
+    Matrices that write to it (out, down): 0, so that every block starts as the identity. Norm weights: 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(weight: Tensor, std: float) -> None:
+        weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=generator))
+
+    for name, p in model.named_parameters():
+        if name in ("embedding", "head"):
+            normal(p, 0.02)
+            p[model.config.vocab_size :] = 0
+        elif p.dim() == 1:
+            p.fill_(1)
+        elif name.endswith(("out.weight", "down.weight")):
+            p.zero_()
+        else:
+            normal(p, p.shape[1] ** -0.5)
+
+
+def build(config: ModelConfig, seed: int, device: torch.device, **options) -> Transformer:
+    """A freshly initialised model on the device."""
+    model = Transformer(config, **options)
+    initialise(model, seed)
+    return model.to(device)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Trainable parameters, the vocabulary's padding not counted."""
+    c, head_dim = config, config.head_dim
+    attention_ = c.dim * (c.n_heads + 2 * c.n_kv_heads) * head_dim + c.n_heads * head_dim * c.dim
+    block = attention_ + 3 * c.dim * c.ffn_dim + 2 * c.dim + (2 * head_dim if c.qk_norm else 0)
+    return c.vocab_size * c.dim * (1 if c.tie_embeddings else 2) + c.n_layers * block + c.dim
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations of one token's forward and backward pass, causal, recomputation not counted.
+
+    6 per weight that takes part in a matmul (the head does, the embedding look-up does not; 2 forward, 4 backward), plus
+    attention's two products over the (seq_len / 2) tokens that a token sees on average: 3 * 2 * 2 * (T / 2) * H * Dh
+    per layer (PaLM, appendix B, halved for the causal mask).
+    """
+    c = config
+    block = c.dim * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + c.n_heads * c.head_dim * c.dim + 3 * c.dim * c.ffn_dim
+    weights = c.n_layers * block + c.vocab_size * c.dim
+    return 6.0 * weights + c.n_layers * 6.0 * seq_len * c.n_heads * c.head_dim

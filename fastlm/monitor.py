@@ -1,0 +1,227 @@
+"""What a run shows and records: progress, one JSON line per step, TensorBoard, GPU power, speed against the ceiling."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastlm.errors import UserError
+
+# Dense bf16 matmul peaks, FLOP/s, from NVIDIA's and AMD's data sheets; other devices are measured.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "RTX 4090": 165e12, "MI300X": 1307e12}
+BARS = " ▁▂▃▄▅▆▇█"
+PLAIN_SECONDS = 10.0  # between two lines where the output is not a terminal
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a large matmul on this device now: the best of the repetitions that fit in the time."""
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    a @ a
+    while time.perf_counter() < end:
+        synchronise(device)
+        start = time.perf_counter()
+        a @ a
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ceiling(device: torch.device) -> tuple[float, str]:
+    """FLOP/s to compare with, and its name: MFU against the data sheet's peak, else a share of the measured rate."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in PEAKS.items():
+            if key in name:
+                return peak, "MFU"
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return matmul_rate(device, dtype), "of matmul rate"
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory in use so far: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30
+
+
+class Power:
+    """GPU power, utilisation and energy through NVML; silent where there is none."""
+
+    def __init__(self, device: torch.device):
+        self.handle: Any = None
+        if device.type != "cuda" or torch.version.hip:
+            return
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self.joules = self.energy()
+        except pynvml.NVMLError:
+            self.handle = None
+
+    def energy(self) -> float:
+        return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
+
+    def read(self, tokens: int) -> dict[str, float]:
+        """watts, utilisation (percent) and joules_per_token since the last call."""
+        if self.handle is None:
+            return {}
+        before, self.joules = self.joules, self.energy()
+        return {
+            "watts": self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000,
+            "utilisation": self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
+            "joules_per_token": (self.joules - before) / tokens,
+        }
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """The course of a series in one line of text."""
+    if not values:
+        return ""
+    size = max(1, -(-len(values) // width))
+    means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+    low, high = min(means), max(means)
+    return "".join(BARS[1 + round((m - low) / ((high - low) or 1) * 7)] for m in means)
+
+
+class Monitor:
+    """One step's figures are read when the next one is under way, so that logging never waits for the device."""
+
+    def __init__(
+        self, run: Path, steps: int, start: int, tokens: int, flops_per_token: float, device: torch.device,
+        console: Console, tensorboard: bool = False,
+    ):  # fmt: skip
+        self.steps, self.start, self.tokens, self.flops, self.device = steps, start, tokens, flops_per_token, device
+        self.console, self.path = console, run / "metrics.jsonl"
+        self.peak, self.peak_name = ceiling(device)
+        self.power, self.losses = Power(device), keep_lines(self.path, start)
+        self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self.pending: dict[str, Any] | None = None
+        self.events = tensorboard_writer(run) if tensorboard else None
+        self.clock = self.begin = self.shown = time.perf_counter()
+        self.paused = 0.0
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("step", total=steps, completed=start, text="compiling and warming up")
+        self.progress.start()
+
+    def step(self, done: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Note step number `done` (1 is the first); the figures of the one before are written now."""
+        self.flush()
+        self.pending = {"step": done, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+
+    def flush(self) -> None:
+        """Read and write what is noted. Raises UserError when the loss is not finite or the file cannot be written."""
+        if self.pending is None:
+            return
+        row = {k: v.item() if isinstance(v, Tensor) else v for k, v in self.pending.items()}
+        self.pending = None
+        now = time.perf_counter()
+        seconds, self.clock, self.paused = now - self.clock - self.paused, now, 0.0
+        rate = self.tokens / seconds
+        row |= {
+            "tokens": row["step"] * self.tokens,
+            "tokens_per_s": rate,
+            "share_of_peak": rate * self.flops / self.peak,
+            "peak_gib": peak_gib(self.device),
+            "seconds": seconds,
+        } | self.power.read(self.tokens)
+        self.losses.append(row["loss"])
+        self.write(row)
+        if not row["loss"] - row["loss"] == 0:
+            raise UserError(
+                f"the loss became {row['loss']} at step {row['step']}: training has diverged; "
+                f"lower --optim.lr or --optim.muon-lr, or lengthen --optim.warmup-steps"
+            )
+        self.show(row, now)
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise UserError(f"could not write {self.path}: {e.strerror}; free some space, then --resume") from None
+        if self.events is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.events.add_scalar(name, value, row["step"])
+
+    def show(self, row: dict[str, Any], now: float) -> None:
+        text = (
+            f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
+            f"{row['share_of_peak']:.0%} {self.peak_name}  {row['peak_gib']:.1f} GiB"
+        )
+        if "watts" in row:
+            text += f"  {row['watts']:.0f} W  {row['joules_per_token'] * 1000:.2f} mJ/tok"
+        self.progress.update(self.task, completed=row["step"], text=f"{row['step']}/{self.steps}  {text}")
+        last = row["step"] == self.steps
+        if not self.console.is_terminal and (now - self.shown > PLAIN_SECONDS or row["step"] == self.start + 1 or last):
+            self.shown = now
+            left = (now - self.begin) / (row["step"] - self.start) * (self.steps - row["step"])
+            self.console.print(f"step {row['step']}/{self.steps}  {text}  {left:.0f} s left", highlight=False)
+
+    def validation(self, done: int, nats: float, seconds: float) -> None:
+        """Record a validation; its time does not count in the step's speed."""
+        self.flush()
+        self.paused += seconds
+        self.write({"step": done, "validation_nats": nats, "validation_perplexity": perplexity(nats)})
+        self.console.print(
+            f"step {done}/{self.steps}  validation {nats:.4f} nats/token, perplexity {perplexity(nats):.2f}",
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats per token); inf where fp64 ends."""
+    return float(torch.exp(torch.tensor(nats, dtype=torch.float64)))
+
+
+def keep_lines(path: Path, last_step: int) -> list[float]:
+    """Drop the JSON lines after last_step (they will be made again) and return the training losses that stay."""
+    if not path.is_file():
+        return []
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if whole(line, last_step)]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return [row["loss"] for row in map(json.loads, kept) if "loss" in row]
+
+
+def whole(line: str, last_step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= last_step
+    except (ValueError, KeyError):  # the line a kill cut short
+        return False
+
+
+def tensorboard_writer(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard; pip install 'fastlm[tensorboard]'") from None
+    return SummaryWriter(str(run / "tensorboard"))

@@ -1,0 +1,129 @@
+"""What the stages share: accumulate, clip, step, validate, stop on a signal. The loop itself is the stage's."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastlm.config import OptimConfig
+from fastlm.errors import UserError
+from fastlm.train.optim import schedule
+
+IGNORE = -100  # target of a position that is not counted
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: the GPU when there is one. The name is checked, so that a missing GPU is one clear line."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}; choose among auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch sees no GPU here; pass --device cpu, or install a CUDA build of torch")
+    return torch.device(name)
+
+
+def choose_run(out: str, name: str) -> Path:
+    """The new run's folder: `out`, which must not hold another run, or the first free runs/NAME, runs/NAME-2, ..."""
+    if out:
+        path = Path(out)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{out} is not empty: it may hold another run; choose another --out, or --resume {out}")
+        return path
+    free = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    return next(path for path in free if not path.exists())
+
+
+def cache_folder(cache: str) -> Path:
+    """Where tokenised data is kept: the folder given, else fastlm in the user's cache folder."""
+    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
+
+
+def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """torch.compile with static shapes, one graph. On a CPU it needs a C++ compiler; without one, one clear line."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UserError("--compile on a CPU needs a C++ compiler, and none was found; install g++, or leave --compile out")
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on GPUs that have it; fp32 elsewhere (bf16 matmuls are slower than fp32 on most CPUs)."""
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def accumulate(loss: Callable[..., Tensor], micro_batches: Iterable[tuple[Tensor, Tensor]], n_counted: int) -> Tensor:
+    """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns that mean.
+
+    loss: (tokens, targets) -> sum over the counted targets. n_counted: counted targets of the whole step, so that a
+    micro-batch with few of them weighs little and one with none weighs nothing.
+    """
+    total = None
+    for tokens, targets in micro_batches:
+        part = loss(tokens, targets) / max(1, n_counted)
+        part.backward()
+        total = part.detach() if total is None else total + part.detach()
+    assert total is not None, "a step has at least one micro-batch"
+    return total
+
+
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to the global norm max_norm (0: leave them). Returns the norm before."""
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+
+
+def step_all(optimizers: list[Optimizer], step: int, steps: int, o: OptimConfig) -> float:
+    """One step of every optimizer at the schedule's learning rate; gradients are then gone. Returns the schedule's share."""
+    share = schedule(step, steps, o)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return share
+
+
+@torch.no_grad()
+def validate(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    """Mean -log p over all counted targets, nats per token (added up in fp64, read back once)."""
+    total, counted = torch.zeros((), dtype=torch.float64, device=device), 0
+    for tokens, targets in batches:
+        counted += int((targets != IGNORE).sum())
+        with autocast(device):
+            total += loss(tokens.to(device), targets.to(device)).double()
+    return total.item() / max(1, counted)
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps (0: never) and at the end happens after `done` steps."""
+    return done == steps or (every > 0 and done % every == 0)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Ctrl-C and SIGTERM only set a flag; the callable returns the signal's number once one came, else 0.
+
+    A second Ctrl-C interrupts at once.
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: seen[0] if seen else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
