@@ -1,15 +1,33 @@
-"""What the ops share: views of rows, the accumulation dtype, autocast."""
+"""What the ops share: Triton where there is one, views of rows, dtypes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the CPU path is all there is
+    triton = tl = None
+
+
+def jit(**options: Any):
+    """triton.jit with options; the function itself where Triton is not installed."""
+    return triton.jit(**options) if triton is not None else lambda fn: fn
 
 
 def as_rows(x: Tensor) -> Tensor:
     """x (..., D) as (M, D) whose last stride is 1: a view where the strides allow one, otherwise a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

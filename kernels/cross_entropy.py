@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype
+from fastlm.kernels.common import accumulation_dtype, jit, tl
 
 
 def _logits_reference(logits: Tensor, softcap: float, vocab_size: int) -> Tensor:
@@ -76,6 +76,143 @@ def cross_entropy_backward_reference(
     return torch.nn.functional.pad(grad, (0, logits.shape[1] - vocab_size)).to(logits.dtype)
 
 
+# ---------------------------------------------------------------- Triton
+
+
+@jit()
+def _load_logits(pointers, mask, SOFTCAP: tl.constexpr):
+    """Logits in fp32, capped; -inf outside the mask."""
+    v = tl.load(pointers, mask=mask, other=float("-inf")).to(tl.float32)
+    if SOFTCAP > 0:
+        v = SOFTCAP * (1.0 - 2.0 / (tl.exp(v * (2.0 / SOFTCAP)) + 1.0))  # cap tanh(v / cap)
+        v = tl.where(mask, v, float("-inf"))
+    return v
+
+
+@jit()
+def _dlogits(v, columns, target, lse, upstream, scale,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr,
+):  # fmt: skip
+    g = tl.exp(v - lse) * scale
+    if SMOOTHING > 0:
+        g -= upstream * (SMOOTHING / VOCAB)
+    g = tl.where(columns == target, g - upstream * (1.0 - SMOOTHING), g)
+    if SOFTCAP > 0:
+        capped = v * (1.0 / SOFTCAP)
+        g *= 1.0 - capped * capped
+    return g
+
+
+@jit(do_not_specialize=["dloss_stride", "IGNORE"])
+def _rows_kernel(
+    logits, targets, loss, lse_rows, dloss, out, dloss_stride, IGNORE,
+    STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, WIDTH: tl.constexpr, VOCAB: tl.constexpr,
+    Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+    WRITE_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr, HAS_DLOSS: tl.constexpr,
+    ALIGN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One row: its bulk in 32-byte aligned, 16-byte wide accesses; the columns before and after the bulk as `edges`."""
+    i = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + i)
+    counted = target != IGNORE
+    valid = (target >= 0) & (target < VOCAB)
+    start = i * STRIDE
+    head = 0
+    if STRIDE % ALIGN != 0:
+        head = ((ALIGN - start % ALIGN) % ALIGN).to(tl.int32)
+    read = tl.where(counted, VOCAB, 0)  # columns to read
+    bulk = tl.multiple_of(tl.maximum(read - head, 0) // ALIGN * ALIGN, ALIGN)
+    row = logits + tl.multiple_of(start + head, ALIGN)
+    e = tl.arange(0, 2 * ALIGN)
+    edge = tl.where(e < ALIGN, e, head + bulk + e - ALIGN)  # columns
+    edge_mask = ((e >= ALIGN) | (e < head)) & (edge < read)
+    edges = _load_logits(logits + start + edge, edge_mask, SOFTCAP)
+    offsets = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+
+    if WRITE_LOSS:
+        m = tl.full((C,), float("-inf"), tl.float32)
+        s = tl.zeros((C,), tl.float32)
+        total = tl.zeros((C,), tl.float32)
+        for k in range(0, bulk, R * C):
+            mask = k + offsets < bulk
+            v = _load_logits(row + k + offsets, mask, SOFTCAP)
+            larger = tl.maximum(m, tl.max(v, 0))
+            pivot = tl.where(larger == float("-inf"), 0.0, larger)
+            s = s * tl.exp(m - pivot) + tl.sum(tl.exp(v - pivot[None, :]), 0)
+            m = larger
+            if SMOOTHING > 0:
+                total += tl.sum(tl.where(mask, v, 0.0), 0)
+        top = tl.maximum(tl.max(m, 0), tl.max(edges, 0))
+        pivot = tl.where(top == float("-inf"), 0.0, top)
+        z = tl.sum(s * tl.exp(m - pivot), 0) + tl.sum(tl.exp(edges - pivot), 0)
+        lse = pivot + tl.log(z)
+        picked = tl.load(logits + start + target, mask=valid, other=float("nan")).to(tl.float32)
+        if SOFTCAP > 0:
+            picked = SOFTCAP * (1.0 - 2.0 / (tl.exp(picked * (2.0 / SOFTCAP)) + 1.0))
+        nll = (1.0 - SMOOTHING) * (lse - picked)
+        if SMOOTHING > 0:
+            mean = (tl.sum(total, 0) + tl.sum(tl.where(edge_mask, edges, 0.0), 0)) * (1.0 / VOCAB)
+            nll += SMOOTHING * (lse - mean)
+        if Z_LOSS > 0:
+            nll += Z_LOSS * lse * lse
+        lse = tl.where(counted, lse, 0.0)
+        tl.store(loss + i, tl.where(counted, nll, 0.0))
+        tl.store(lse_rows + i, lse)
+    else:
+        lse = tl.load(lse_rows + i)
+
+    if WRITE_GRAD:
+        upstream = 1.0
+        if HAS_DLOSS:
+            upstream = tl.load(dloss + i * dloss_stride).to(tl.float32)
+        upstream = tl.where(valid, upstream, float("nan"))
+        scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)
+        dtype = out.dtype.element_ty
+        to = out + i * OUT_STRIDE
+        to_bulk = to + head
+        if OUT_STRIDE % ALIGN == STRIDE % ALIGN:
+            to_bulk = out + tl.multiple_of(i * OUT_STRIDE + head, ALIGN)
+        for k in range(0, bulk, R * C):
+            mask = k + offsets < bulk
+            v = _load_logits(row + k + offsets, mask, SOFTCAP)
+            g = _dlogits(v, k + offsets, target - head, lse, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
+            tl.store(to_bulk + k + offsets, g.to(dtype), mask=mask)
+        g = _dlogits(edges, edge, target, lse, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
+        tl.store(to + edge, g.to(dtype), mask=edge_mask)
+        for k in range(read, WIDTH, C):  # padding columns, or the whole of an ignored row
+            j = k + tl.arange(0, C)
+            tl.store(to + j, tl.zeros((C,), dtype), mask=j < WIDTH)
+
+
+def launch_rows(
+    logits: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    dloss: Tensor | None,
+    out: Tensor | None,
+    options: tuple[int, float, float, float, int],
+) -> None:
+    """Fill loss and lse, unless loss is empty; fill out with the logits' gradient, unless it is None. out may be
+    logits itself.
+
+    Rows are read in tiles of 4 x C, a 16-byte load of each of a lane's 4 rows: the running maximum is kept per column
+    of the tile, so that rescaling costs a quarter of an exponential per logit and no communication until the row's
+    end.
+    """
+    ignore_index, z_loss, label_smoothing, softcap, vocab_size = options
+    n, width = logits.shape
+    warps = 8 if vocab_size > 4096 else 1
+    if n:
+        _rows_kernel[(n,)](
+            logits, targets.contiguous(), loss, lse, lse if dloss is None else dloss, logits if out is None else out,
+            0 if dloss is None else dloss.stride(0), ignore_index, logits.stride(0),
+            (logits if out is None else out).stride(0), width, vocab_size, z_loss, label_smoothing, softcap,
+            loss.numel() > 0, out is not None, dloss is not None, 32 // logits.element_size(), 4,
+            warps * 512 // logits.element_size(), num_warps=warps,
+        )  # fmt: skip
+
+
 # ---------------------------------------------------------------- registration
 
 
@@ -89,7 +226,10 @@ def _cross_entropy(
     softcap: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    return _cross_entropy_cpu(logits, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    loss, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    launch_rows(rows, targets, loss, lse, None, None, (ignore_index, z_loss, label_smoothing, softcap, vocab_size))
+    return loss, lse
 
 
 @torch.library.custom_op("fastlm::cross_entropy_backward", mutates_args=())
@@ -104,9 +244,11 @@ def _cross_entropy_backward(
     softcap: float,
     vocab_size: int,
 ) -> Tensor:
-    return _cross_entropy_backward_cpu(
-        dloss, logits, targets, lse, ignore_index, z_loss, label_smoothing, softcap, vocab_size
-    )
+    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    out = logits.new_empty(logits.shape)
+    options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+    launch_rows(rows, targets, lse.new_empty(0), lse, dloss, out, options)
+    return out
 
 
 @_cross_entropy.register_kernel("cpu")
@@ -165,9 +307,7 @@ def _backward(ctx, dloss, _):
 _cross_entropy.register_autograd(_backward, setup_context=_setup)
 
 
-def check_options(
-    name: str, reduction: str, label_smoothing: float, softcap: float, vocab_size: int, width: int
-) -> None:
+def check_options(name: str, reduction: str, label_smoothing: float, softcap: float, vocab_size: int, width: int) -> None:
     """Raise ValueError, with the call's name in front, for an option that makes no sense."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")

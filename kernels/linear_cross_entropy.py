@@ -27,13 +27,9 @@ from fastlm.kernels.cross_entropy import (
     check_options,
     cross_entropy_backward_reference,
     cross_entropy_reference,
+    launch_rows,
     mean_over_counted,
 )
-
-# A row kernel: (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, write_grad,
-# *options). It fills loss and lse where write_loss, else reads lse; where write_grad it overwrites logits by their
-# gradient times dloss (or 1). RowKernel = Callable[..., None] Options = tuple[int, float, float, float, int]  #
-# ignore_index, z_loss, label_smoothing, softcap, vocab_size
 
 # A row kernel takes (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, write_grad,
 # *options). It fills loss and lse where write_loss and reads lse otherwise; where write_grad it overwrites logits by
@@ -64,6 +60,19 @@ def _rows_cpu(
     if write_grad:
         upstream = torch.ones_like(lse) if dloss is None else dloss
         logits.copy_(cross_entropy_backward_reference(upstream, logits, targets, lse, *options))
+
+
+def _rows_triton(
+    logits: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    dloss: Tensor | None,
+    write_loss: bool,
+    write_grad: bool,
+    *options: Any,
+) -> None:
+    launch_rows(logits, targets, loss if write_loss else loss[:0], lse, dloss, logits if write_grad else None, options)
 
 
 # ---------------------------------------------------------------- the chunk loop
@@ -173,9 +182,7 @@ def _nll(rows: RowKernel, h, weight, bias, targets, *rest):
 
 def _nll_backward(rows: RowKernel, dloss, h, weight, bias, targets, lse, *rest):
     *options, chunk_bytes, max_counted, need_dh, need_dw = rest
-    out = run_chunks(
-        rows, h, weight, bias, targets, dloss, lse, tuple(options), chunk_bytes, max_counted, need_dh, need_dw
-    )
+    out = run_chunks(rows, h, weight, bias, targets, dloss, lse, tuple(options), chunk_bytes, max_counted, need_dh, need_dw)
     return out[2:]
 
 
@@ -199,7 +206,7 @@ def _linear_cross_entropy(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
-    return _fused(_rows_cpu, h, weight, bias, targets, *options, chunk_bytes, max_counted, need_dh, need_dw)
+    return _fused(_rows_triton, h, weight, bias, targets, *options, chunk_bytes, max_counted, need_dh, need_dw)
 
 
 @torch.library.custom_op("fastlm::linear_nll", mutates_args=())
@@ -217,7 +224,7 @@ def _linear_nll(
     max_counted: int,
 ) -> tuple[Tensor, Tensor]:
     options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
-    return _nll(_rows_cpu, h, weight, bias, targets, *options, chunk_bytes, max_counted)
+    return _nll(_rows_triton, h, weight, bias, targets, *options, chunk_bytes, max_counted)
 
 
 @torch.library.custom_op("fastlm::linear_nll_backward", mutates_args=())
@@ -240,7 +247,7 @@ def _linear_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
     limits = (chunk_bytes, max_counted, need_dh, need_dw)
-    return _nll_backward(_rows_cpu, dloss, h, weight, bias, targets, lse, *options, *limits)
+    return _nll_backward(_rows_triton, dloss, h, weight, bias, targets, lse, *options, *limits)
 
 
 _linear_cross_entropy.register_kernel("cpu")(partial(_fused, _rows_cpu))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype
+from fastlm.kernels.common import accumulation_dtype, jit, next_power_of_2, tl
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -27,9 +27,7 @@ def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-def rope_reference(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(q, k) rotated, in plain PyTorch."""
     at = torch.arange(q.shape[1], device=q.device).unsqueeze(0) if positions is None else positions.long()
     cos, sin = cos[at], sin[at]  # (B or 1, T, Dh / 2)
@@ -43,20 +41,75 @@ def rope_backward_reference(
     return rope_reference(dq, dk, cos, -sin, positions)
 
 
+# ---------------------------------------------------------------- Triton
+
+
+@jit(do_not_specialize=["T", "N_POSITIONS"])
+def _rope_kernel(
+    q, k, q_out, k_out, cos, sin, positions, T, N_POSITIONS, q_batch, q_token, k_batch, k_token, p_batch, p_token,
+    Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, INVERSE: tl.constexpr, BH: tl.constexpr, BKV: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    b = n // T
+    t = n % T
+    at = t
+    if HAS_POSITIONS:
+        at = tl.load(positions + b * p_batch + t * p_token).to(tl.int64)
+    j = tl.arange(0, BLOCK)[None, :]
+    everywhere = tl.zeros((1, BLOCK), tl.int64) + at
+    inside = (j < HALF) & (everywhere >= 0) & (everywhere < N_POSITIONS)
+    c = tl.load(cos + at * HALF + j, mask=inside, other=float("nan")).to(tl.float32)
+    s = tl.load(sin + at * HALF + j, mask=inside, other=float("nan")).to(tl.float32)
+    if INVERSE:
+        s = -s
+    h = tl.arange(0, BH)[:, None]
+    q_mask = (h < H) & (j < HALF)
+    q_in = q + b * q_batch + t * q_token + h * Q_HEAD + j
+    q1 = tl.load(q_in, mask=q_mask, other=0.0).to(tl.float32)
+    q2 = tl.load(q_in + HALF, mask=q_mask, other=0.0).to(tl.float32)
+    g = tl.arange(0, BKV)[:, None]
+    k_mask = (g < HKV) & (j < HALF)
+    k_in = k + b * k_batch + t * k_token + g * K_HEAD + j
+    k1 = tl.load(k_in, mask=k_mask, other=0.0).to(tl.float32)
+    k2 = tl.load(k_in + HALF, mask=k_mask, other=0.0).to(tl.float32)
+    q_to = q_out + (n * H + h) * (2 * HALF) + j
+    tl.store(q_to, (q1 * c - q2 * s).to(q_out.dtype.element_ty), mask=q_mask)
+    tl.store(q_to + HALF, (q2 * c + q1 * s).to(q_out.dtype.element_ty), mask=q_mask)
+    k_to = k_out + (n * HKV + g) * (2 * HALF) + j
+    tl.store(k_to, (k1 * c - k2 * s).to(k_out.dtype.element_ty), mask=k_mask)
+    tl.store(k_to + HALF, (k2 * c + k1 * s).to(k_out.dtype.element_ty), mask=k_mask)
+
+
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    """One program a token, q and k together: cos and sin are read once for all heads. One warp for each 512 pairs of
+    q."""
+    batch, tokens, heads, width = q.shape
+    kv_heads, half = k.shape[2], width // 2
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    at = cos if positions is None else positions
+    p_strides = (0, 0) if positions is None else positions.stride()
+    block, bh = next_power_of_2(half), next_power_of_2(heads)
+    if batch * tokens:
+        _rope_kernel[(batch * tokens,)](
+            q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), at, tokens, len(cos), *q.stride()[:2],
+            *k.stride()[:2], *p_strides, q.stride(2), k.stride(2), heads, kv_heads, half, positions is not None,
+            inverse, bh, next_power_of_2(kv_heads), block, num_warps=max(1, min(bh * block // 512, 8)),
+        )  # fmt: skip
+    return q_out, k_out
+
+
 # ---------------------------------------------------------------- registration
 
 
 @torch.library.custom_op("fastlm::rope", mutates_args=())
-def _rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    return _rope_cpu(q, k, cos, sin, positions, inverse)
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _launch(q, k, cos, sin, positions, inverse)
 
 
 @_rope.register_kernel("cpu")
-def _rope_cpu(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def _rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
     if cpu.available(q, k) and cos.dtype == sin.dtype == torch.float32:
         return cpu.rope(q, k, cos, sin, positions, inverse)
     return (rope_backward_reference if inverse else rope_reference)(q, k, cos, sin, positions)
@@ -95,13 +148,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
             f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, T, H, Dh) and (B, T, Hkv, Dh) with an even Dh"
         )
     if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[1] * 2 != q.shape[3]:
-        raise ValueError(
-            f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (max_seq_len, {q.shape[3] // 2})"
-        )
+        raise ValueError(f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (max_seq_len, {q.shape[3] // 2})")
     if positions is None and cos.shape[0] < q.shape[1]:
-        raise ValueError(
-            f"rope: {q.shape[1]} tokens but cos and sin hold {cos.shape[0]} positions; make the tables longer"
-        )
+        raise ValueError(f"rope: {q.shape[1]} tokens but cos and sin hold {cos.shape[0]} positions; make the tables longer")
     if positions is not None and positions.shape != q.shape[:2]:
         raise ValueError(f"rope: positions {tuple(positions.shape)} must be (B, T) = {tuple(q.shape[:2])}")
     return _rope(q, k, cos, sin, positions, False)
