@@ -12,93 +12,97 @@ namespace {
 constexpr int64_t kMaxBlocks = 256;
 constexpr float kNan = __builtin_nanf("");
 
-template <bool kCapped>
-vf cap_logits(vf x, float cap) {
-    if constexpr (kCapped) return cap * tanh(x / cap);
-    return x;
+// z <- cap tanh(z / cap)
+template <bool kCapped, int K>
+inline void soften(vf (&z)[K], float cap) {
+    if constexpr (kCapped) {
+        for (int k = 0; k < K; k++) z[k] = z[k] / cap;
+        tanh(z);
+        for (int k = 0; k < K; k++) z[k] = z[k] * cap;
+    }
 }
 template <bool kCapped>
-float cap_logit(float x, float cap) {
-    return cap_logits<kCapped>(splat(x), cap)[0];
+float soften(float x, float cap) {
+    vf z[1] = {splat(x)};
+    soften<kCapped>(z, cap);
+    return z[0][0];
 }
-float exp_one(float x) { return exp(splat(x))[0]; }
 
 template <typename T>
 float largest(const T* x, int64_t n) {
     vf top[4];
     for (vf& t : top) t = splat(-__FLT_MAX__);
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-        for (int k = 0; k < 4; k++) top[k] = max(load(x + i + k * kLanes), top[k]);
-    for (; i < n; i += kLanes)
-        top[0] = max(i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -__FLT_MAX__), top[0]);
+    walk(n, [&]<int K>(int64_t i, int64_t lanes) {
+        for (int k = 0; k < K; k++) top[k] = max(load(x + i + k * kLanes, lanes, -__FLT_MAX__), top[k]);
+    });
     return max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
 // sum of e^(z - m); with `kept`, the exponentials are stored there (fp32 only: bf16 would round them)
 template <bool kCapped, typename T>
 float sum_exp(const T* x, float m, float cap, float* kept, int64_t n) {
-    vf total[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-        for (int k = 0; k < 2; k++) {
-            vf e = exp(cap_logits<kCapped>(load(x + i + k * kLanes), cap) - m);
-            if (kept) store(kept + i + k * kLanes, e);
-            total[k] += e;
+    vf total[4] = {};
+    walk(n, [&]<int K>(int64_t i, int64_t lanes) {
+        vf z[K];
+        for (int k = 0; k < K; k++) z[k] = load(x + i + k * kLanes, lanes);
+        soften<kCapped>(z, cap);
+        for (int k = 0; k < K; k++) z[k] -= m;
+        exp(z);
+        for (int k = 0; k < K; k++) {
+            if (kept) store(kept + i + k * kLanes, z[k], lanes);
+            total[k] += lanes == kLanes ? z[k] : keep_first(z[k], lanes, 0.0f);
         }
-    for (; i < n; i += kLanes) {
-        int64_t left = n - i < kLanes ? n - i : kLanes;
-        vf e = exp(cap_logits<kCapped>(load_tail(x + i, left), cap) - m);
-        if (kept) store_tail(kept + i, e, left);
-        total[0] += keep_first(e, left, 0.0f);
-    }
-    return sum(total[0] + total[1]);
+    });
+    return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 template <bool kCapped, typename T>
 double sum_logits(const T* x, float cap, int64_t n) {
     double total = 0;
-    for (int64_t start = 0; start < n; start += 1024) {
-        vf part = {};
-        for (int64_t i = start; i < n && i < start + 1024; i += kLanes) {
-            int64_t left = n - i < kLanes ? n - i : kLanes;
-            part += keep_first(cap_logits<kCapped>(load_tail(x + i, left), cap), left, 0.0f);
-        }
-        total += sum(part);
-    }
+    walk(n, [&]<int K>(int64_t i, int64_t lanes) {
+        vf z[K];
+        for (int k = 0; k < K; k++) z[k] = load(x + i + k * kLanes, lanes);
+        soften<kCapped>(z, cap);
+        for (int k = 0; k < K; k++) total += sum(lanes == kLanes ? z[k] : keep_first(z[k], lanes, 0.0f));
+    });
     return total;
 }
 
 // grad = (e^(z - lse) * scale + shift) * (1 - (z / cap)^2 where capped)
 template <bool kCapped, typename T>
 void gradient(const T* x, float lse, float scale, float shift, float cap, T* grad, int64_t n) {
-    auto one = [&](vf v) {
-        vf z = cap_logits<kCapped>(v, cap);
-        vf g = exp(z - lse) * scale + shift;
-        if constexpr (kCapped) g *= 1.0f - (z / cap) * (z / cap);
-        return g;
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(grad + i, one(load(x + i)));
-    if (i < n) store_tail(grad + i, one(load_tail(x + i, n - i)), n - i);
+    walk(n, [=]<int K>(int64_t i, int64_t lanes) {
+        vf z[K], p[K];
+        for (int k = 0; k < K; k++) z[k] = load(x + i + k * kLanes, lanes);
+        soften<kCapped>(z, cap);
+        for (int k = 0; k < K; k++) p[k] = z[k] - lse;
+        exp(p);
+        for (int k = 0; k < K; k++) {
+            vf g = p[k] * scale + shift;
+            if constexpr (kCapped) g *= 1.0f - (z[k] / cap) * (z[k] / cap);
+            store(grad + i + k * kLanes, g, lanes);
+        }
+    });
 }
 
 void rescale(float* grad, float scale, float shift, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(grad + i, load(grad + i) * scale + shift);
-    if (i < n) store_tail(grad + i, load_tail(grad + i, n - i) * scale + shift, n - i);
+    walk(n, [=]<int K>(int64_t i, int64_t lanes) {
+        for (int64_t k = 0, j = i; k < K; k++, j += kLanes) store(grad + j, load(grad + j, lanes) * scale + shift, lanes);
+    });
 }
 
 template <typename T>
 void fill(T* x, float value, int64_t n) {
-    for (int64_t i = 0; i < n; i++) store_tail(x + i, splat(value), 1);
+    walk(n, [=]<int K>(int64_t i, int64_t lanes) {
+        for (int k = 0; k < K; k++) store(x + i + k * kLanes, splat(value), lanes);
+    });
 }
 
 template <bool kCapped, typename T>
 void one_row(const T* x, int64_t target, float* loss, float* lse, float dloss, T* grad, const Loss& o) {
     int64_t n = o.vocab, block = n / kMaxBlocks + 1 > 2048 ? n / kMaxBlocks + 1 : 2048;
     float maxima[kMaxBlocks], m = -__FLT_MAX__;
-    float z_target = cap_logit<kCapped>(load_tail(x + target, 1)[0], o.softcap);
+    float z_target = soften<kCapped>(load(x + target, 1)[0], o.softcap);
     // In fp32 the exponentials of the forward pass wait in the gradient's place and are only rescaled afterwards.
     float* kept = sizeof(T) == 4 && !kCapped && loss ? (float*)grad : nullptr;
     double spread = o.smoothing && loss ? sum_logits<kCapped>(x, o.softcap, n) : 0;
@@ -106,9 +110,9 @@ void one_row(const T* x, int64_t target, float* loss, float* lse, float dloss, T
         double total = 0;
         for (int64_t b = 0, i = 0; i < n; b++, i += block) {
             int64_t size = n - i < block ? n - i : block;
-            float top = cap_logit<kCapped>(largest(x + i, size), o.softcap), before = m;
+            float top = soften<kCapped>(largest(x + i, size), o.softcap), before = m;
             maxima[b] = m = top > m ? top : m;
-            total = total * exp_one(before - m) + sum_exp<kCapped>(x + i, m, o.softcap, kept ? kept + i : nullptr, size);
+            total = total * exp(before - m) + sum_exp<kCapped>(x + i, m, o.softcap, kept ? kept + i : nullptr, size);
         }
         *lse = m + __builtin_logf((float)total);
         *loss = (1.0f - o.smoothing) * (*lse - z_target) + o.z_loss * *lse * *lse;
@@ -118,13 +122,13 @@ void one_row(const T* x, int64_t target, float* loss, float* lse, float dloss, T
     float scale = dloss * (1.0f + 2.0f * o.z_loss * *lse), shift = -dloss * o.smoothing / (float)n;
     if (kept) {
         for (int64_t b = 0, i = 0; i < n; b++, i += block)
-            rescale(kept + i, exp_one(maxima[b] - *lse) * scale, shift, n - i < block ? n - i : block);
+            rescale(kept + i, exp(maxima[b] - *lse) * scale, shift, n - i < block ? n - i : block);
     } else {
         gradient<kCapped>(x, *lse, scale, shift, o.softcap, grad, n);
     }
-    float at = exp_one(z_target - *lse) * scale + shift - dloss * (1.0f - o.smoothing);
+    float at = exp(z_target - *lse) * scale + shift - dloss * (1.0f - o.smoothing);
     if (kCapped) at *= 1.0f - (z_target / o.softcap) * (z_target / o.softcap);
-    store_tail(grad + target, splat(at), 1);
+    store(grad + target, splat(at), 1);
 }
 
 template <typename T>

@@ -5,66 +5,53 @@
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-// The sum of squares of a row, in four chains so that the additions overlap.
 template <typename T>
 float square_sum(const T* x, int64_t n) {
-    vf a[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-        for (int k = 0; k < 4; k++) {
-            vf v = load(x + i + k * kLanes);
-            a[k] += v * v;
+    vf total[4] = {};  // four chains, so that the additions overlap
+    walk(n, [&]<int K>(int64_t i, int64_t lanes) {
+        for (int k = 0; k < K; k++) {
+            vf v = load(x + i + k * kLanes, lanes);
+            total[k] += v * v;
         }
-    for (; i < n; i += kLanes) {
-        vf v = i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i);
-        a[0] += v * v;
-    }
-    return sum((a[0] + a[1]) + (a[2] + a[3]));
+    });
+    return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 template <typename T>
 void add_row(const T* x, const T* residual, T* sum, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(sum + i, load(x + i) + load(residual + i));
-    if (i < n) store_tail(sum + i, load_tail(x + i, n - i) + load_tail(residual + i, n - i), n - i);
+    walk(n, [=]<int K>(int64_t i, int64_t lanes) {
+        for (int64_t k = 0, j = i; k < K; k++, j += kLanes)
+            store(sum + j, load(x + j, lanes) + load(residual + j, lanes), lanes);
+    });
 }
 
 template <typename T>
 void scale_row(const T* x, const float* w, float rstd, T* y, int64_t n) {
-    vf r = splat(rstd);
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * r * load(w + i));
-    if (i < n) store_tail(y + i, load_tail(x + i, n - i) * r * load_tail(w + i, n - i), n - i);
+    walk(n, [=]<int K>(int64_t i, int64_t lanes) {
+        for (int64_t k = 0, j = i; k < K; k++, j += kLanes)
+            store(y + j, load(x + j, lanes) * rstd * load(w + j, lanes), lanes);
+    });
 }
 
 // With x^ = s * rstd and g = dy * w: dx = rstd * (g - x^ * mean(g * x^)), dw = sum over rows of dy * x^.
 template <typename T>
 void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* dsum, T* dx, T* y, float* dw, int64_t n) {
-    vf dot[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-        for (int k = 0; k < 2; k++) dot[k] += load(s + i + k * kLanes) * (load(dy + i + k * kLanes) * load(w + i + k * kLanes));
-    for (; i < n; i += kLanes) {
-        int64_t m = n - i;
-        dot[0] += m >= kLanes ? load(s + i) * (load(dy + i) * load(w + i))
-                              : load_tail(s + i, m) * (load_tail(dy + i, m) * load_tail(w + i, m));
-    }
-    vf r = splat(rstd), c = splat(rstd * rstd * rstd * sum(dot[0] + dot[1]) / (float)n);
-    for (i = 0; i + kLanes <= n; i += kLanes) {
-        vf v = load(s + i), g = load(dy + i);
-        vf d = g * load(w + i) * r - v * c;
-        store(dw + i, load(dw + i) + g * (v * r));
-        store(dx + i, dsum ? d + load(dsum + i) : d);
-        if (y) store(y + i, v * r * load(w + i));
-    }
-    if (i < n) {
-        int64_t m = n - i;
-        vf v = load_tail(s + i, m), g = load_tail(dy + i, m);
-        vf d = g * load_tail(w + i, m) * r - v * c;
-        store_tail(dw + i, load_tail(dw + i, m) + g * (v * r), m);
-        store_tail(dx + i, dsum ? d + load_tail(dsum + i, m) : d, m);
-        if (y) store_tail(y + i, v * r * load_tail(w + i, m), m);
-    }
+    vf dot[4] = {};
+    walk(n, [&]<int K>(int64_t i, int64_t lanes) {
+        for (int64_t k = 0, j = i; k < K; k++, j += kLanes)
+            dot[k] += load(s + j, lanes) * (load(dy + j, lanes) * load(w + j, lanes));
+    });
+    float c = rstd * rstd * rstd * sum((dot[0] + dot[1]) + (dot[2] + dot[3])) / (float)n;
+    walk(n, [=]<int K>(int64_t i, int64_t lanes) {
+        for (int64_t k = 0, j = i; k < K; k++, j += kLanes) {
+            vf v = load(s + j, lanes), g = load(dy + j, lanes), scale = load(w + j, lanes);
+            vf d = g * scale * rstd - v * c;
+            if (dsum) d += load(dsum + j, lanes);
+            store(dw + j, load(dw + j, lanes) + g * (v * rstd), lanes);
+            store(dx + j, d, lanes);
+            if (y) store(y + j, v * rstd * scale, lanes);
+        }
+    });
 }
 
 template <typename T>
@@ -101,8 +88,8 @@ void backward(const T* s, int64_t s_stride, const float* w, const float* rstd, c
         for (int64_t j = 0; j < dim; j += kLanes) {
             int64_t m = dim - j < kLanes ? dim - j : kLanes;
             vf total = {};
-            for (int64_t b = 0; b < blocks; b++) total += load_tail(partial + b * dim + j, m);
-            store_tail(dw + j, total, m);
+            for (int64_t b = 0; b < blocks; b++) total += load(partial + b * dim + j, m);
+            store(dw + j, total, m);
         }
     }
 }

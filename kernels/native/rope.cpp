@@ -8,18 +8,14 @@ namespace {
 // (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the two halves of one head.
 template <typename T>
 void rotate(const T* x, const float* cos, const float* sin, float sign, T* out, int64_t half) {
-    int64_t j = 0;
-    for (; j + kLanes <= half; j += kLanes) {
-        vf a = load(x + j), b = load(x + half + j), c = load(cos + j), s = load(sin + j) * sign;
-        store(out + j, a * c - b * s);
-        store(out + half + j, b * c + a * s);
-    }
-    if (int64_t m = half - j; m > 0) {
-        vf a = load_tail(x + j, m), b = load_tail(x + half + j, m);
-        vf c = load_tail(cos + j, m), s = load_tail(sin + j, m) * sign;
-        store_tail(out + j, a * c - b * s, m);
-        store_tail(out + half + j, b * c + a * s, m);
-    }
+    walk(half, [=]<int K>(int64_t i, int64_t lanes) {
+        for (int64_t k = 0, j = i; k < K; k++, j += kLanes) {
+            vf a = load(x + j, lanes), b = load(x + half + j, lanes);
+            vf c = load(cos + j, lanes), s = load(sin + j, lanes) * sign;
+            store(out + j, a * c - b * s, lanes);
+            store(out + half + j, b * c + a * s, lanes);
+        }
+    });
 }
 
 template <typename T>

@@ -5,32 +5,28 @@
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
-
-struct Gradients {
-    vf gate, up, y;
-};
-
-Gradients differentiate(vf gate, vf up, vf dy) {
-    vf s = sigmoid(gate), silu = gate * s;
-    return {dy * up * (s + silu * (1.0f - s)), dy * silu, silu * up};
+// s <- sigmoid(gate) = 1 / (1 + e^-gate)
+template <int K, typename T>
+inline void sigmoid(const T* gate, int64_t lanes, vf (&s)[K]) {
+    for (int k = 0; k < K; k++) s[k] = -load(gate + k * kLanes, lanes);
+    exp(s);
+    for (int k = 0; k < K; k++) s[k] = 1.0f / (1.0f + s[k]);
 }
 
 template <typename T>
 void forward(const T* gate_up, int64_t stride, T* y, int64_t rows, int64_t dim, [[maybe_unused]] int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < rows; i++) {
-        const T *gate = gate_up + i * stride, *up = gate + dim;
-        T* out = y + i * dim;
-        int64_t j = 0;
-        for (; j + kLanes <= dim; j += kLanes) {
-            vf g = load(gate + j);
-            store(out + j, g * sigmoid(g) * load(up + j));
-        }
-        if (int64_t m = dim - j; m > 0) {
-            vf g = load_tail(gate + j, m);
-            store_tail(out + j, g * sigmoid(g) * load_tail(up + j, m), m);
-        }
+    for (int64_t row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * stride, *up = gate + dim;
+        T* out = y + row * dim;
+        walk(dim, [=]<int K>(int64_t i, int64_t lanes) {
+            vf s[K];
+            sigmoid(gate + i, lanes, s);
+            for (int k = 0; k < K; k++) {
+                int64_t j = i + k * kLanes;
+                store(out + j, load(gate + j, lanes) * s[k] * load(up + j, lanes), lanes);
+            }
+        });
     }
 }
 
@@ -38,22 +34,20 @@ template <typename T>
 void backward(const T* gate_up, int64_t stride, const T* dy, int64_t dy_stride, T* dgate_up, T* y, int64_t rows,
               int64_t dim, [[maybe_unused]] int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < rows; i++) {
-        const T *gate = gate_up + i * stride, *up = gate + dim, *dout = dy + i * dy_stride;
-        T *dgate = dgate_up + i * 2 * dim, *dup = dgate + dim;
-        int64_t j = 0;
-        for (; j + kLanes <= dim; j += kLanes) {
-            Gradients d = differentiate(load(gate + j), load(up + j), load(dout + j));
-            store(dgate + j, d.gate);
-            store(dup + j, d.up);
-            if (y) store(y + i * dim + j, d.y);
-        }
-        if (int64_t m = dim - j; m > 0) {
-            Gradients d = differentiate(load_tail(gate + j, m), load_tail(up + j, m), load_tail(dout + j, m));
-            store_tail(dgate + j, d.gate, m);
-            store_tail(dup + j, d.up, m);
-            if (y) store_tail(y + i * dim + j, d.y, m);
-        }
+    for (int64_t row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * stride, *up = gate + dim, *dout = dy + row * dy_stride;
+        T *dgate = dgate_up + row * 2 * dim, *dup = dgate + dim, *out = y ? y + row * dim : nullptr;
+        walk(dim, [=]<int K>(int64_t i, int64_t lanes) {
+            vf s[K];
+            sigmoid(gate + i, lanes, s);
+            for (int k = 0; k < K; k++) {
+                int64_t j = i + k * kLanes;
+                vf g = load(gate + j, lanes), u = load(up + j, lanes), d = load(dout + j, lanes), silu = g * s[k];
+                store(dgate + j, d * u * (s[k] + silu * (1.0f - s[k])), lanes);
+                store(dup + j, d * silu, lanes);
+                if (out) store(out + j, silu * u, lanes);
+            }
+        });
     }
 }
 
