@@ -6,10 +6,12 @@ so that each addition is fused with the norm that follows it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastlm import kernels
 from fastlm.attention import attention
@@ -71,6 +73,15 @@ class Block(nn.Module):
         return self.down(kernels.swiglu(self.gate_up(h))), x
 
 
+def recompute_all_but_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Attention costs the most to repeat for what it takes to keep (one (B, T, D) a layer); the rest is made again."""
+    kept = any(word in str(op) for word in ("attention", "attn", "packed_documents"))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+keep_attention = partial(create_selective_checkpoint_contexts, recompute_all_but_attention)
+
+
 class Transformer(nn.Module):
     """Token ids to hidden states, logits or a loss.
 
@@ -115,7 +126,7 @@ class Transformer(nn.Module):
         x, rest = None, ((self.cos, self.sin), positions, cu_seqlens, max_seqlen, self.attention_backend)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                update, x = checkpoint(block, update, x, *rest, use_reentrant=False)
+                update, x = checkpoint(block, update, x, *rest, use_reentrant=False, context_fn=keep_attention)
             else:
                 update, x = block(update, x, *rest)
         return add_norm(update, x, self.norm, self.config.norm_eps)[0]
