@@ -148,6 +148,10 @@ def packed_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tup
 def forward_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    return forward_by_formula(q, k, v)
+
+
+def forward_by_formula(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scores = causal_scores(q, k)
     return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
 
@@ -183,6 +187,11 @@ def backward_one(tensors: list[Tensor], lse: Tensor) -> tuple[Tensor, Tensor, Te
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse.contiguous(), 0.0, True
         )
+    return backward_by_formula(tensors, lse)
+
+
+def backward_by_formula(tensors: list[Tensor], lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out = tensors
     p = (causal_scores(q, k) - lse.unsqueeze(-1)).exp()
     dout = dout.float()
     ds = p * (dout @ v.float().mT - (dout * out.float()).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
