@@ -78,6 +78,9 @@ def cross_entropy_backward_reference(
 
 # ---------------------------------------------------------------- Triton
 
+LOG2E = tl.constexpr(1.4426950408889634) if tl is not None else None
+LN2 = tl.constexpr(0.6931471805599453) if tl is not None else None
+
 
 @jit()
 def _load_logits(pointers, mask, SOFTCAP: tl.constexpr):
@@ -90,10 +93,10 @@ def _load_logits(pointers, mask, SOFTCAP: tl.constexpr):
 
 
 @jit()
-def _dlogits(v, columns, target, lse, upstream, scale,
+def _dlogits(v, columns, target, lse2, upstream, scale,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr,
 ):  # fmt: skip
-    g = tl.exp(v - lse) * scale
+    g = tl.exp2(v * LOG2E - lse2) * scale
     if SMOOTHING > 0:
         g -= upstream * (SMOOTHING / VOCAB)
     g = tl.where(columns == target, g - upstream * (1.0 - SMOOTHING), g)
@@ -116,6 +119,7 @@ def _rows_kernel(
     target = tl.load(targets + i)
     counted = target != IGNORE
     valid = (target >= 0) & (target < VOCAB)
+    target = tl.where(valid, target, 0).to(tl.int32)
     start = i * STRIDE
     head = 0
     if STRIDE % ALIGN != 0:
@@ -127,26 +131,26 @@ def _rows_kernel(
     edge = tl.where(e < ALIGN, e, head + bulk + e - ALIGN)  # columns
     edge_mask = ((e >= ALIGN) | (e < head)) & (edge < read)
     edges = _load_logits(logits + start + edge, edge_mask, SOFTCAP)
+    picked = tl.load(logits + start + target, mask=valid, other=float("nan")).to(tl.float32)
     offsets = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
 
     if WRITE_LOSS:
-        m = tl.full((C,), float("-inf"), tl.float32)
+        m = tl.full((C,), float("-inf"), tl.float32)  # the running maximum, in units of ln 2: exp2 needs no scaling
         s = tl.zeros((C,), tl.float32)
         total = tl.zeros((C,), tl.float32)
         for k in range(0, bulk, R * C):
             mask = k + offsets < bulk
             v = _load_logits(row + k + offsets, mask, SOFTCAP)
-            larger = tl.maximum(m, tl.max(v, 0))
+            larger = tl.maximum(m, tl.max(v, 0) * LOG2E)
             pivot = tl.where(larger == float("-inf"), 0.0, larger)
-            s = s * tl.exp(m - pivot) + tl.sum(tl.exp(v - pivot[None, :]), 0)
+            s = s * tl.exp2(m - pivot) + tl.sum(tl.exp2(v * LOG2E - pivot[None, :]), 0)
             m = larger
             if SMOOTHING > 0:
                 total += tl.sum(tl.where(mask, v, 0.0), 0)
-        top = tl.maximum(tl.max(m, 0), tl.max(edges, 0))
+        top = tl.maximum(tl.max(m, 0), tl.max(edges, 0) * LOG2E)
         pivot = tl.where(top == float("-inf"), 0.0, top)
-        z = tl.sum(s * tl.exp(m - pivot), 0) + tl.sum(tl.exp(edges - pivot), 0)
-        lse = pivot + tl.log(z)
-        picked = tl.load(logits + start + target, mask=valid, other=float("nan")).to(tl.float32)
+        z = tl.sum(s * tl.exp2(m - pivot), 0) + tl.sum(tl.exp2(edges * LOG2E - pivot), 0)
+        lse = (pivot + tl.log2(z)) * LN2
         if SOFTCAP > 0:
             picked = SOFTCAP * (1.0 - 2.0 / (tl.exp(picked * (2.0 / SOFTCAP)) + 1.0))
         nll = (1.0 - SMOOTHING) * (lse - picked)
@@ -167,17 +171,19 @@ def _rows_kernel(
             upstream = tl.load(dloss + i * dloss_stride).to(tl.float32)
         upstream = tl.where(valid, upstream, float("nan"))
         scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)
+        lse2 = lse * LOG2E
         dtype = out.dtype.element_ty
         to = out + i * OUT_STRIDE
         to_bulk = to + head
+        tl.debug_barrier()  # out may be logits: every warp has its copy of the edges before one of them is overwritten
         if OUT_STRIDE % ALIGN == STRIDE % ALIGN:
             to_bulk = out + tl.multiple_of(i * OUT_STRIDE + head, ALIGN)
         for k in range(0, bulk, R * C):
             mask = k + offsets < bulk
             v = _load_logits(row + k + offsets, mask, SOFTCAP)
-            g = _dlogits(v, k + offsets, target - head, lse, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
+            g = _dlogits(v, offsets, target - head - k, lse2, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
             tl.store(to_bulk + k + offsets, g.to(dtype), mask=mask)
-        g = _dlogits(edges, edge, target, lse, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
+        g = _dlogits(edges, edge, target, lse2, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
         tl.store(to + edge, g.to(dtype), mask=edge_mask)
         for k in range(read, WIDTH, C):  # padding columns, or the whole of an ignored row
             j = k + tl.arange(0, C)
@@ -202,7 +208,7 @@ def launch_rows(
     """
     ignore_index, z_loss, label_smoothing, softcap, vocab_size = options
     n, width = logits.shape
-    warps = 8 if vocab_size > 4096 else 1
+    warps = 4 if vocab_size > 4096 else 1
     if n:
         _rows_kernel[(n,)](
             logits, targets.contiguous(), loss, lse, lse if dloss is None else dloss, logits if out is None else out,

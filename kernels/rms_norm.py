@@ -75,11 +75,12 @@ def _backward_kernel(
     dy, x, weight, rstd, dsum, dx, partial, y, M,
     DY_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, S_STRIDE: tl.constexpr, D: tl.constexpr,
     HAS_SUM: tl.constexpr, EMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+    DW_ROWS: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
     j = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
-    dw = tl.zeros((1, BLOCK), tl.float32)
+    dw = tl.zeros((DW_ROWS, BLOCK), tl.float32)
     for tile in range(p, tl.cdiv(M, ROWS), PARTIALS):
         i = tl.arange(0, ROWS).to(tl.int64) + tile * ROWS
         row = i[:, None]
@@ -88,16 +89,19 @@ def _backward_kernel(
         v = tl.load(x + row * X_STRIDE + j, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + i, mask=i < M, other=0.0)[:, None]
         xhat = v * r
-        dw += tl.sum(g * xhat, 0)[None, :]
+        if DW_ROWS == 1:
+            dw += tl.sum(g * xhat, 0)[None, :]
+        else:
+            dw += g * xhat
         if EMIT:
             tl.store(y + row * D + j, (xhat * w).to(y.dtype.element_ty), mask=mask)
-        g *= w
+        g = g * w
         c = tl.sum(g * xhat, 1)[:, None] * (1.0 / D)
         g = (g - xhat * c) * r
         if HAS_SUM:
             g += tl.load(dsum + row * S_STRIDE + j, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + row * D + j, g.to(dx.dtype.element_ty), mask=mask)
-    tl.store(partial + p.to(tl.int64) * D + j, dw, mask=j < D)
+    tl.store(partial + p.to(tl.int64) * D + j, tl.sum(dw, 0)[None, :], mask=j < D)
 
 
 @jit()
@@ -120,10 +124,10 @@ def _forward_shape(width: int) -> tuple[int, int, int]:
 
 
 def _backward_shape(width: int) -> tuple[int, int, int]:
-    """(rows of a tile, padded width, warps): about 16 numbers of each operand to a lane, two tiles of warps to a row
-    at most."""
+    """(rows of a tile, padded width, warps): 32 numbers of each operand to a lane. From 512 wide all warps lie along
+    a row, so dw needs no exchange between them until the end; narrower, each warp has rows of its own."""
     block = next_power_of_2(width)
-    return max(1, 4096 // block), block, max(8, min(block // 512, 32))
+    return max(1, 4096 // block), block, max(2 if block == 512 else 4, min(block // 512, 32))
 
 
 def _partials(m: int, width: int) -> int:
@@ -163,7 +167,8 @@ def _launch_backward(
     partial = x.new_empty((count, width), dtype=torch.float32)
     _backward_kernel[(count,)](
         grad, rows, weight.contiguous(), rstd, other, dx, partial, y, m, grad.stride(0), rows.stride(0),
-        other.stride(0), width, dsum is not None, emit_y, tile, block, count, num_warps=warps,
+        other.stride(0), width, dsum is not None, emit_y, tile, block, count,
+            tile if block < 512 else 1, num_warps=warps,
     )  # fmt: skip
     block = max(32, 2048 // next_power_of_2(count))
     _sum_partials_kernel[(cdiv(width, block),)](partial, dw, width, count, min(64, next_power_of_2(count)), block)
