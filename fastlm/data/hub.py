@@ -115,9 +115,7 @@ def load_hub_rows(name: str, known: HubName, split: str, revision: str) -> Itera
     import datasets
 
     try:
-        yield from datasets.load_dataset(
-            known.repository, known.configuration, split=split, revision=revision, streaming=True
-        )
+        yield from datasets.load_dataset(known.repository, known.configuration, split=split, revision=revision, streaming=True)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"data source {name!r}: reading it failed ({reason}); run the same command again to go on "

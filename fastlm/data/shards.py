@@ -1,6 +1,6 @@
 """Text to token shards: tokenised once, written atomically, resumed after a kill, reused ever after.
 
-    pieces of text -> batches of about 1 MB -> ids (in parallel) -> <folder>.partial/*.bin + journal.json -> <folder>/
+    pieces of text -> batches of about 256 KB -> ids (in parallel) -> <folder>.partial/*.bin + journal.json -> <folder>/
 
 The journal is written after the data it speaks of is on disk; a run that was killed truncates the data to the last journal
 and goes on from there, so its result is byte-identical to that of an undisturbed run.
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastlm.data.dedup import Duplicates, drop_duplicates
 from fastlm.data.encode import encode_batches
 from fastlm.data.sources import HELD_OUT_EVERY, Piece, Source, open_source
 from fastlm.data.tokens import FORMAT, MANIFEST, TokenData, Tokens, file_sha256, open_data, open_tokens, unigram_perplexity
@@ -32,8 +33,8 @@ from fastlm.tokenizer import Tokenizer
 __all__ = ["Settings", "TokenData", "Tokens", "open_data", "open_tokens", "prepare", "unigram_perplexity"]
 
 SHARD_TOKENS = 1 << 27
-BATCH_CHARS = 1 << 20
-JOURNAL_EVERY = 16  # batches
+BATCH_CHARS = 1 << 18
+JOURNAL_EVERY = 64  # batches
 MIN_TOKENS = 256  # less than this is no text to train on
 VALIDATION_TOKENS = (4096, 500_000)  # wanted at least (a tenth of the text at most), taken at most from the tail
 VALIDATION_SHARE = 0.03
@@ -47,6 +48,7 @@ class Settings:
 
     text_field: str = "text"
     on_bad_row: str = "fail"
+    dedup: str = "none"
 
 
 def prepare(
@@ -154,31 +156,37 @@ def _write(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     writers = {split: SplitWriter(partial, split, dtype, state["splits"][split]) for split in ("train", "validation")}
     holding_out = "validation" not in source.splits
+    duplicates = Duplicates(settings.dedup, *state["duplicates"])
+    source.bad.count, source.bad.examples = state["bad_rows"][0], list(state["bad_rows"][1])
     try:
         for split in source.splits:
             if split in state["finished"]:
                 continue
             pieces = source.pieces(split)
-            if not tokenizer.cut_safe:
+            if not tokenizer.cut_safe or duplicates.mode != "none":
                 pieces = _whole(pieces)
+            if duplicates.mode != "none":
+                pieces = drop_duplicates(pieces, duplicates)
             # Which pieces went into the shards is a count: a piece is read again, but not tokenised again.
             number = sum(1 for piece in itertools.islice(pieces, state["pieces"]) if piece.ends)
-            batches = encode_batches(tokenizer, _batches(pieces), workers)
-            for n_batch, (batch, encoded) in enumerate(batches, 1):
-                for piece, ids in zip(batch, encoded, strict=True):
+            batches = encode_batches(tokenizer, _batches(pieces), dtype, workers)
+            for n_batch, batch in enumerate(batches, 1):
+                for piece, ids in zip(batch.pieces, batch.ids, strict=True):
                     target = "validation" if holding_out and _held_out(number) else split
-                    writers[target].append(ids.astype(dtype))
+                    writers[target].append(ids)
                     if piece.ends:
                         writers[target].end_document(tokenizer.eos_id)
                         number += 1
-                    state["text_bytes"] += len(piece.text.encode()) if not piece.text.isascii() else len(piece.text)
-                state["pieces"] += len(batch)
+                state["text_bytes"] += batch.text_bytes
+                state["pieces"] += len(batch.pieces)
                 if n_batch % JOURNAL_EVERY == 0:
                     _journal(partial, state, writers)
                 if progress is not None:
                     progress(state["text_bytes"], source.size_bytes, sum(w.tokens for w in writers.values()))
-            state["finished"].append(split)
-            state["pieces"] = 0
+            # What was left out is counted anew whenever a split is read again, and kept once it is finished.
+            state |= {"pieces": 0, "finished": [*state["finished"], split]}
+            state |= {"duplicates": [duplicates.exact, duplicates.near]}
+            state |= {"bad_rows": [source.bad.count, source.bad.examples]}
             _journal(partial, state, writers)
     finally:
         for writer in writers.values():
@@ -197,6 +205,7 @@ def _write(
         "dtype": dtype.newbyteorder("=").name,
         "text_bytes": state["text_bytes"],
         "bad_rows": {"count": source.bad.count, "examples": source.bad.examples},
+        "duplicates": {"exact": duplicates.exact, "near": duplicates.near},
         "splits": {split: writer.manifest() for split, writer in writers.items()},
     }
     (partial / "journal.json").unlink(missing_ok=True)
@@ -317,7 +326,7 @@ class SplitWriter:
 
 def _resume(partial: Path, key: list) -> dict[str, Any]:
     """The state to go on from: the journal's, with the files cut to it, or an empty folder and a fresh state."""
-    fresh = {"key": key, "pieces": 0, "text_bytes": 0, "finished": []}
+    fresh = {"key": key, "pieces": 0, "text_bytes": 0, "finished": [], "duplicates": [0, 0], "bad_rows": [0, []]}
     fresh["splits"] = {split: {"tokens": 0, "documents": 0} for split in ("train", "validation")}
     with contextlib.suppress(OSError, ValueError, KeyError):
         state = json.loads((partial / "journal.json").read_bytes())

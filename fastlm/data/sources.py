@@ -20,7 +20,7 @@ from typing import NamedTuple
 from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
 from fastlm.errors import UserError
 
-PIECE_CHARS = 1 << 20
+PIECE_CHARS = 1 << 18
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 STDLIB_VERSION = 1  # of the choice of files and of the held-out ones
@@ -192,16 +192,16 @@ def _file_pieces(file: Path, text_field: str, bad: BadRows) -> Iterator[Piece]:
             yield Piece(text, True)
 
 
-def text_pieces(file: Path, piece_chars: int = PIECE_CHARS) -> Iterator[Piece]:
+def text_pieces(file: Path) -> Iterator[Piece]:
     """The documents of a plain text file: all of it, or the parts between "<|endoftext|>" marks.
 
-    A long document is given in parts of about `piece_chars`, cut where no token can cross (before a space between two
-    non-spaces), so that the ids are those of the whole. Text without any such place for 16 pieces is cut where it stands.
+    A long document is given in parts of about `PIECE_CHARS`, cut where no token can cross (before a space between two
+    non-spaces), so that the ids are those of the whole. Text without any such place for 64 pieces is cut where it stands.
     Raises UserError where the file is not UTF-8, naming the byte.
     """
     pending = ""
     with file.open("rb") as stream:
-        decoded = _decode_blocks(file, iter(lambda: stream.read(piece_chars), b""))
+        decoded = _decode_blocks(file, iter(lambda: stream.read(PIECE_CHARS), b""))
         for block in decoded:
             pending += block
             *documents, pending = pending.split(SEPARATOR)
@@ -209,9 +209,9 @@ def text_pieces(file: Path, piece_chars: int = PIECE_CHARS) -> Iterator[Piece]:
                 yield Piece(document.strip("\n"), True)
             if documents:
                 pending = pending.lstrip("\n")
-            if len(pending) >= piece_chars:
+            if len(pending) >= PIECE_CHARS:
                 cut = _last_cut(pending)
-                if cut is None and len(pending) >= 16 * piece_chars:
+                if cut is None and len(pending) >= 64 * PIECE_CHARS:
                     cut = len(pending) - len(SEPARATOR)
                 if cut is not None:
                     yield Piece(pending[:cut], False)
