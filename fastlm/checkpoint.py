@@ -2,15 +2,13 @@
 
     RUN/checkpoints/step-000150/model.safetensors      parameters
                                 optimizer.safetensors  optimizer state and random-number state
-                                state.json             step, data position, shapes, SHA-256 of the two files
-    RUN/checkpoints/best.json                          the step with the lowest validation loss
+                                state.json             step, data position, validation loss, shapes, SHA-256 of the files
 
 A checkpoint is written beside its place and renamed into it, so it is there whole or not at all.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -69,7 +67,10 @@ def random_state() -> dict[str, Tensor]:
 
 
 def save(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any]) -> Path:
-    """Write folder/step-NNNNNN and return it. state: plain values; must hold "step" and the model's "model" shape."""
+    """Write folder/step-NNNNNN and return it.
+
+    state: plain values; holds at least step, validation_nats (None where it was not measured) and model, the shape.
+    """
     final = folder / f"step-{state['step']:06d}"
     beside = folder / f".{final.name}.tmp"
     try:
@@ -98,29 +99,22 @@ def steps_saved(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir())
 
 
-def note_best(folder: Path, step: int, nats: float) -> bool:
-    """Remember the step if its validation loss (nats per token) is the lowest so far."""
-    best = read_best(folder)
-    if best is not None and best["nats"] <= nats:
-        return False
-    write_atomic(folder / "best.json", json.dumps({"step": step, "nats": nats}) + "\n")
-    return True
-
-
-def read_best(folder: Path) -> dict[str, Any] | None:
-    path = folder / "best.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def best(folder: Path) -> tuple[Path | None, float]:
+    """The checkpoint in the folder with the lowest validation loss, and that loss in nats per token (inf if none has one)."""
+    noted = [(json.loads((p / "state.json").read_text(encoding="utf-8"))["validation_nats"], p) for p in steps_saved(folder)]
+    scored = [(nats, p) for nats, p in noted if nats is not None]
+    return min(scored, default=(float("inf"), None))[::-1]
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all checkpoints but the last `keep` and the best."""
-    best = read_best(folder)
-    for path in steps_saved(folder)[:-keep]:
-        if best is None or path.name != f"step-{best['step']:06d}":
+    kept = {best(folder)[0], *steps_saved(folder)[-keep:]}
+    for path in steps_saved(folder):
+        if path not in kept:
             shutil.rmtree(path)
 
 
-def locate(place: str | Path, best: bool = False) -> Path:
+def locate(place: str | Path, lowest_loss: bool = False) -> Path:
     """The checkpoint that a path names: a checkpoint folder, or a run folder (its last checkpoint, or its best)."""
     path = Path(place)
     if (path / "state.json").is_file():
@@ -129,11 +123,7 @@ def locate(place: str | Path, best: bool = False) -> Path:
     if not saved:
         what = "holds no checkpoint" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}; give a run folder or one of its checkpoints/step-* folders")
-    if best and (found := read_best(path / "checkpoints")):
-        chosen = path / "checkpoints" / f"step-{found['step']:06d}"
-        if chosen.is_dir():
-            return chosen
-    return saved[-1]
+    return (best(path / "checkpoints")[0] if lowest_loss else None) or saved[-1]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -193,15 +183,10 @@ def load(checkpoint: Path, model: nn.Module, optimizers: Sequence[Optimizer]) ->
     return state
 
 
-def load_model(place: str | Path, device: torch.device, best: bool = False) -> tuple[Transformer, dict[str, Any]]:
-    """The model of a run or checkpoint folder, ready for inference, and the checkpoint's plain values."""
-    checkpoint = locate(place, best)
+def load_model(place: str | Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
+    """The model of a checkpoint folder, or of a run's best checkpoint, for inference; and the checkpoint's plain values."""
+    checkpoint = locate(place, lowest_loss=True)
     state = read_state(checkpoint)
     model = Transformer(override(ModelConfig(), state["model"], str(checkpoint / "state.json")))
     load_parameters(checkpoint, model)
     return model.to(device).eval(), state
-
-
-def plain_model(config: ModelConfig) -> dict[str, Any]:
-    """The model's shape as JSON keeps it."""
-    return dataclasses.asdict(config)

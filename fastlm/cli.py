@@ -25,7 +25,9 @@ def generate(argv: list[str]) -> int:
     """continue a prompt with a trained model"""
     from fastlm.config import GenerateConfig, parse
 
-    config = parse(GenerateConfig, argv, "fastlm generate")
+    config = parse(GenerateConfig, argv, "fastlm generate RUN", positional="model")
+    if not config.model:
+        raise UserError("which model? give a run folder: fastlm generate runs/pretrain-demo --prompt TEXT")
     from fastlm.generate import write
 
     return write(config)

@@ -242,7 +242,6 @@ class GenerateConfig:
     """auto (cuda when there is one), cpu or cuda."""
 
     def __post_init__(self) -> None:
-        check(bool(self.model), "which model? give a run folder: fastlm generate runs/pretrain-demo --prompt TEXT")
         check(self.tokens > 0, f"tokens is {self.tokens}; it must be a positive integer")
         check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
         check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm.checkpoint import load_model
 from fastlm.config import GenerateConfig
-from fastlm.model import Transformer
+from fastlm.model import Transformer, pick_device
 from fastlm.tokenizer import load_tokenizer
 
 
@@ -48,8 +48,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def write(cfg: GenerateConfig) -> int:
     """fastlm generate: print the prompt and its continuation."""
-    device = torch.device("cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu"))
-    model, state = load_model(cfg.model, device, best=True)
+    model, state = load_model(cfg.model, pick_device(cfg.device))
     tokenizer = load_tokenizer(state["tokenizer"])
     ids = tokenizer.encode(cfg.prompt) or [tokenizer.eos_id]
     out = generate(model, torch.tensor([ids]), cfg.tokens, cfg.temperature, cfg.top_p, cfg.seed)[0].tolist()

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastlm import kernels
 from fastlm.attention import attention
 from fastlm.config import ModelConfig
+from fastlm.errors import UserError
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -172,6 +173,17 @@ def initialise(model: Transformer, seed: int) -> None:
             p.zero_()
         else:
             normal(p, p.shape[1] ** -0.5)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: the GPU when there is one. The name is checked, so that a missing GPU is one clear line."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}; choose among auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch sees no GPU here; pass --device cpu, or install a CUDA build of torch")
+    return torch.device(name)
 
 
 def build(config: ModelConfig, seed: int, device: torch.device, **options) -> Transformer:

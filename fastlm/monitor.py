@@ -25,7 +25,8 @@ PLAIN_SECONDS = 10.0  # between two lines where the output is not a terminal
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a large matmul on this device now: the best of the repetitions that fit in the time."""
     n = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
     best, end = float("inf"), time.perf_counter() + seconds
     a @ a
     while time.perf_counter() < end:
@@ -104,7 +105,7 @@ def sparkline(values: list[float], width: int = 60) -> str:
 
 
 class Monitor:
-    """One step's figures are read when the next one is under way, so that logging never waits for the device."""
+    """On a GPU one step's figures are read when the next one is under way, so that logging never waits for the device."""
 
     def __init__(
         self, run: Path, steps: int, start: int, tokens: int, flops_per_token: float, device: torch.device,
@@ -118,7 +119,6 @@ class Monitor:
         self.pending: dict[str, Any] | None = None
         self.events = tensorboard_writer(run) if tensorboard else None
         self.clock = self.begin = self.shown = time.perf_counter()
-        self.paused = 0.0
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
@@ -130,6 +130,8 @@ class Monitor:
         """Note step number `done` (1 is the first); the figures of the one before are written now."""
         self.flush()
         self.pending = {"step": done, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        if self.device.type == "cpu":  # the step is over when its loss is there
+            self.flush()
 
     def flush(self) -> None:
         """Read and write what is noted. Raises UserError when the loss is not finite or the file cannot be written."""
@@ -138,7 +140,7 @@ class Monitor:
         row = {k: v.item() if isinstance(v, Tensor) else v for k, v in self.pending.items()}
         self.pending = None
         now = time.perf_counter()
-        seconds, self.clock, self.paused = now - self.clock - self.paused, now, 0.0
+        seconds, self.clock = now - self.clock, now
         rate = self.tokens / seconds
         row |= {
             "tokens": row["step"] * self.tokens,
@@ -179,16 +181,18 @@ class Monitor:
         if not self.console.is_terminal and (now - self.shown > PLAIN_SECONDS or row["step"] == self.start + 1 or last):
             self.shown = now
             left = (now - self.begin) / (row["step"] - self.start) * (self.steps - row["step"])
-            self.console.print(f"step {row['step']}/{self.steps}  {text}  {left:.0f} s left", highlight=False)
+            self.console.print(f"step {row['step']}/{self.steps}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True)
 
-    def validation(self, done: int, nats: float, seconds: float) -> None:
-        """Record a validation; its time does not count in the step's speed."""
-        self.flush()
-        self.paused += seconds
+    def restart_clock(self) -> None:
+        """What has happened since the last step (a validation, a checkpoint) does not count in the next one's speed."""
+        self.clock = time.perf_counter()
+
+    def validation(self, done: int, nats: float) -> None:
         self.write({"step": done, "validation_nats": nats, "validation_perplexity": perplexity(nats)})
         self.console.print(
             f"step {done}/{self.steps}  validation {nats:.4f} nats/token, perplexity {perplexity(nats):.2f}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:

@@ -21,17 +21,6 @@ from fastlm.train.optim import schedule
 IGNORE = -100  # target of a position that is not counted
 
 
-def pick_device(name: str) -> torch.device:
-    """auto: the GPU when there is one. The name is checked, so that a missing GPU is one clear line."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device is {name!r}; choose among auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but PyTorch sees no GPU here; pass --device cpu, or install a CUDA build of torch")
-    return torch.device(name)
-
-
 def choose_run(out: str, name: str) -> Path:
     """The new run's folder: `out`, which must not hold another run, or the first free runs/NAME, runs/NAME-2, ..."""
     if out:

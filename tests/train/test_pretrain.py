@@ -1,0 +1,234 @@
+"""fastlm pretrain as a user runs it: it learns, resumes bit for bit after a kill, stops cleanly, and names every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fastlm import checkpoint
+from fastlm.cli import main
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in rows(run) if "loss" in r}
+
+
+def weights(run: Path) -> bytes:
+    return (checkpoint.locate(run) / "model.safetensors").read_bytes()
+
+
+def without(path: Path) -> set[str]:
+    return {p.name for p in path.iterdir()} if path.exists() else set()
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastlm", "pretrain", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        cwd=Path(__file__).resolve().parents[2],
+    )  # fmt: skip
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count('"loss"') >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} did not come")
+
+
+def test_a_run_learns_records_and_ends_with_what_to_do_next(small_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["pretrain", *small_run, "--steps", "40", "--optim.warmup-steps", "5", "--out", str(run)]) == 0
+    seen = losses(run)
+    assert sorted(seen) == list(range(1, 41))
+    assert seen[1] == pytest.approx(5.95, abs=0.1)  # ln 384: a fresh model is uniform
+    validations = [r["validation_nats"] for r in rows(run) if "validation_nats" in r]
+    assert validations == sorted(validations, reverse=True)
+    assert validations[-1] < 4.6  # ln 119 = 4.78 by counting single tokens
+    assert {"lr", "grad_norm", "tokens", "tokens_per_s", "share_of_peak", "peak_gib", "seconds"} <= rows(run)[0].keys()
+    text = capsys.readouterr().out
+    for words in ("every slot real", "Validation perplexity", "counting single tokens alone gives", "Sample", "Checkpoint:",
+                  f"fastlm generate {run}", f"fastlm pretrain --resume {run} --steps 80"):  # fmt: skip
+        assert words in text
+    assert main(["generate", str(run), "--prompt", "def ", "--tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(small_run, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main(["pretrain", *small_run, "--steps", "4", "--seed", seed, "--out", str(tmp_path / name)]) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+@pytest.mark.slow
+def test_kill_9_between_checkpoints_and_resume_is_bit_identical(small_run, tmp_path):
+    common = [*small_run, "--steps", "40", "--checkpoint-every", "10", "--validate-every", "15"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = start([*common, "--out", str(whole)])
+    assert done.wait(120) == 0, done.communicate()[0]
+    process = start([*common, "--out", str(killed)])
+    wait_for_step(killed, 17, process)
+    process.kill()
+    process.wait()
+    assert not (killed / "checkpoints" / "step-000040").exists()
+    again = start(["--resume", str(killed)])
+    assert again.wait(120) == 0, again.communicate()[0]
+    assert losses(killed) == losses(whole)
+    assert sorted(losses(killed)) == list(range(1, 41))
+    assert weights(killed) == weights(whole)
+    a, b = (load_file(checkpoint.locate(r) / "optimizer.safetensors") for r in (whole, killed))
+    assert a.keys() == b.keys()
+    assert all(a[k].equal(b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(small_run, tmp_path, number):
+    run = tmp_path / "run"
+    process = start([*small_run, "--steps", "5000", "--checkpoint-every", "0", "--validate-every", "0", "--out", str(run)])
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert f"fastlm pretrain --resume {run}" in text
+    assert "Traceback" not in text
+    step = checkpoint.read_state(checkpoint.locate(run))["step"]
+    assert step == max(losses(run))
+    assert main(["pretrain", "--resume", str(run), "--steps", str(step + 2)]) == 0
+    assert sorted(losses(run)) == list(range(1, step + 3))
+
+
+def mistake(arguments: list[str], capsys) -> str:
+    """Run it; exit code 2 and one line on stderr, which is returned."""
+    assert main(["pretrain", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastlm: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+MISTAKES = {
+    "missing file": (["--data", "no/such/file.txt"], "no/such/file.txt"),
+    "longer than the text": (["--seq-len", "200000", "--model.max-seq-len", "200000"], "one row needs 200,001"),
+    "vocabulary too small": (["--model.vocab-size", "100"], "pass --model.vocab-size 384"),
+    "unknown preset": (["--preset", "tyni"], "did you mean tiny"),
+    "no such tokenizer": (["--tokenizer", "no/such/tokenizer.json"], "no/such/tokenizer.json"),
+    "heads": (["--model.n-heads", "3"], "does not divide"),
+    "no GPU": (["--device", "cuda"], "PyTorch sees no GPU"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(name, small_run, tmp_path, capsys):
+    if name == "no GPU":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+    extra, words = MISTAKES[name]
+    assert words.lower() in mistake([*small_run, *extra, "--out", str(tmp_path / "run")], capsys).lower()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("short.txt", b"just a few words", "12 tokens; expected at least"),
+        ("bytes.txt", b"\xff\xfe broken \xff" * 100, "utf-8"),
+        ("folder", None, "no .txt"),
+    ],
+)
+def test_unusable_text_is_one_line_and_leaves_nothing_behind(name, content, words, small_run, tmp_path, capsys):
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    error = mistake([*small_run, "--data", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert name in error
+    assert words in error.lower(), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_untouched(small_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["pretrain", *small_run, "--steps", "2", "--out", str(run)]) == 0
+    before, listing = weights(run), without(run)
+    capsys.readouterr()
+    assert "may hold another run" in mistake([*small_run, "--out", str(run)], capsys)
+    assert (weights(run), without(run)) == (before, listing)
+
+
+def test_damaged_shards_and_checkpoints_are_named(small_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["pretrain", *small_run, "--steps", "4", "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert "has done its 4 steps" in mistake(["--resume", str(run)], capsys)
+    weights_file = checkpoint.locate(run) / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-7])
+    assert "corrupted" in mistake(["--resume", str(run), "--steps", "8"], capsys)
+    shard = next((tmp_path / "cache").rglob("train-*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert shard.name in mistake([*small_run, "--out", str(tmp_path / "other")], capsys)
+    assert not (tmp_path / "other").exists()
+
+
+def test_changed_text_is_not_mistaken_for_the_text_of_the_run(small_run, small_text, tmp_path, capsys):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(small_text.read_text())
+    assert main(["pretrain", *small_run, "--data", str(text), "--steps", "4", "--out", str(run)]) == 0
+    text.write_text(small_text.read_text() * 2)
+    capsys.readouterr()
+    assert "has changed since" in mistake(["--resume", str(run), "--steps", "8"], capsys)
+
+
+def test_divergence_stops_the_run_with_advice(small_run, tmp_path, capsys):
+    error = mistake(
+        [*small_run, "--optim.lr", "1e30", "--optim.clip-norm", "0", "--steps", "30", "--out", str(tmp_path / "r")], capsys
+    )
+    assert "training has diverged; lower --optim.lr" in error
+
+
+def test_a_full_disk_is_one_line(small_run, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert "No space left on device" in mistake([*small_run, "--out", str(tmp_path / "run")], capsys)
+
+
+def test_tensorboard_events_are_written(small_run, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert main(["pretrain", *small_run, "--steps", "3", "--tensorboard", "--out", str(tmp_path / "run")]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(list(losses(tmp_path / "run").values()), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_runs_agree(small_run, tmp_path):
+    for name, extra in (("eager", []), ("compiled", ["--compile"])):
+        assert main(["pretrain", *small_run, "--steps", "6", *extra, "--out", str(tmp_path / name)]) == 0
+    eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
+    assert list(compiled.values()) == pytest.approx(list(eager.values()), rel=1e-4)
