@@ -38,7 +38,7 @@ class Tokenizer:
     hash: digest of the vocabulary and its rules, 16 hex digits; token shards record it.
     vocab_size: one more than the largest id. eos_id: the end-of-text token that closes every document.
     cut_safe: encode(a) + encode(b) == encode(a + b) wherever a ends in a non-space and b starts with one space and a
-    non-space, so a long document may be encoded in parts.
+    non-space, so a long document may be encoded in parts. specials: the text of the special tokens.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Tokenizer:
     vocab_size: int
     eos_id: int
     cut_safe: bool
+    specials: tuple[str, ...]
     _encode: Callable[[str, bool], np.ndarray]
     _decode: Callable[[Sequence[int]], str]
 
@@ -107,7 +108,9 @@ def _load_gpt2() -> Tokenizer:
             return encoding.encode_to_numpy(without_surrogates(text), allowed_special=allowed, disallowed_special=())
 
     digest = hashlib.sha256("".join([*GPT2_SHA256.values(), GPT2_PATTERN]).encode()).hexdigest()[:16]
-    return Tokenizer("gpt2", digest, 50257, 50256, True, encode, lambda ids: encoding.decode([int(i) for i in ids]))
+    return Tokenizer(
+        "gpt2", digest, 50257, 50256, True, (END_OF_TEXT,), encode, lambda ids: encoding.decode([int(i) for i in ids])
+    )
 
 
 def without_surrogates(text: str) -> str:
@@ -192,7 +195,8 @@ def _load_hugging_face(file: Path) -> Tokenizer:
     whole = encode(probe, False).tolist()
     cut_safe = all(encode(probe[:i], False).tolist() + encode(probe[i:], False).tolist() == whole for i in cuts)
     eos_id = _find_eos(file, vocabulary)
-    return Tokenizer(str(file), digest, max(vocabulary.values()) + 1, eos_id, cut_safe, encode, decode)
+    specials = tuple(t.content for t in inner.get_added_tokens_decoder().values() if t.special)
+    return Tokenizer(str(file), digest, max(vocabulary.values()) + 1, eos_id, cut_safe, specials, encode, decode)
 
 
 def _find_eos(file: Path, vocabulary: dict[str, int]) -> int:

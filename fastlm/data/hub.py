@@ -62,6 +62,20 @@ def open_hub(name: str, text_field: str, bad: BadRows):
     return Source(name, f"{revision[:16]}", tuple(splits), pieces, None, bad)
 
 
+def open_hub_rows(name: str, repository: str) -> dict[str, Iterator[tuple[str, dict]]]:
+    """The rows of a hub data set by split ("train", and "validation" where it has one or a test split), with their place."""
+    repository, _, configuration = repository.partition(":")
+    known = HubName(repository, configuration or None, ())
+    require_hub(name)
+    revision, splits = _look_up(name, known)
+
+    def rows(split: str) -> Iterator[tuple[str, dict]]:
+        for number, row in enumerate(load_hub_rows(name, known, splits[split], revision)):
+            yield f"{name}, {split} row {number}", row
+
+    return {split: rows(split) for split in splits}
+
+
 def require_hub(name: str) -> None:
     """Raise UserError, within seconds, where the hub does not answer."""
     import urllib.error
@@ -106,7 +120,7 @@ def _look_up(name: str, known: HubName) -> tuple[str, dict[str, str]]:
         raise UserError(f"data source {name!r}: the hub has no such data set that can be read ({reason})") from error
     if "train" not in found:
         raise UserError(f"data source {name!r}: it has the splits {', '.join(found)}; expected one called train")
-    validation = next((split for split in ("validation", "valid", "dev") if split in found), None)
+    validation = next((split for split in ("validation", "valid", "dev", "test") if split in found), None)
     return revision, {"train": "train"} | ({"validation": validation} if validation else {})
 
 

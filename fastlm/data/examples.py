@@ -1,0 +1,233 @@
+"""Instruction and preference data from a name to packed rows, with an account of every row that was read.
+
+rows -> dialogues -> ids and counted targets -> truncation that keeps the response -> best-fit-decreasing rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from fastlm.data.formats import RowProblem, read_dialogue, read_preference
+from fastlm.data.packing import PackedRows, pack
+from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
+from fastlm.data.templates import Encoded, encode_dialogue
+from fastlm.errors import UserError
+from fastlm.tokenizer import Tokenizer
+
+T = TypeVar("T")
+EXAMPLE_HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "hh-rlhf": "Anthropic/hh-rlhf"}
+MIN_PROMPT_SHARE = 0.25  # of max_len: what truncation leaves of a longer prompt at least
+
+
+@dataclass
+class Report:
+    """What became of the rows of one source: kept + dropped + bad = read."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    prompts_truncated: int = 0
+    responses_truncated: int = 0
+    dropped: int = 0
+    bad: BadRows = field(default_factory=lambda: BadRows("fail"))
+
+    def line(self) -> str:
+        """One line for the user."""
+        text = f"{self.source}: {self.read:,} rows read, {self.kept:,} kept"
+        counts = {
+            "prompts shortened": self.prompts_truncated,
+            "responses shortened (their end-of-text is not trained)": self.responses_truncated,
+            "dropped (nothing counted is left)": self.dropped,
+            "bad": self.bad.count,
+        }
+        text += "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+        return text + (f" (first: {self.bad.examples[0]})" if self.bad.examples else "")
+
+
+class Examples(NamedTuple):
+    """Encoded sequences of one source (two a pair for preferences), by split, and the account of its rows."""
+
+    train: list[Encoded]
+    validation: list[Encoded]
+    report: Report
+
+
+def load_instructions(
+    source: str,
+    tokenizer: Tokenizer,
+    max_len: int,
+    template: str = "auto",
+    on_bad_row: str = "fail",
+    held_out: float = 0.05,
+) -> Examples:
+    """Instruction examples of a source, each at most max_len + 1 ids (max_len slots), its last response always kept.
+
+    source: a .jsonl, .json or .parquet file, a folder of them, "alpaca", or org/name of the hub. Where the source has no
+    validation split, a share `held_out` of its examples is held out, chosen by a hash of the prompt, so that all answers
+    to one prompt stay on one side. Raises UserError for bad rows (unless on_bad_row="skip") and where nothing is left.
+    """
+
+    def encode(row: dict[str, Any], report: Report) -> list[Encoded] | None:
+        example = encode_dialogue(read_dialogue(row), tokenizer, template)
+        kept = truncate(example, max_len + 1, report)
+        return [kept] if kept is not None else None
+
+    return _load(source, encode, on_bad_row, held_out)
+
+
+def load_preferences(
+    source: str,
+    tokenizer: Tokenizer,
+    max_len: int,
+    template: str = "auto",
+    on_bad_row: str = "fail",
+    held_out: float = 0.05,
+) -> Examples:
+    """Preference pairs of a source as sequences chosen, rejected, chosen, rejected, ..., each at most max_len + 1 ids.
+
+    Only the last turn is counted. A pair's prompt is shortened the same way on both sides. See `load_instructions`.
+    """
+
+    def encode(row: dict[str, Any], report: Report) -> list[Encoded] | None:
+        chosen, rejected = (last_response(encode_dialogue(d, tokenizer, template)) for d in read_preference(row))
+        return truncate_pair(chosen, rejected, max_len + 1, report)
+
+    return _load(source, encode, on_bad_row, held_out)
+
+
+def pack_examples(examples: Examples, row_len: int, group: int = 1) -> tuple[PackedRows, PackedRows | None]:
+    """Both splits packed into rows of row_len slots (validation None where nothing was held out).
+
+    group=2 for pairs: a row must then hold both answers with their prompts (2 max_len), and rows of 4 max_len waste least.
+    """
+    validation = pack(examples.validation, row_len, group) if examples.validation else None
+    return pack(examples.train, row_len, group), validation
+
+
+def split_prompt(example: Encoded) -> int:
+    """Where the last response starts."""
+    uncounted = np.flatnonzero(~example.counted)
+    return int(uncounted[-1]) + 1 if len(uncounted) else 0
+
+
+def last_response(example: Encoded) -> Encoded:
+    """The same ids with only the last response counted."""
+    return Encoded(example.ids, np.arange(len(example.ids)) >= split_prompt(example))
+
+
+def truncate(example: Encoded, limit: int, report: Report) -> Encoded | None:
+    """At most `limit` ids: the oldest part of the prompt goes first, then the end of the response; None if nothing counts."""
+    start = split_prompt(example)
+    prompt, response = _budget(start, len(example.ids) - start, limit)
+    report.prompts_truncated += prompt < start
+    report.responses_truncated += start + response < len(example.ids)
+    kept = slice(start - prompt, start + response)
+    short = Encoded(example.ids[kept], example.counted[kept])
+    if not short.counted[1:].any():
+        report.dropped += 1
+        return None
+    return short
+
+
+def truncate_pair(chosen: Encoded, rejected: Encoded, limit: int, report: Report) -> list[Encoded] | None:
+    """Both sequences at most `limit` ids, with the same part of the prompt; None where the answers no longer differ."""
+    start = split_prompt(chosen)
+    longest = max(len(chosen.ids), len(rejected.ids)) - start
+    prompt, response = _budget(start, longest, limit)
+    kept = slice(start - prompt, start + response)
+    pair = [Encoded(side.ids[kept], side.counted[kept]) for side in (chosen, rejected)]
+    report.prompts_truncated += prompt < start
+    report.responses_truncated += response < longest
+    same = len(pair[0].ids) == len(pair[1].ids) and (pair[0].ids == pair[1].ids).all()
+    if same or not all(side.counted[1:].any() for side in pair):
+        report.dropped += 1
+        return None
+    return pair
+
+
+def _budget(prompt: int, response: int, limit: int) -> tuple[int, int]:
+    """How many ids of a prompt and a response are kept."""
+    if prompt + response <= limit:
+        return prompt, response
+    least_prompt = min(prompt, max(1, int(limit * MIN_PROMPT_SHARE)))
+    prompt = max(least_prompt, min(prompt, limit - response))
+    return prompt, min(response, limit - prompt)
+
+
+def _load(
+    source: str,
+    encode: Callable[[dict[str, Any], Report], list[Encoded] | None],
+    on_bad_row: str,
+    held_out: float,
+) -> Examples:
+    report = Report(source, bad=BadRows(on_bad_row))
+    parts: dict[str, list[Encoded]] = {"train": [], "validation": []}
+    problems = 0
+    splits = open_rows(source, report.bad)
+    for split, rows in splits.items():
+        for place, row in rows:
+            report.read += 1
+            try:
+                sequences = encode(row, report)
+            except RowProblem as problem:
+                problems += 1
+                report.bad.report(place, str(problem))
+                continue
+            if sequences is None:
+                continue
+            report.kept += 1
+            target = split
+            if "validation" not in splits and _is_held_out(sequences[0], held_out):
+                target = "validation"
+            parts[target] += sequences
+    report.read += report.bad.count - problems  # rows that could not even be read
+    if not parts["train"]:
+        raise UserError(f"data source {source!r}: no example is left to train on ({report.line()})")
+    return Examples(parts["train"], parts["validation"], report)
+
+
+def _is_held_out(example: Encoded, share: float) -> bool:
+    prompt = example.ids[: max(1, split_prompt(example))]
+    return int.from_bytes(hashlib.blake2b(prompt.tobytes(), digest_size=8).digest(), "little") < share * 2**64
+
+
+def open_rows(source: str, bad: BadRows) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    """The rows of each split of a source, each with its place."""
+    path = Path(source).expanduser()
+    if path.exists():
+        suffixes = (".jsonl", ".ndjson", ".json", ".parquet")
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes) if path.is_dir() else [path]
+        unknown = [f for f in files if f.suffix.lower() not in suffixes]
+        if not files or unknown:
+            raise UserError(f"data source {source!r}: expected {', '.join(suffixes)} rows of instructions or preferences")
+        if not sum(f.stat().st_size for f in files):
+            raise UserError(f"data source {source!r}: {'all files are' if path.is_dir() else 'the file is'} empty")
+        splits = {"train": files}
+        for part in ("validation", "valid", "val", "dev", "test"):  # the first of these that is there; others are left out
+            held = [f for f in files if _part(f, path) == part]
+            if held and "validation" not in splits:
+                splits["validation"] = held
+            splits["train"] = [f for f in splits["train"] if f not in held]
+        return {split: _file_rows(chosen, bad) for split, chosen in splits.items()}
+    if path.suffix in (".jsonl", ".json", ".parquet") or source.startswith((".", "/", "~")):
+        raise UserError(f"data source {source!r}: no such file or folder")
+    from fastlm.data.hub import open_hub_rows
+
+    return open_hub_rows(source, EXAMPLE_HUB_NAMES.get(source, source))
+
+
+def _part(file: Path, root: Path) -> str:
+    """The split a file's place names: train/x.jsonl and train.jsonl both say train."""
+    parts = file.relative_to(root).parts
+    return parts[0].split(".")[0] if parts else ""
+
+
+def _file_rows(files: list[Path], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in files:
+        yield from read_parquet_rows(file, bad) if file.suffix.lower() == ".parquet" else read_json_rows(file, bad)

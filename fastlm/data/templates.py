@@ -1,0 +1,161 @@
+"""Dialogues to token ids, and which of them the loss counts.
+
+A template is Jinja over `messages` (role, content, input), `add_generation_prompt` and `eos_token`, as in Hugging Face
+tokenizers. The response to a turn is what the template adds when the assistant's message follows the generation prompt, so
+any template serves whose text grows by its end; each response, with its end-of-turn, is counted, and nothing else is.
+Prompt and response are encoded apart, as they are at generation. The last response always closes with the end-of-text token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastlm.data.formats import Dialogue, Message
+from fastlm.errors import UserError
+from fastlm.tokenizer import Tokenizer
+
+CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' + message.content }}
+{{- '\\n\\n' + message.input if message.input }}{{ end_of_turn + '\\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+
+# The prompts of Stanford Alpaca (Taori et al. 2023).
+ALPACA = """\
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{ message.content + '\\n\\n' }}
+{%- elif message.role == 'assistant' -%}{{ '### Response:\\n' + message.content + eos_token }}
+{%- else -%}
+{%- if not loop.first and messages[loop.index0 - 1].role == 'assistant' -%}{{ '\\n\\n' }}
+{%- elif message.input -%}
+{{ 'Below is an instruction that describes a task, paired with an input that provides further context. ' -}}
+{{ 'Write a response that appropriately completes the request.\\n\\n' }}
+{%- else -%}
+{{ 'Below is an instruction that describes a task. ' -}}
+{{ 'Write a response that appropriately completes the request.\\n\\n' }}
+{%- endif -%}
+{{ '### Instruction:\\n' + message.content + '\\n\\n' -}}
+{{ '### Input:\\n' + message.input + '\\n\\n' if message.input }}
+{%- endif -%}
+{%- endfor -%}
+{{ '### Response:\\n' if add_generation_prompt }}"""
+
+TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
+DEFAULTS = {"chat": "chatml", "alpaca": "alpaca", "text": "none", "hh": "none"}
+
+
+class Encoded(NamedTuple):
+    """Token ids, (n,) int32, and which of them are counted as targets, (n,) bool."""
+
+    ids: np.ndarray
+    counted: np.ndarray
+
+
+def template_source(name: str) -> str:
+    """The Jinja text of a template: "chatml", "alpaca", or a file; "auto" and "none" are names without a text."""
+    if name in TEMPLATES or name in ("auto", "none"):
+        return TEMPLATES.get(name, name)
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(f"chat template {name!r}: expected auto, none, {', '.join(TEMPLATES)} or a Jinja file")
+    return file.read_text("utf-8")
+
+
+def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto") -> Encoded:
+    """Ids of a dialogue with its last end-of-text, and which are counted.
+
+    template: "auto" (by the row's form: ChatML for chat, Alpaca's for Alpaca rows, none for running text), a name of
+    TEMPLATES, a Jinja file, or "none". Raises UserError where the template cannot render the dialogue.
+    """
+    chosen = DEFAULTS[dialogue.form] if template == "auto" else template
+    if chosen == "none":
+        if dialogue.raw is None:
+            raise UserError("chat template none: these rows are messages; name chatml, alpaca or a Jinja file")
+        segments = [(dialogue.raw[0], False), (dialogue.raw[1], True)]
+    else:
+        segments = render_segments(dialogue.messages, tokenizer, template_source(chosen))
+    special = [s for s in tokenizer.specials if any(s in m.content or s in m.input for m in dialogue.messages)]
+    literal = [m.content for m in dialogue.messages if special] + [m.input for m in dialogue.messages if special and m.input]
+    parts, masks = [], []
+    for text, counted in segments:
+        ids = _encode(text, literal, tokenizer, chosen != "none")
+        parts.append(ids)
+        masks.append(np.full(len(ids), counted))
+    if not len(parts[-1]) or parts[-1][-1] != tokenizer.eos_id:
+        parts.append(np.array([tokenizer.eos_id]))
+        masks.append(np.array([True]))
+    return Encoded(np.concatenate(parts).astype(np.int32), np.concatenate(masks))
+
+
+def _encode(text: str, literal: Sequence[str], tokenizer: Tokenizer, specials: bool) -> np.ndarray:
+    """Ids of a segment; the template's special tokens are special, those written inside a row's text are not."""
+    for content in literal:
+        if content in text:
+            before, after = text.split(content, 1)
+            parts = [_encode(before, literal, tokenizer, specials), tokenizer.encode_array(content)]
+            return np.concatenate([*parts, _encode(after, literal, tokenizer, specials)])
+    return tokenizer.encode_array(text, specials=specials)
+
+
+def render_segments(messages: Sequence[Message], tokenizer: Tokenizer, source: str) -> list[tuple[str, bool]]:
+    """The rendered dialogue up to its last response, cut into (text, whether it is counted)."""
+    render = _renderer(source)
+    end = tokenizer.piece(tokenizer.eos_id)
+    turn_end = "<|im_end|>" if "<|im_end|>" in tokenizer.specials else end
+    segments, done = [], ""
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before = render(messages[:number], True, end, turn_end)
+        after = render(messages[: number + 1], False, end, turn_end)
+        if not before.startswith(done) or not after.startswith(before):
+            raise UserError("chat template: a later turn changes the text of an earlier one, so responses cannot be told "
+                            "apart; use a template that only appends")  # fmt: skip
+        response = after[len(before) :]
+        kept = response.rstrip("\n") if response.rstrip("\n").endswith((end, turn_end)) else response
+        segments += [(before[len(done) :], False), (kept, True)]
+        done = before + kept
+    return segments
+
+
+@cache
+def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    try:
+        template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise UserError(f"chat template: not valid Jinja ({error})") from error
+
+    def render(messages: Sequence[Message], generation: bool, eos_token: str, end_of_turn: str) -> str:
+        try:
+            return template.render(
+                messages=[m._asdict() for m in messages],
+                add_generation_prompt=generation,
+                eos_token=eos_token,
+                end_of_turn=end_of_turn,
+                bos_token="",
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"chat template: cannot render a dialogue ({error})") from error
+
+    return render
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml") -> str:
+    """The text to generate from: the dialogue so far and the opening of the assistant's turn."""
+    end = tokenizer.piece(tokenizer.eos_id)
+    turn_end = "<|im_end|>" if "<|im_end|>" in tokenizer.specials else end
+    return _renderer(template_source(template))(messages, True, end, turn_end)
