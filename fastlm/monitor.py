@@ -27,9 +27,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     n = 4096 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
     a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
-    best, end = float("inf"), time.perf_counter() + seconds
     a @ a
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         synchronise(device)
         start = time.perf_counter()
         a @ a
