@@ -1,10 +1,22 @@
 """The fused operations: RMSNorm, RoPE, SwiGLU, cross-entropy and the log-prob gather, each with its plain reference."""
 
 from fastlm.kernels.cross_entropy import cross_entropy
+from fastlm.kernels.fused_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from fastlm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastlm.kernels.logprobs import linear_logprobs
 from fastlm.kernels.rms_norm import add_rms_norm, rms_norm
 from fastlm.kernels.rope import rope
 from fastlm.kernels.swiglu import swiglu
 
-__all__ = ["add_rms_norm", "cross_entropy", "linear_cross_entropy", "linear_logprobs", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_linear",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "rms_norm",
+    "rms_norm_linear",
+    "rope",
+    "swiglu",
+    "swiglu_linear",
+]

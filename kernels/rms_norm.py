@@ -269,11 +269,16 @@ _rms_norm.register_autograd(_backward, setup_context=_setup)
 _add_rms_norm.register_autograd(_add_backward, setup_context=_add_setup)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def check_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+    """Raise for shapes and dtypes that do not fit: ValueError, or TypeError where x and the residual differ in dtype."""
     if not 0 < x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"rms_norm: x's last dimension is {x.shape[-1]}, expected 1 to {MAX_WIDTH}")
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},), x's last dimension")
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},), as wide as x")
+    if residual is not None and x.shape != residual.shape:
+        raise ValueError(f"add_rms_norm: x has shape {tuple(x.shape)}, residual {tuple(residual.shape)}, expected the same")
+    if residual is not None and x.dtype != residual.dtype:
+        raise TypeError(f"add_rms_norm: x is {x.dtype}, residual {residual.dtype}, expected the same")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -282,7 +287,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x (..., D), weight (D,); y (..., D) in x's dtype whatever autocast says, computed in fp32. Raises ValueError on a
     shape that does not fit. Source: Zhang and Sennrich 2019, equation 4.
     """
-    _check(x, weight)
+    check_norm(x, weight)
     return _rms_norm(x, weight, eps)[0]
 
 
@@ -292,10 +297,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x, residual (..., D) of one shape and dtype, weight (D,); both results (..., D) in x's dtype. Raises ValueError or
     TypeError on shapes or dtypes that do not fit.
     """
-    _check(x, weight)
-    if x.shape != residual.shape:
-        raise ValueError(f"add_rms_norm: x has shape {tuple(x.shape)}, residual {tuple(residual.shape)}; they must be equal")
-    if x.dtype != residual.dtype:
-        raise TypeError(f"add_rms_norm: x is {x.dtype}, residual {residual.dtype}; they must be equal")
+    check_norm(x, weight, residual)
     y, total, _ = _add_rms_norm(x, residual, weight, eps)
     return y, total

@@ -1,0 +1,8 @@
+"""Read by pytest before any test: without a GPU, Triton's kernels run in its interpreter (decided when it is imported)."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
