@@ -53,6 +53,20 @@ class ModelConfig:
     """Use the embedding matrix as the output head too."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before RoPE (as in Qwen3)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values (as in Qwen2)."""
+    head_width: int = 0
+    """Channels per head where that is not dim / n_heads (0)."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How a model was stretched to longer texts: linear divides all positions by rope_factor; llama3 only long waves."""
+    rope_factor: float = 1.0
+    """By how much the context was stretched."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: waves longer than rope_original_len / this are divided in full."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: waves shorter than rope_original_len / this stay as they are."""
+    rope_original_len: int = 8192
+    """llama3: the context before stretching, tokens."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
@@ -61,7 +75,7 @@ class ModelConfig:
         check(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be positive")
         check(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")
         check(
-            self.dim % self.n_heads == 0,
+            self.head_width > 0 or self.dim % self.n_heads == 0,
             f"model.n_heads is {self.n_heads}, which does not divide model.dim {self.dim}; "
             f"choose n_heads among {divisors(self.dim)}",
         )
@@ -70,14 +84,16 @@ class ModelConfig:
             f"model.n_kv_heads is {self.n_kv_heads}, which does not divide model.n_heads {self.n_heads}; "
             f"choose n_kv_heads among {divisors(self.n_heads)}",
         )
+        check(self.head_width >= 0, f"model.head_width is {self.head_width}; it must not be negative")
         check(
             self.head_dim % 2 == 0,
-            f"model.dim / model.n_heads is {self.head_dim}; RoPE rotates pairs, so it must be even: change n_heads",
+            f"a head has {self.head_dim} channels; RoPE rotates pairs, so it must be even: change model.n_heads",
         )
+        check(self.rope_factor > 0, f"model.rope_factor is {self.rope_factor}; it must be positive")
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.head_width or self.dim // self.n_heads
 
     @property
     def padded_vocab_size(self) -> int:

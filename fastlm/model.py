@@ -20,9 +20,21 @@ from fastlm.errors import UserError
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos, sin (max_seq_len, head_dim / 2), fp32: angle = position * theta^(-2i / head_dim) (RoFormer, eq. 15)."""
-    inverse = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float64), inverse)
+    """cos, sin (max_seq_len, head_dim / 2), fp32: angle = position * f_i, f_i = theta^(-2i / head_dim) (RoFormer, eq. 15).
+
+    Scaled models: linear divides every f_i by rope_factor; llama3 only those whose wavelength 2 pi / f_i is longer than
+    rope_original_len / rope_low_freq_factor, none shorter than rope_original_len / rope_high_freq_factor, and blends the
+    two in between (the Llama 3.1 reference code, apply_scaling).
+    """
+    c = config
+    frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    if c.rope_scaling == "linear":
+        frequency = frequency / c.rope_factor
+    elif c.rope_scaling == "llama3":
+        turns = c.rope_original_len * frequency / (2 * torch.pi)  # of each wave in the original context
+        kept = ((turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / c.rope_factor)
+    angles = torch.outer(torch.arange(c.max_seq_len, dtype=torch.float64), frequency)
     return angles.cos().float(), angles.sin().float()
 
 
@@ -41,7 +53,7 @@ class Block(nn.Module):
         self.config = config
         d, heads, kv_heads, head_dim = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.attention_norm = nn.Parameter(torch.empty(d))
-        self.qkv = nn.Linear(d, (heads + 2 * kv_heads) * head_dim, bias=False)  # rows: queries, keys, values
+        self.qkv = nn.Linear(d, (heads + 2 * kv_heads) * head_dim, bias=config.qkv_bias)  # rows: queries, keys, values
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.empty(head_dim))
             self.k_norm = nn.Parameter(torch.empty(head_dim))
@@ -156,7 +168,7 @@ def initialise(model: Transformer, seed: int) -> None:
     """Fill every parameter, the same on every device.
 
     Embedding and head: N(0, 0.02^2), the padding rows 0. Matrices that read the stream (qkv, gate_up): N(0, 1/fan_in).
-    Matrices that write to it (out, down): 0, so that every block starts as the identity. Norm weights: 1.
+    Matrices that write to it (out, down): 0, so that every block starts as the identity. Norm weights: 1. Biases: 0.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -167,6 +179,8 @@ def initialise(model: Transformer, seed: int) -> None:
         if name in ("embedding", "head"):
             normal(p, 0.02)
             p[model.config.vocab_size :] = 0
+        elif name.endswith("bias"):
+            p.zero_()
         elif p.dim() == 1:
             p.fill_(1)
         elif name.endswith(("out.weight", "down.weight")):
@@ -197,7 +211,8 @@ def count_parameters(config: ModelConfig) -> int:
     """Trainable parameters, the vocabulary's padding not counted."""
     c, head_dim = config, config.head_dim
     attention_ = c.dim * (c.n_heads + 2 * c.n_kv_heads) * head_dim + c.n_heads * head_dim * c.dim
-    block = attention_ + 3 * c.dim * c.ffn_dim + 2 * c.dim + (2 * head_dim if c.qk_norm else 0)
+    extras = (2 * head_dim if c.qk_norm else 0) + ((c.n_heads + 2 * c.n_kv_heads) * head_dim if c.qkv_bias else 0)
+    block = attention_ + 3 * c.dim * c.ffn_dim + 2 * c.dim + extras
     return c.vocab_size * c.dim * (1 if c.tie_embeddings else 2) + c.n_layers * block + c.dim
 
 
