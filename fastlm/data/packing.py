@@ -169,5 +169,5 @@ def lay_out(packed: PackedRows, rows: list[list[int]]) -> PackedBatch:
             positions[row, at:] = np.arange(length - at)
             bounds.append((row + 1) * length)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    parts = map(torch.from_numpy, (x, y, positions))
-    return PackedBatch(*parts, cu_seqlens, length, real, torch.from_numpy(unit), units)
+    x_, y_, positions_, unit_ = map(torch.from_numpy, (x, y, positions, unit))
+    return PackedBatch(x_, y_, positions_, cu_seqlens, length, real, unit_, units)

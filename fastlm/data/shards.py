@@ -19,25 +19,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from fastlm.data.dedup import Duplicates, drop_duplicates
 from fastlm.data.encode import encode_batches
+from fastlm.data.mixture import Mixture, ShuffledTokens, join_tokens, parse_mixture
 from fastlm.data.sources import HELD_OUT_EVERY, Piece, Source, open_source
-from fastlm.data.tokens import FORMAT, MANIFEST, TokenData, Tokens, file_sha256, open_data, open_tokens, unigram_perplexity
+from fastlm.data.tokens import FORMAT, MANIFEST, TokenData, Tokens, open_data, open_tokens, unigram_perplexity
+from fastlm.data.writer import SplitWriter, top_up_validation
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
 
 __all__ = ["Settings", "TokenData", "Tokens", "open_data", "open_tokens", "prepare", "unigram_perplexity"]
 
-SHARD_TOKENS = 1 << 27
 BATCH_CHARS = 1 << 18
 JOURNAL_EVERY = 64  # batches
 MIN_TOKENS = 256  # less than this is no text to train on
-VALIDATION_TOKENS = (4096, 500_000)  # wanted at least (a tenth of the text at most), taken at most from the tail
-VALIDATION_SHARE = 0.03
 
 Progress = Callable[[int, int | None, int], None]
 
@@ -61,17 +60,37 @@ def prepare(
 ) -> TokenData:
     """Tokens of a source, from the cache where it holds them, else tokenised into it.
 
-    source: a name for `open_source`, or a folder that `prepare` wrote. progress(bytes of text done, bytes in all or None,
+    source: a name for `open_source`, a folder that `prepare` wrote, or a mixture ("a:4, b:0.25": the result's train is then
+    a Mixture, its validation the documents of all parts in a mixed order). progress(bytes of text done, bytes in all or None,
     tokens so far) is called after each batch. workers: processes that tokenise (None: as many as cores, or none for a small
     text). The cache key is the source with its revision, the tokenizer's hash and the settings. Another process that
     prepares the same waits for the first. Raises UserError for anything wrong with the source, for text that is too short,
     and for a full or read-only disk.
     """
     ready = Path(source).expanduser()
+    if not ready.exists():
+        parts = parse_mixture(source)
+        if len(parts) > 1 or parts[0][0] != source:
+            return _prepare_mixture(parts, tokenizer, cache, progress, settings, workers)
     if (ready / MANIFEST).is_file():
         return open_data(ready, tokenizer)
     opened = open_source(source, settings.text_field, settings.on_bad_row)
     return prepare_source(opened, tokenizer, Path(cache), progress, settings, workers)
+
+
+def _prepare_mixture(
+    parts: list[tuple[str, float]],
+    tokenizer: Tokenizer,
+    cache: Path,
+    progress: Progress | None,
+    settings: Settings,
+    workers: int | None,
+) -> TokenData:
+    data = [prepare(name, tokenizer, cache, progress, settings, workers) for name, _ in parts]
+    epochs = tuple(epochs for _, epochs in parts)
+    manifest = {"mixture": [{"source": name, "epochs": n, **d.manifest} for (name, n), d in zip(parts, data, strict=True)]}
+    validation = ShuffledTokens(join_tokens([d.validation for d in data], "mixture/validation"), seed=0)
+    return TokenData(Path(cache), manifest, Mixture(tuple(d.train for d in data), epochs), validation)
 
 
 def prepare_source(
@@ -242,88 +261,6 @@ def _whole(pieces: Iterator[Piece]) -> Iterator[Piece]:
             parts = []
 
 
-class SplitWriter:
-    """Appends ids and document ends of one split to its shards; `state` is its part of the journal."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, state: dict[str, int]) -> None:
-        self.folder, self.split, self.dtype = folder, split, dtype
-        self.tokens, self.documents = state["tokens"], state["documents"]
-        self._data: BinaryIO | None = None
-        self._ends = self.index_file.open("ab")
-
-    @property
-    def index_file(self) -> Path:
-        """The file of document ends."""
-        return self.folder / f"{self.split}.documents.bin"
-
-    def shard_file(self, number: int) -> Path:
-        """The file of one shard."""
-        return self.folder / f"{self.split}-{number:05d}.bin"
-
-    def append(self, ids: np.ndarray) -> None:
-        """Add ids, opening the next shard when one is full."""
-        while len(ids):
-            room = SHARD_TOKENS - self.tokens % SHARD_TOKENS
-            if self._data is None:
-                self._data = self.shard_file(self.tokens // SHARD_TOKENS).open("ab")
-            part, ids = ids[:room], ids[room:]
-            self._data.write(part.tobytes())
-            self.tokens += len(part)
-            if len(part) == room:
-                self._sync(self._data)
-                self._data.close()
-                self._data = None
-
-    def end_document(self, eos_id: int) -> None:
-        """Close a document with the end-of-text token."""
-        self.append(np.array([eos_id], self.dtype))
-        self._ends.write(np.int64(self.tokens).tobytes())
-        self.documents += 1
-
-    def flush(self) -> dict[str, int]:
-        """Put everything on disk; the counts for the journal."""
-        for stream in filter(None, (self._data, self._ends)):
-            self._sync(stream)
-        return {"tokens": self.tokens, "documents": self.documents}
-
-    @staticmethod
-    def _sync(stream: BinaryIO) -> None:
-        stream.flush()
-        os.fsync(stream.fileno())
-
-    def close(self) -> None:
-        """Close the files."""
-        for stream in filter(None, (self._data, self._ends)):
-            stream.close()
-        self._data = None
-
-    def truncate(self, tokens: int, documents: int) -> bool:
-        """Cut the files to these counts; False where they are shorter than that."""
-        n_shards = -(-tokens // SHARD_TOKENS)
-        sizes = {self.shard_file(n): self.dtype.itemsize * min(SHARD_TOKENS, tokens - n * SHARD_TOKENS)
-                 for n in range(n_shards)}  # fmt: skip
-        sizes[self.index_file] = 8 * documents
-        for file in self.folder.glob(f"{self.split}-*.bin"):
-            if file not in sizes:
-                file.unlink()
-        for file, size in sizes.items():
-            if not file.is_file() or file.stat().st_size < size:
-                return False
-            os.truncate(file, size)
-        self.tokens, self.documents = tokens, documents
-        return True
-
-    def manifest(self) -> dict[str, Any]:
-        """Counts and hashes of the files."""
-        shards = []
-        for n in range(-(-self.tokens // SHARD_TOKENS)):
-            file = self.shard_file(n)
-            count = min(SHARD_TOKENS, self.tokens - n * SHARD_TOKENS)
-            shards.append({"file": file.name, "tokens": count, "sha256": file_sha256(file)})
-        index = {"file": self.index_file.name, "documents": self.documents, "sha256": file_sha256(self.index_file)}
-        return {"tokens": self.tokens, "documents": self.documents, "shards": shards, "index": index}
-
-
 def _resume(partial: Path, key: list) -> dict[str, Any]:
     """The state to go on from: the journal's, with the files cut to it, or an empty folder and a fresh state."""
     fresh = {"key": key, "pieces": 0, "text_bytes": 0, "finished": [], "duplicates": [0, 0], "bad_rows": [0, []]}
@@ -355,47 +292,3 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
-
-
-def top_up_validation(folder: Path, writers: dict[str, SplitWriter], dtype: np.dtype, eos_id: int) -> None:
-    """Move the tail of training into validation where held-out documents gave too little, as for one long text.
-
-    Whole documents are moved, or, where the last one alone is more than twice what is wanted, its end; the part that stays
-    in training is closed with an end-of-text of its own.
-    """
-    train, validation = writers["train"], writers["validation"]
-    total = train.tokens + validation.tokens
-    least, most = VALIDATION_TOKENS
-    if validation.tokens >= min(least, total // 10):
-        return
-    want = max(min(least, total // 10), min(most, int(total * VALIDATION_SHARE))) - validation.tokens
-    ends = np.fromfile(train.index_file, "<i8")
-    # The first document of the tail: the last one that starts at or before the place where `want` tokens are left.
-    starts = np.concatenate([[0], ends[:-1]])
-    first = int(np.searchsorted(starts, train.tokens - want, side="right")) - 1
-    cut = int(starts[first])
-    inside = train.tokens - cut > 2 * want or first == 0
-    if inside:
-        cut = train.tokens - want
-    tail = np.concatenate([_read(train, n, dtype) for n in range(cut // SHARD_TOKENS, -(-train.tokens // SHARD_TOKENS))])
-    tail = tail[cut - cut // SHARD_TOKENS * SHARD_TOKENS :]
-    moved_ends = ends[first:] - cut + validation.tokens
-    resumed = SplitWriter(folder, "validation", dtype, {"tokens": validation.tokens, "documents": validation.documents})
-    resumed.append(tail)
-    resumed._ends.write(moved_ends.astype("<i8").tobytes())
-    resumed.documents += len(moved_ends)
-    resumed.flush()
-    resumed.close()
-    validation.tokens, validation.documents = resumed.tokens, resumed.documents
-    train.truncate(cut, first)
-    if inside:
-        resumed = SplitWriter(folder, "train", dtype, {"tokens": cut, "documents": first})
-        resumed.end_document(eos_id)
-        resumed.flush()
-        resumed.close()
-        train.tokens, train.documents = resumed.tokens, resumed.documents
-
-
-def _read(writer: SplitWriter, number: int, dtype: np.dtype) -> np.ndarray:
-    """One shard, mapped: only what is used of it is read."""
-    return np.memmap(writer.shard_file(number), dtype, mode="r")

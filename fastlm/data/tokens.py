@@ -74,7 +74,7 @@ class TokenData:
 
     folder: Path
     manifest: dict[str, Any]
-    train: Tokens
+    train: Any  # Tokens, or a Mixture of them
     validation: Tokens
 
 
@@ -156,7 +156,9 @@ def unigram_perplexity(train: Tokens | np.ndarray, validation: Tokens | np.ndarr
 
 
 def token_counts(tokens: Tokens | np.ndarray, vocab_size: int, block: int = 1 << 22) -> np.ndarray:
-    """How often each id occurs, (vocab_size,) int64; reads `block` tokens at a time."""
+    """How often each id occurs, (vocab_size,); reads `block` tokens at a time."""
+    if hasattr(tokens, "counts"):  # a mixture
+        return tokens.counts(vocab_size)
     counts = np.zeros(vocab_size, np.int64)
     for shard in tokens.shards if isinstance(tokens, Tokens) else [tokens]:
         for start in range(0, len(shard), block):

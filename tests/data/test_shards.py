@@ -69,7 +69,7 @@ def test_second_run_reads_the_cache_and_a_changed_file_does_not(gpt2, tmp_path, 
 def test_shards_are_one_array(gpt2, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "a.jsonl")
     whole = shards.prepare(str(file), gpt2, tmp_path / "one").train
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr("fastlm.data.writer.SHARD_TOKENS", 1000)
     parts = shards.prepare(str(file), gpt2, tmp_path / "many").train
     assert len(parts.shards) > 3
     assert parts[:].tolist() == whole[:].tolist()
@@ -79,7 +79,7 @@ def test_shards_are_one_array(gpt2, tmp_path, monkeypatch):
 
 
 def test_tail_top_up_across_shards_loses_nothing(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr("fastlm.data.writer.SHARD_TOKENS", 1000)
     file = tmp_path / "a.txt"
     file.write_text(words(20_000))
     data = shards.prepare(str(file), gpt2, tmp_path / "cache")
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_line(gpt2, tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="disk is full"):
         shards.prepare(str(write_rows(tmp_path / "a.jsonl")), gpt2, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
