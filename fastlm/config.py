@@ -195,6 +195,8 @@ class PretrainConfig:
     """Tokens per row."""
     seed: int = 0
     """Seed of the initialisation and of the data order."""
+    init: Literal["normal", "bigram"] = "normal"
+    """normal: random embedding and head; bigram: those of the text's bigram model (needs --model.no-tie-embeddings)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpoint_activations: bool = False

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastlm import kernels
 from fastlm.attention import attention
-from fastlm.config import ModelConfig
+from fastlm.bigram import bigram_tables
+from fastlm.config import ModelConfig, check
 from fastlm.errors import UserError
 
 
@@ -164,10 +165,11 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
+def initialise(model: Transformer, seed: int, text: Tensor | None = None) -> None:
     """Fill every parameter, the same on every device.
 
-    Embedding and head: N(0, 0.02^2), the padding rows 0. Matrices that read the stream (qkv, gate_up): N(0, 1/fan_in).
+    Embedding and head: N(0, 0.02^2), or with text (n,) int64 the tables of its bigram model (fastlm/bigram.py), which
+    needs an untied head; the padding rows 0. Matrices that read the stream (qkv, gate_up): N(0, 1/fan_in).
     Matrices that write to it (out, down): 0, so that every block starts as the identity. Norm weights: 1. Biases: 0.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -178,7 +180,7 @@ def initialise(model: Transformer, seed: int) -> None:
     for name, p in model.named_parameters():
         if name in ("embedding", "head"):
             normal(p, 0.02)
-            p[model.config.vocab_size :] = 0
+            p[model.config.vocab_size :] = 0  # the padding
         elif name.endswith("bias"):
             p.zero_()
         elif p.dim() == 1:
@@ -187,6 +189,11 @@ def initialise(model: Transformer, seed: int) -> None:
             p.zero_()
         else:
             normal(p, p.shape[1] ** -0.5)
+    if text is not None:
+        c = model.config
+        check(not c.tie_embeddings, "init bigram needs an untied head; pass --model.no-tie-embeddings, or --init normal")
+        embedding, head = bigram_tables(text, c.vocab_size, c.dim, generator)
+        model.embedding[: c.vocab_size], model.head[: c.vocab_size] = embedding, head
 
 
 def pick_device(name: str) -> torch.device:
@@ -200,10 +207,10 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build(config: ModelConfig, seed: int, device: torch.device, **options) -> Transformer:
-    """A freshly initialised model on the device."""
+def build(config: ModelConfig, seed: int, device: torch.device, text: Tensor | None = None, **options) -> Transformer:
+    """A freshly initialised model on the device; text as in initialise()."""
     model = Transformer(config, **options)
-    initialise(model, seed)
+    initialise(model, seed, text)
     return model.to(device)
 
 

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from fastlm import checkpoint
+from fastlm.bigram import MOST
 from fastlm.config import PretrainConfig, check, to_toml
 from fastlm.data.batches import row_batch, validation_batches
 from fastlm.data.shards import prepare
@@ -46,7 +47,8 @@ def pretrain(cfg: PretrainConfig) -> int:
     row_batch(train, 0, cfg.batch_rows, cfg.seq_len, cfg.seed)  # says so now if the text is too short
 
     torch.manual_seed(cfg.seed)
-    model = build(cfg.model, cfg.seed, device, checkpoint_activations=cfg.checkpoint_activations,
+    text = torch.from_numpy(train[:MOST].astype("int64")) if cfg.init == "bigram" and resumed is None else None
+    model = build(cfg.model, cfg.seed, device, text, checkpoint_activations=cfg.checkpoint_activations,
                   attention_backend=cfg.attention)  # fmt: skip
     optimizers = make_optimizers(model, cfg.optim)
     # position: rows drawn so far, the one counter of the data order
