@@ -33,6 +33,13 @@ def generate(argv: list[str]) -> int:
     return write(config)
 
 
+def data(argv: list[str]) -> int:
+    """prepare text for training (data prepare), or look into what was prepared (data inspect)"""
+    from fastlm.data.commands import main as run
+
+    return run(argv)
+
+
 def doctor(argv: list[str]) -> int:
     """show what runs on this machine, for every operation, and why"""
     if argv:
@@ -42,7 +49,7 @@ def doctor(argv: list[str]) -> int:
     return print_report()
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "generate": generate, "doctor": doctor}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "generate": generate, "data": data, "doctor": doctor}
 
 USAGE = "usage: fastlm COMMAND [options]\n\n" + "\n".join(
     f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()

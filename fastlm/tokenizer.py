@@ -48,7 +48,7 @@ class Tokenizer:
     cut_safe: bool
     specials: tuple[str, ...]
     _encode: Callable[[str, bool], np.ndarray]
-    _decode: Callable[[Sequence[int]], str]
+    _decode: Callable[[Sequence[int] | np.ndarray], str]
 
     def encode_array(self, text: str, specials: bool = False) -> np.ndarray:
         """Token ids of a text as a uint32 array, (n_tokens,); special tokens are recognised only with specials=True."""
@@ -62,7 +62,7 @@ class Tokenizer:
         """Token ids of several texts."""
         return [self.encode(text, specials) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
         return self._decode(ids)
 
@@ -187,7 +187,7 @@ def _load_hugging_face(file: Path) -> Tokenizer:
             ids = inner.encode(without_surrogates(text), add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.uint32)
 
-    def decode(ids: Sequence[int]) -> str:
+    def decode(ids: Sequence[int] | np.ndarray) -> str:
         return inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     probe = "The cat's 12 eyes\n\n saw x=1,\t and  it  went away. "

@@ -73,7 +73,7 @@ def content(folder):
 @pytest.mark.parametrize("kind", ["text", "rows"])
 def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kind):
     if kind == "text":
-        source, dedup, n_kills = write_text(tmp_path / "a.txt", 6_000_000), "none", 5
+        source, dedup, n_kills = write_text(tmp_path / "a.txt", 4_000_000), "none", 4
     else:
         source, dedup, n_kills = tmp_path / "a.jsonl", "exact", 4
         lines = re.split(r"\n", write_text(tmp_path / "a.txt", 3_000_000).read_text())
@@ -97,12 +97,12 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kind):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
     peaks = []
-    for size in (2_000_000, 20_000_000):
+    for size in (1_000_000, 10_000_000):
         source = write_text(tmp_path / f"{size}.txt", size)
         done = subprocess.run(command(source, tmp_path / f"out{size}"), cwd=ROOT, check=True, capture_output=True, text=True)
         peaks.append(int(done.stdout))
-    # The text grows by 18 MB and its tokens by 9 MB or more; the caches of the tokenizer and the reader fill up once.
-    assert peaks[1] - peaks[0] < 16
+    # The text grows by 9 MB, as ids in lists by 100 MB or more; what may grow once are the tokenizer's and reader's buffers.
+    assert peaks[1] - peaks[0] < 12
     assert peaks[1] < 1000
 
 
