@@ -90,9 +90,7 @@ def rms_norm_backward(
     return dx, dw.to(weight.dtype), _empty(x, 0) if y is None else y
 
 
-def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
     """(q, k) rotated, as rope.py defines it. Raises IndexError for a position outside cos."""
     bf16, threads = _common(q)
     batch, tokens, _, head_dim = q.shape

@@ -105,24 +105,24 @@ void one_row(const T* x, int64_t target, float* loss, float* lse, float dloss, T
     float z_target = soften<kCapped>(load(x + target, 1)[0], o.softcap);
     // In fp32 the exponentials of the forward pass wait in the gradient's place and are only rescaled afterwards.
     float* kept = sizeof(T) == 4 && !kCapped && loss ? (float*)grad : nullptr;
-    double spread = o.smoothing && loss ? sum_logits<kCapped>(x, o.softcap, n) : 0;
+    double spread = o.smoothing && loss ? sum_logits<kCapped>(x, o.softcap, n) : 0, total = 0;
     if (loss) {
-        double total = 0;
         for (int64_t b = 0, i = 0; i < n; b++, i += block) {
             int64_t size = n - i < block ? n - i : block;
             float top = soften<kCapped>(largest(x + i, size), o.softcap), before = m;
             maxima[b] = m = top > m ? top : m;
             total = total * exp(before - m) + sum_exp<kCapped>(x + i, m, o.softcap, kept ? kept + i : nullptr, size);
         }
-        *lse = m + __builtin_logf((float)total);
-        *loss = (1.0f - o.smoothing) * (*lse - z_target) + o.z_loss * *lse * *lse;
-        if (o.smoothing) *loss += o.smoothing * (*lse - (float)(spread / (double)n));
+        float above = __builtin_logf((float)total);  // lse - m; kept apart, since lse rounds it away where m is large
+        *lse = m + above;
+        *loss = (1.0f - o.smoothing) * (m - z_target + above) + o.z_loss * *lse * *lse;
+        if (o.smoothing) *loss += o.smoothing * (m - (float)(spread / (double)n) + above);
     }
     if (!grad) return;
     float scale = dloss * (1.0f + 2.0f * o.z_loss * *lse), shift = -dloss * o.smoothing / (float)n;
     if (kept) {
         for (int64_t b = 0, i = 0; i < n; b++, i += block)
-            rescale(kept + i, exp(maxima[b] - *lse) * scale, shift, n - i < block ? n - i : block);
+            rescale(kept + i, exp(maxima[b] - m) / (float)total * scale, shift, n - i < block ? n - i : block);
     } else {
         gradient<kCapped>(x, *lse, scale, shift, o.softcap, grad, n);
     }

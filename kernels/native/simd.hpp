@@ -5,7 +5,7 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
-#if FASTLM_VECTOR_BYTES > 16
+#if FASTLM_VECTOR_BYTES == 32
 #include <immintrin.h>
 #endif
 
@@ -82,11 +82,8 @@ static inline float max(vf v) {
     return m;
 }
 
-// The larger (smaller) of each lane, and b where either is nan: one instruction, which the compiler has to be told.
-#if FASTLM_VECTOR_BYTES == 64
-static inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
-static inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif FASTLM_VECTOR_BYTES == 32
+// The larger (smaller) of each lane, and b where either is nan: one AVX2 instruction, which GCC has to be told.
+#if FASTLM_VECTOR_BYTES == 32
 static inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else

@@ -1,4 +1,4 @@
-"""Every test here runs the Triton kernels: on the GPU where there is one, else on CPU tensors in the interpreter."""
+"""Every test here runs the Triton kernels, on the GPU or else in the interpreter, and the native CPU kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fastlm.kernels import cpu
 from fastlm.kernels.launches import triton_on_cpu
 
 interpreter_converts = interpreter._convert_float
@@ -34,13 +35,30 @@ def cpu_path() -> None:
     """For tests of what a CPU tensor gets."""
 
 
-@pytest.fixture(autouse=True)
-def triton_path(request, monkeypatch):
-    """CPU tensors take the Triton path too, except in tests that ask for `cpu_path`."""
-    torch.manual_seed(0)
-    if "cpu_path" in request.fixturenames:
-        yield
+@pytest.fixture
+def triton_only() -> None:
+    """For tests of what only the Triton kernels promise."""
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Without a GPU, each test runs on the Triton kernels and, where they are built, on the native CPU kernels."""
+    names = metafunc.fixturenames
+    if "cpu_path" in names:
+        paths = ["cpu"]
+    elif "triton_only" in names or torch.cuda.is_available() or cpu._native is None:
+        paths = ["triton"]
     else:
+        paths = ["triton", "native"]
+    metafunc.parametrize("kernel_path", paths, indirect=True, ids=paths if len(paths) > 1 else [pytest.HIDDEN_PARAM])
+
+
+@pytest.fixture(autouse=True)
+def kernel_path(request, monkeypatch):
+    """Which kernels CPU tensors get in this test."""
+    torch.manual_seed(0)
+    if request.param == "triton":
         monkeypatch.setattr(interpreter, "_convert_float", convert_as_hardware_does)
         with triton_on_cpu(), np.errstate(all="ignore"):
             yield
+    else:
+        yield

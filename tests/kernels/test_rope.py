@@ -95,7 +95,7 @@ def test_int32_positions_and_lengths_are_kept(device):
     assert error(a[0].norm(dim=-1), q.double().norm(dim=-1)) < 1e-6
 
 
-def test_positions_outside_the_table_give_nan_there_and_nothing_else(device):
+def test_positions_outside_the_table_give_nan_there_and_nothing_else(device, triton_only):
     (q, k), _, (cos, sin), _ = case(2, 1, 8, torch.float32, device, False)
     positions = torch.tensor([[0, LENGTH, 2, -1, 4], [1 << 40, 1, 2, 3, 4]], device=device)
     bad = (positions < 0) | (positions >= LENGTH)

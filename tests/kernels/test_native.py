@@ -1,0 +1,230 @@
+"""What is particular to the native CPU kernels: every instruction set, threads, the C library's memory, hard numbers."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import check, leaves, run, same_bits
+
+from fastlm.kernels import add_rms_norm, cpu, cross_entropy, linear_cross_entropy, linear_logprobs, rope, swiglu
+
+native = pytest.importorskip("fastlm.kernels._native", reason="the native module is not built (make native)")
+
+pytestmark = pytest.mark.usefixtures("cpu_path")
+EPS = 1e-5
+
+
+@pytest.fixture(params=native.instruction_sets())
+def instruction_set(request):
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(native.instruction_sets()[-1])
+
+
+def norm_in_fp32(x, r, w):
+    s = x + r
+    acc = torch.promote_types(s.dtype, torch.float32)
+    return F.rms_norm(s.to(acc), s.shape[-1:], w.to(acc), EPS).to(s.dtype), s
+
+
+def swiglu_in_fp32(x):
+    gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def rotate(q, k, table):
+    def one(x):
+        acc = torch.promote_types(x.dtype, torch.float32)
+        a, b = x.to(acc).chunk(2, -1)
+        cos, sin = table[:, : x.shape[1], None].to(acc)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+    return one(q), one(k)
+
+
+# Widths around every vector length: whole vectors, groups of four, and each remainder.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 8, 15, 16, 31, 33, 64, 67, 129])
+def test_every_width_on_every_instruction_set(width, dtype, instruction_set):
+    torch.manual_seed(width)
+    x, r = ((torch.randn(2, 3, width) * 4).round() / 4).to(dtype)
+    g, h = torch.randn(2, 3, width).to(dtype)
+    check(lambda *a: add_rms_norm(*a, EPS), norm_in_fp32, [x, r, torch.randn(width)], [g, h], 1000 if width == 1 else 1)
+    check(swiglu, swiglu_in_fp32, [(torch.randn(3, 2 * width) * 3).to(dtype)], [g])
+    q, k = torch.randn(1, 3, 2, 2 * width).to(dtype), torch.randn(1, 3, 1, 2 * width).to(dtype)
+    table, up = torch.randn(2, 3, width), [torch.randn_like(q), torch.randn_like(k)]
+    check(lambda q, k: rope(q, k, *table), lambda q, k: rotate(q, k, table), [q, k], up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 5, 2047, 2048, 2049, 50257])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_loss_on_every_instruction_set(vocab, softcap, dtype, instruction_set):
+    torch.manual_seed(vocab)
+    logits, targets = (torch.randn(3, vocab) * 4).to(dtype), torch.randint(vocab, (3,))
+
+    def plain(x):
+        z = x.to(torch.promote_types(x.dtype, torch.float32))
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        return F.cross_entropy(z, targets, reduction="none", label_smoothing=0.1) + 1e-3 * z.logsumexp(-1) ** 2
+
+    def ours(x):
+        return cross_entropy(x, targets, reduction="none", label_smoothing=0.1, z_loss=1e-3, softcap=softcap)
+
+    check(ours, plain, [logits], [torch.rand(3)], scale=4 if vocab > 1 else 1000)
+
+
+def test_numbers_at_the_edge(instruction_set):
+    """Saturated gates, masked and enormous logits: no overflow, no loss of the exact zeros."""
+    gates = torch.tensor([-1e4, -200.0, -88.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 200.0, 1e4])
+    x = torch.cat((gates, torch.full((10,), 2.0)))
+    torch.testing.assert_close(swiglu(x), F.silu(gates.double()).float() * 2, rtol=1e-6, atol=1e-30)
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0], [3e38, -3e38, 0.0, 0.0], [-1000.0, -1001.0, -1e38, -5000.0]])
+    targets = torch.tensor([1, 0, 0])
+    actual = run(lambda z: cross_entropy(z, targets, reduction="none"), leaves(logits), [torch.ones(3)])
+    expected = run(lambda z: F.cross_entropy(z, targets, reduction="none"), leaves(logits.double()), [torch.ones(3)])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=5e-5)  # 1000 is known to 6e-5 in fp32
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-6, atol=1e-7)
+    assert actual[1][0, 2] == 0  # a masked token gets exactly nothing
+    assert cross_entropy(torch.tensor([[0.0, torch.nan]]), torch.tensor([0])).isnan()
+    assert swiglu(torch.tensor([torch.nan, 1.0])).isnan()
+
+
+def everything() -> list[torch.Tensor]:
+    """Results and gradients of all ops on one set of inputs."""
+    torch.manual_seed(1)
+    x, r, g, h = torch.randn(4, 131, 96)
+    q, k = torch.randn(2, 13, 4, 24), torch.randn(2, 13, 2, 24)
+    w, targets = torch.randn(501, 96), torch.randint(501, (131,))
+    targets[::5] = -100
+    table = torch.randn(2, 20, 12)
+    out = run(lambda *a: add_rms_norm(*a, EPS), leaves(x, r, torch.randn(96)), [g, h])
+    out += run(swiglu, leaves(x), [torch.randn(131, 48)])
+    out += run(lambda a, b: rope(a, b, *table), leaves(q, k), [q, k])
+    for op in (linear_cross_entropy, linear_logprobs):
+        out += run(lambda a, b, op=op: op(a, b, targets), leaves(x, w), [g[:, 0] if op is linear_logprobs else g[0, 0]])
+    return out
+
+
+def test_results_do_not_depend_on_the_number_of_threads(instruction_set):
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(everything())
+    torch.set_num_threads(before)
+    norm_swiglu_rope = slice(0, 11)  # behind a matmul the bits are the BLAS's business
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0][norm_swiglu_rope], other[norm_swiglu_rope], strict=True))
+
+
+def test_native_and_reference_agree(monkeypatch):
+    ours = everything()
+    monkeypatch.setattr(cpu, "available", lambda *tensors: False)
+    for a, e in zip(ours, everything(), strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-5)
+
+
+def test_dtypes_without_a_native_kernel_take_the_reference(monkeypatch):
+    for name in ("rms_norm", "swiglu", "rope", "cross_entropy", "cross_entropy_rows"):
+        monkeypatch.delattr(cpu, name)
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, (x,))
+    assert swiglu(x.half()).dtype == torch.float16
+
+
+def test_gradient_of_logits_may_overwrite_them():
+    logits, targets = torch.randn(5, 70), torch.randint(64, (5,))
+    targets[2] = -100
+    options = (-100, 1e-3, 0.1, 0.0, 64)
+    loss, lse, up = torch.empty(5), torch.empty(5), torch.rand(5)
+    apart = cpu.cross_entropy_backward(up, logits, targets, cpu.cross_entropy(logits, targets, *options)[1], *options)
+    cpu.cross_entropy_rows(logits, targets, loss, lse, up, logits, *options)
+    torch.testing.assert_close(logits, apart, rtol=1e-6, atol=1e-8)
+    assert not logits[2].any()
+    assert not logits[:, 64:].any()
+
+
+def test_position_outside_the_table_is_an_index_error():
+    q = torch.randn(1, 2, 1, 4)
+    with pytest.raises(IndexError, match="position 3 .* 3 positions"):
+        rope(q, q, *torch.randn(2, 3, 2), torch.tensor([[0, 3]]))
+    with pytest.raises(IndexError, match="position -1"):
+        rope(q, q, *torch.randn(2, 3, 2), torch.tensor([[0, -1]]))
+
+
+def test_unknown_instruction_set_is_named():
+    with pytest.raises(ValueError, match="'sse9'"):
+        native.use_instruction_set("sse9")
+    assert native.instruction_set() == native.instruction_sets()[-1]
+
+
+def test_status_says_what_runs():
+    assert cpu.status().startswith(f"native, {native.instruction_set()} ")
+    assert f"{torch.get_num_threads()} threads" in cpu.status()
+
+
+def in_fresh_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads through /proc")
+@pytest.mark.skipif(not native.openmp(), reason="built without OpenMP")
+def test_kernels_run_on_torchs_own_threads():
+    code = """
+import os, torch
+from fastlm.kernels import cpu
+torch.set_num_threads(3)
+(torch.ones(1 << 20) + 1).sum()
+before = len(os.listdir("/proc/self/task"))
+cpu.swiglu(torch.randn(4096, 256))
+print(before, len(os.listdir("/proc/self/task")))
+"""
+    before, after = in_fresh_python(code).split()
+    assert before == after
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns large blocks in this way")
+def test_large_blocks_stay_with_the_process_once_asked():
+    code = """
+import torch
+from fastlm.kernels import cpu
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def left_after_freeing(mib):
+    before = resident()
+    torch.zeros(mib << 18).add_(1)
+    return (resident() - before) >> 20
+torch.ones(10).add_(1)
+print(left_after_freeing(128), cpu.keep_large_blocks(), left_after_freeing(128))
+"""
+    without, took_effect, kept = in_fresh_python(code).split()
+    assert took_effect == "True"
+    assert int(without) < 32
+    assert int(kept) > 96
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 instruction sets")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+def test_each_instruction_set_is_compiled_and_kept_apart():
+    """512-bit code exists for AVX-512, and nothing that every machine runs holds a wide register."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", native.__file__]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True)
+    wide, function = {"zmm": set(), "ymm": set()}, ""
+    for line in dump.stdout.splitlines():
+        if line.endswith(">:"):
+            function = line
+        for register in wide:
+            if register in line:
+                wide[register].add(function)
+    assert any("fastlm::avx512::" in f for f in wide["zmm"])
+    assert all("fastlm::avx512::" in f for f in wide["zmm"])
+    assert all("fastlm::avx2::" in f or "fastlm::avx512::" in f for f in wide["ymm"])
