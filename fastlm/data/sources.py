@@ -7,7 +7,9 @@ Nothing here holds more than one piece (about `PIECE_CHARS` characters, or one r
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import json
 import os
 import re
@@ -220,18 +222,20 @@ def text_pieces(file: Path) -> Iterator[Piece]:
 
 
 def _decode_blocks(file: Path, blocks: Iterator[bytes]) -> Iterator[str]:
-    """Decode UTF-8 whose characters may be split between blocks; a leading byte order mark is dropped."""
-    import codecs
+    """Decode UTF-8 whose characters may be split between blocks, as Python's text mode does: every line end becomes "\\n".
 
+    A leading byte order mark is dropped.
+    """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = io.IncrementalNewlineDecoder(decoder, translate=True)
     start = 0
     try:
         for block in blocks:
             kept = len(decoder.getstate()[0])
-            yield decoder.decode(block)
+            yield lines.decode(block)
             start += len(block)
         kept = len(decoder.getstate()[0])
-        yield decoder.decode(b"", final=True)
+        yield lines.decode(b"", final=True)
     except UnicodeDecodeError as error:
         place = start - kept + error.start
         raise UserError(f"{file}: not UTF-8 (byte {place}: {error.reason}); save it as UTF-8, "

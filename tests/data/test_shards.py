@@ -100,6 +100,23 @@ def test_given_validation_files_are_the_validation_split(gpt2, tmp_path):
     assert data.validation[:].tolist() == expected
 
 
+def test_line_ends_of_every_kind_are_one(gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlm.data.sources.PIECE_CHARS", 7)  # line ends fall between blocks too
+    text = "one line\nand the next\n\nand é one more\n" * 100
+    for name, end in (("unix", "\n"), ("windows", "\r\n"), ("old", "\r")):
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+        data = shards.prepare(str(tmp_path / f"{name}.txt"), gpt2, tmp_path / name)
+        assert np.concatenate([data.train[:-1], data.validation[:-1]]).tolist() == gpt2.encode(text)
+
+
+def test_bytes_that_are_not_text_are_named(gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlm.data.sources.PIECE_CHARS", 7)
+    for place in (0, 1, 6, 7, 8, 2000):
+        (tmp_path / "a.txt").write_bytes(("é" * 5000).encode()[: 2 * place] + b"\xff" + b"more" * 500)
+        with pytest.raises(UserError, match=rf"byte {2 * place}:"):
+            shards.prepare(str(tmp_path / "a.txt"), gpt2, tmp_path / "cache")
+
+
 def test_marks_in_a_text_file_separate_documents(gpt2, tmp_path):
     stories = [words(40, n) for n in range(30)]
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(stories))
