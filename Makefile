@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CMAKE_PYTHON = -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .PHONY: demo test lint native sanitize clean
@@ -29,6 +30,19 @@ lint: .venv/developer
 	@echo "Installing the developers' tools into .venv"
 	@$(INSTALL) '.[dev]'
 	@touch $@
+
+# The native CPU kernels, built beside their sources; an editable install does the same once.
+native: .venv/developer
+	$(BIN)/cmake -S . -B build/native -G Ninja $(CMAKE_PYTHON) -DFASTLM_IN_TREE=ON
+	$(BIN)/cmake --build build/native
+
+# The native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+RUNTIMES = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)
+sanitize: .venv/developer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja $(CMAKE_PYTHON) -DFASTLM_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/kernels $(BIN)/python -m pytest -q -p sanitized \
+		-p no:cacheprovider -k native tests/kernels
 
 clean:
 	rm -rf .venv build dist kernels/_native*.so
