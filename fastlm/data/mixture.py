@@ -46,6 +46,10 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
+    def __getitem__(self, key: slice) -> np.ndarray:
+        """Ids of a span of the parts laid end to end."""
+        return join_tokens(list(self.parts), "mixture")[key]
+
     def counts(self, vocab_size: int) -> np.ndarray:
         """How often each id occurs in the whole mixture, (vocab_size,), epochs counted."""
         each = [epochs * token_counts(part, vocab_size) for part, epochs in zip(self.parts, self.epochs, strict=True)]

@@ -44,6 +44,7 @@ def test_a_mixture_draws_epochs_of_each_source():
     assert (len(targets), set(times.tolist())) == (160, {4})  # four epochs of every target
     assert len(np.unique(y[~from_small].numpy())) == 25 * 16  # a quarter epoch, nothing twice
     assert mixture.tokens_drawn(65, 16) == {"t": 25 * 16} or mixture.rows_drawn(65, 16) == [40, 25]
+    assert mixture[150:170].tolist() == [*range(150, 161), *range(1000, 1009)]
     resumed, _ = row_batch(mixture, 20, 45, 16, seed=1)
     assert torch.equal(resumed, x[20:])
 
