@@ -119,7 +119,9 @@ PRESETS: dict[str, ModelConfig] = {
         rope_theta=100_000.0,
     ),
     # minutes on two CPU cores
-    "demo": ModelConfig(dim=256, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=704, max_seq_len=256),
+    "demo": ModelConfig(
+        dim=192, n_layers=4, n_heads=3, n_kv_heads=3, ffn_dim=512, max_seq_len=256, tie_embeddings=False, qk_norm=True
+    ),
     # for tests
     "tiny": ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=192, max_seq_len=256),
 }
@@ -132,9 +134,11 @@ class OptimConfig:
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the hidden matrices, AdamW for embedding, head and norms; adamw: AdamW for all."""
     lr: float = 0.003
-    """Peak learning rate of AdamW's parameters (embedding, head, norms; everything under adamw)."""
-    muon_lr: float = 0.02
-    """Peak learning rate of the hidden matrices under muon, in units of an RMS-1 update."""
+    """Peak learning rate of the hidden matrices (an update has AdamW's size under muon too)."""
+    embedding_lr: float = 0.002
+    """Peak learning rate of the embedding and the norms; of the head too where it is tied."""
+    head_lr: float = 0.002
+    """Peak learning rate of an untied head."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices (norm weights have none)."""
     beta1: float = 0.9
@@ -155,7 +159,7 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0 leaves them."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr"):
+        for name in ("lr", "embedding_lr", "head_lr"):
             value = getattr(self, name)
             check(value > 0, f"optim.{name} is {value}; it must be positive")
         for name in ("weight_decay", "warmup_steps", "min_lr_fraction", "clip_norm"):
@@ -195,8 +199,8 @@ class PretrainConfig:
     """Tokens per row."""
     seed: int = 0
     """Seed of the initialisation and of the data order."""
-    init: Literal["normal", "bigram"] = "normal"
-    """normal: random embedding and head; bigram: those of the text's bigram model (needs --model.no-tie-embeddings)."""
+    init: Literal["normal", "bigram", "auto"] = "normal"
+    """normal: random embedding and head; bigram: of the text's bigram model (needs an untied head); auto: bigram if untied."""
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpoint_activations: bool = False

@@ -154,7 +154,7 @@ class Monitor:
         if not row["loss"] - row["loss"] == 0:
             raise UserError(
                 f"the loss became {row['loss']} at step {row['step']}: training has diverged; "
-                f"lower --optim.lr or --optim.muon-lr, or lengthen --optim.warmup-steps"
+                f"lower --optim.lr, or lengthen --optim.warmup-steps"
             )
         self.show(row, now)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,18 +68,18 @@ class Muon(Optimizer):
 
 def make_optimizers(model: nn.Module, o: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model's parameters; each group remembers its peak learning rate as peak_lr."""
-    hidden: list[Tensor] = []
-    tables: list[Tensor] = []
-    vectors: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {"hidden": [], "embedding": [], "head": [], "vectors": []}
     for name, p in model.named_parameters():
-        (vectors if p.dim() == 1 else tables if name in ("embedding", "head") else hidden).append(p)
-    groups = [{"params": tables, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers: list[Optimizer] = []
+        parts["vectors" if p.dim() == 1 else name if name in parts else "hidden"].append(p)
+    rates = {"hidden": o.lr, "embedding": o.embedding_lr, "head": o.head_lr, "vectors": o.embedding_lr}
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr": rates[part], "weight_decay": 0.0 if part == "vectors" else o.weight_decay}
+        for part, params in parts.items()
+        if params and (part != "hidden" or o.name == "adamw")
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)]
     if o.name == "muon":
-        optimizers.append(Muon(hidden, lr=o.muon_lr, weight_decay=o.weight_decay, momentum=o.momentum))
-    else:
-        groups.append({"params": hidden, "weight_decay": o.weight_decay})
-    optimizers.append(AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=1e-10, fused=True))
+        optimizers.insert(0, Muon(parts["hidden"], lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

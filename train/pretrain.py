@@ -47,7 +47,8 @@ def pretrain(cfg: PretrainConfig) -> int:
     row_batch(train, 0, cfg.batch_rows, cfg.seq_len, cfg.seed)  # says so now if the text is too short
 
     torch.manual_seed(cfg.seed)
-    text = torch.from_numpy(train[:MOST].astype("int64")) if cfg.init == "bigram" and resumed is None else None
+    counted = cfg.init == "bigram" or (cfg.init == "auto" and not cfg.model.tie_embeddings)
+    text = torch.from_numpy(train[:MOST].astype("int64")) if counted and resumed is None else None
     model = build(cfg.model, cfg.seed, device, text, checkpoint_activations=cfg.checkpoint_activations,
                   attention_backend=cfg.attention)  # fmt: skip
     optimizers = make_optimizers(model, cfg.optim)

@@ -74,7 +74,7 @@ def test_adamw_takes_the_textbook_step():
     g = p.grad.clone()
     optimizer.step()
     m, v = (1 - 0.9) * g / (1 - 0.9), (1 - 0.99) * g * g / (1 - 0.99)
-    expected = start * (1 - 0.01 * 0.1) - 0.01 * m / (v.sqrt() + 1e-10)
+    expected = start * (1 - 0.01 * 0.1) - 0.01 * m / (v.sqrt() + 1e-8)
     torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -202,7 +202,20 @@ def test_changed_text_is_not_mistaken_for_the_text_of_the_run(small_run, small_t
 
 def test_divergence_stops_the_run_with_advice(small_run, tmp_path, capsys):
     error = mistake(
-        [*small_run, "--optim.lr", "1e30", "--optim.clip-norm", "0", "--steps", "30", "--out", str(tmp_path / "r")], capsys
+        [
+            *small_run,
+            "--optim.lr",
+            "1e30",
+            "--optim.embedding-lr",
+            "1e30",
+            "--optim.clip-norm",
+            "0",
+            "--steps",
+            "30",
+            "--out",
+            str(tmp_path / "r"),
+        ],
+        capsys,
     )
     assert "training has diverged; lower --optim.lr" in error
 
