@@ -106,10 +106,10 @@ def _dlogits(v, columns, target, lse2, upstream, scale,
     return g
 
 
-@jit(do_not_specialize=["dloss_stride", "IGNORE"])
+@jit(do_not_specialize=["dloss_stride"])
 def _rows_kernel(
-    logits, targets, loss, lse_rows, dloss, out, dloss_stride, IGNORE,
-    STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, WIDTH: tl.constexpr, VOCAB: tl.constexpr,
+    logits, targets, loss, lse_rows, dloss, out, dloss_stride,
+    IGNORE: tl.constexpr, STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, WIDTH: tl.constexpr, VOCAB: tl.constexpr,
     Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr, HAS_DLOSS: tl.constexpr,
     ALIGN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,

@@ -45,7 +45,7 @@ def rms_norm_backward_reference(
 
 # ---------------------------------------------------------------- Triton
 
-MAX_WIDTH = 32768  # a row is held in registers: 32 warps of 32 lanes of 32 numbers
+MAX_WIDTH = 8192  # a row is held in registers; the backward of a wider one would spill
 
 
 @jit(do_not_specialize=["M"])
@@ -115,19 +115,25 @@ def _sum_partials_kernel(partial, out, D: tl.constexpr, PARTIALS: tl.constexpr, 
 
 
 def _forward_shape(width: int) -> tuple[int, int, int]:
-    """(rows of a program, padded width, warps). Up to 2048 wide one warp holds whole rows and sums with shuffles
-    alone."""
+    """(rows of a program, padded width, warps): 32 to 64 numbers to a lane.
+
+    Up to 2048 wide one warp holds whole rows and sums with shuffles alone: no barrier, no shared memory.
+    """
     block = next_power_of_2(width)
     if block <= 256:
         return 4096 // block, block, 4
-    return max(1, 2048 // block), block, max(1, min(block // 1024, 32)) if block > 2048 else 1
+    return max(1, 2048 // block), block, block // 1024 if block > 2048 else 1
 
 
 def _backward_shape(width: int) -> tuple[int, int, int]:
-    """(rows of a tile, padded width, warps): 32 numbers of each operand to a lane. From 512 wide all warps lie along
-    a row, so dw needs no exchange between them until the end; narrower, each warp has rows of its own."""
+    """(rows of a tile, padded width, warps): 16 to 32 numbers of each operand to a lane, more would spill.
+
+    From 512 wide all warps lie along a row, so that dw needs no exchange between them until the end; narrower, each warp
+    has rows of its own.
+    """
     block = next_power_of_2(width)
-    return max(1, 4096 // block), block, max(2 if block == 512 else 4, min(block // 512, 32))
+    warps = 2 if block == 512 else max(4, min(block // 512, 16))
+    return max(1, min(4096, warps * 1024) // block), block, warps
 
 
 def _partials(m: int, width: int) -> int:

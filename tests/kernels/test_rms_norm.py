@@ -149,4 +149,4 @@ def test_mistakes_are_named(device):
     with pytest.raises(TypeError, match="residual"):
         add_rms_norm(x, x.half(), w, EPS)
     with pytest.raises(ValueError, match="last dimension"):
-        rms_norm(torch.empty(1, 65536, device=device), torch.empty(65536, device=device), EPS)
+        rms_norm(torch.empty(1, 8193, device=device), torch.empty(8193, device=device), EPS)

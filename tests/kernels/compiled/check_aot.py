@@ -1,0 +1,65 @@
+"""Every shipped configuration built for every architecture, without a GPU. Run by test_compiled.py, in a process of its own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fastlm.kernels import inspect
+from fastlm.kernels.configurations import cases
+
+BF16 = cases(torch.bfloat16, every_width=True)
+MODEL = cases(torch.bfloat16)
+FP32 = cases(torch.float32)
+
+
+def without_storage(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(case, rows=32768):
+    return inspect.record(lambda: case.launch(without_storage, rows))
+
+
+def check(case, target, bulk_bits=128):
+    for launch in launches(case):
+        built = inspect.read_binary(launch, target)
+        assert built.spills == 0, built
+        assert built.fp64 == 0, built
+        assert built.atomics == 0, built
+        assert built.load_bits == bulk_bits, built
+        assert built.registers <= 255, built
+        if built.kernel != "_sum_partials_kernel" and "forward" not in case.direction:
+            assert built.store_bits == bulk_bits, built
+
+
+@pytest.mark.parametrize("target", inspect.TARGETS)
+@pytest.mark.parametrize("case", MODEL, ids=lambda c: c.name)
+def test_the_model_s_kernels_build_for_every_architecture(case, target):
+    """No spills, no fp64, no atomics, 128-bit accesses; also at V = 50257, whose rows start unaligned."""
+    check(case, target)
+
+
+@pytest.mark.parametrize("case", [c for c in BF16 if c.name not in {m.name for m in MODEL}], ids=lambda c: c.name)
+def test_every_width_s_block_size_builds(case):
+    check(case, "sm_90")
+
+
+@pytest.mark.parametrize("case", FP32, ids=lambda c: c.name)
+def test_fp32_builds(case):
+    check(case, "sm_80")
+
+
+@pytest.mark.parametrize("case", [c for c in MODEL if c.direction != "in place"], ids=lambda c: c.name)
+def test_rows_are_addressed_in_64_bits(case):
+    """Nothing 32 bits wide is multiplied by a row's stride: more than 2^31 elements are addressed rightly."""
+    for launch in launches(case):
+        if launch.kernel.__name__ == "_sum_partials_kernel":
+            continue  # at most 396 x 32768 numbers
+        ptx = inspect.compiled(launch, "sm_90").asm["ptx"]
+        strides = {v for k, v in launch.arguments.items() if isinstance(v, int) and ("STRIDE" in k or k in ("D", "F"))}
+        narrow = re.findall(r"(?:mul|mad)\.lo\.[su]32\s[^;]*?\b(\d+)(?:,[^;]*)?;", ptx)
+        assert not {int(n) for n in narrow} & {s for s in strides if s > 64}, case.name
+        assert re.search(r"(?:mul|mad)\.(?:lo\.[su]64|wide)|shl\.b64", ptx), case.name

@@ -1,0 +1,37 @@
+"""What Triton's compiler makes of the kernels, in processes of their own: there the kernels are compiled, not interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+TOOLS = ROOT.parent / "shared" / "tools"
+needs_tools = pytest.mark.skipif(not TOOLS.is_dir(), reason="the folder ../shared/tools, with the PTX simulator, is absent")
+
+
+@pytest.fixture(scope="module")
+def children():
+    """Both programs at once: each of them has one thread."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    running = {}
+    for program in ("check_aot.py", "check_ptx.py") if TOOLS.is_dir() else ("check_aot.py",):
+        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", HERE / "compiled" / program]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running[program] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
+    yield running
+    for child in running.values():
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["check_aot.py", pytest.param("check_ptx.py", marks=needs_tools)])
+def test_in_a_process_of_its_own(program, children, cpu_path):
+    output, _ = children[program].communicate()
+    assert children[program].returncode == 0, output[-6000:]
