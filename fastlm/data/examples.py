@@ -5,23 +5,29 @@ rows -> dialogues -> ids and counted targets -> truncation that keeps the respon
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
+import json
+import os
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastlm.data.formats import RowProblem, read_dialogue, read_preference
 from fastlm.data.packing import PackedRows, pack
 from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
-from fastlm.data.templates import Encoded, encode_dialogue
+from fastlm.data.templates import Encoded, encode_dialogue, template_source
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
 
-T = TypeVar("T")
 EXAMPLE_HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "hh-rlhf": "Anthropic/hh-rlhf"}
+CACHE_FORMAT = 1
 MIN_PROMPT_SHARE = 0.25  # of max_len: what truncation leaves of a longer prompt at least
 
 
@@ -50,6 +56,17 @@ class Report:
         return text + (f" (first: {self.bad.examples[0]})" if self.bad.examples else "")
 
 
+Rows = Iterator[tuple[str, dict[str, Any]]]
+Encode = Callable[[dict[str, Any], Report], list[Encoded] | None]
+
+
+class Splits(NamedTuple):
+    """What identifies a source, and its rows by split; those that cannot be read go to the BadRows given."""
+
+    fingerprint: str
+    rows: dict[str, Callable[[BadRows], Rows]]
+
+
 class Examples(NamedTuple):
     """Encoded sequences of one source (two a pair for preferences), by split, and the account of its rows."""
 
@@ -65,12 +82,14 @@ def load_instructions(
     template: str = "auto",
     on_bad_row: str = "fail",
     held_out: float = 0.05,
+    cache: Path | None = None,
 ) -> Examples:
     """Instruction examples of a source, each at most max_len + 1 ids (max_len slots), its last response always kept.
 
     source: a .jsonl, .json or .parquet file, a folder of them, "alpaca", or org/name of the hub. Where the source has no
     validation split, a share `held_out` of its examples is held out, chosen by a hash of the prompt, so that all answers
-    to one prompt stay on one side. Raises UserError for bad rows (unless on_bad_row="skip") and where nothing is left.
+    to one prompt stay on one side. cache: a folder that keeps the result, keyed by the source's revision, the tokenizer and
+    every setting. Raises UserError for bad rows (unless on_bad_row="skip") and where nothing is left.
     """
 
     def encode(row: dict[str, Any], report: Report) -> list[Encoded] | None:
@@ -78,7 +97,8 @@ def load_instructions(
         kept = truncate(example, max_len + 1, report)
         return [kept] if kept is not None else None
 
-    return _load(source, encode, on_bad_row, held_out)
+    key = ["instructions", tokenizer.hash, max_len, template_source(template), on_bad_row, held_out]
+    return _cached(source, encode, on_bad_row, held_out, cache, key)
 
 
 def load_preferences(
@@ -88,6 +108,7 @@ def load_preferences(
     template: str = "auto",
     on_bad_row: str = "fail",
     held_out: float = 0.05,
+    cache: Path | None = None,
 ) -> Examples:
     """Preference pairs of a source as sequences chosen, rejected, chosen, rejected, ..., each at most max_len + 1 ids.
 
@@ -98,7 +119,8 @@ def load_preferences(
         chosen, rejected = (last_response(encode_dialogue(d, tokenizer, template)) for d in read_preference(row))
         return truncate_pair(chosen, rejected, max_len + 1, report)
 
-    return _load(source, encode, on_bad_row, held_out)
+    key = ["preferences", tokenizer.hash, max_len, template_source(template), on_bad_row, held_out]
+    return _cached(source, encode, on_bad_row, held_out, cache, key)
 
 
 def pack_examples(examples: Examples, row_len: int, group: int = 1) -> tuple[PackedRows, PackedRows | None]:
@@ -160,18 +182,54 @@ def _budget(prompt: int, response: int, limit: int) -> tuple[int, int]:
     return prompt, min(response, limit - prompt)
 
 
-def _load(
-    source: str,
-    encode: Callable[[dict[str, Any], Report], list[Encoded] | None],
-    on_bad_row: str,
-    held_out: float,
-) -> Examples:
+def _cached(source: str, encode: Encode, on_bad_row: str, held_out: float, cache: Path | None, key: list[Any]) -> Examples:
+    """The examples from the cache where it has them, else read, encoded and kept there."""
+    splits = open_rows(source)
+    if cache is None:
+        return _load(source, splits, encode, on_bad_row, held_out)
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, source, splits.fingerprint, key]).encode()).hexdigest()[:16]
+    file = cache / f"examples-{digest}.npz"
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged: made again
+        return _read_cache(file)
+    examples = _load(source, splits, encode, on_bad_row, held_out)
+    sequences = [*examples.train, *examples.validation]
+    report = dataclasses.asdict(examples.report) | {"train_sequences": len(examples.train)}
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            np.savez(
+                stream,
+                ids=np.concatenate([s.ids for s in sequences]),
+                counted=np.concatenate([s.counted for s in sequences]),
+                ends=np.cumsum([len(s.ids) for s in sequences]),
+                report=np.frombuffer(json.dumps(report).encode(), np.uint8),
+            )
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(f"{cache}: cannot be written ({error.strerror}); free space or name another cache folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return examples
+
+
+def _read_cache(file: Path) -> Examples:
+    with np.load(file, allow_pickle=False) as content:
+        ids, counted, ends = content["ids"], content["counted"], content["ends"].tolist()
+        report = json.loads(content["report"].tobytes())
+    n_train = report.pop("train_sequences")
+    bad = BadRows(**report.pop("bad"))
+    spans = zip([0, *ends[:-1]], ends, strict=True)
+    sequences = [Encoded(ids[start:end], counted[start:end]) for start, end in spans]
+    return Examples(sequences[:n_train], sequences[n_train:], Report(**report, bad=bad))
+
+
+def _load(source: str, splits: Splits, encode: Encode, on_bad_row: str, held_out: float) -> Examples:
     report = Report(source, bad=BadRows(on_bad_row))
     parts: dict[str, list[Encoded]] = {"train": [], "validation": []}
     problems = 0
-    splits = open_rows(source, report.bad)
-    for split, rows in splits.items():
-        for place, row in rows:
+    for split, rows in splits.rows.items():
+        for place, row in rows(report.bad):
             report.read += 1
             try:
                 sequences = encode(row, report)
@@ -183,7 +241,7 @@ def _load(
                 continue
             report.kept += 1
             target = split
-            if "validation" not in splits and _is_held_out(sequences[0], held_out):
+            if "validation" not in splits.rows and _is_held_out(sequences[0], held_out):
                 target = "validation"
             parts[target] += sequences
     report.read += report.bad.count - problems  # rows that could not even be read
@@ -197,8 +255,8 @@ def _is_held_out(example: Encoded, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(prompt.tobytes(), digest_size=8).digest(), "little") < share * 2**64
 
 
-def open_rows(source: str, bad: BadRows) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-    """The rows of each split of a source, each with its place."""
+def open_rows(source: str) -> Splits:
+    """The rows of each split of a source, each with its place, and what identifies the source."""
     path = Path(source).expanduser()
     if path.exists():
         suffixes = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -214,12 +272,13 @@ def open_rows(source: str, bad: BadRows) -> dict[str, Iterator[tuple[str, dict[s
             if held and "validation" not in splits:
                 splits["validation"] = held
             splits["train"] = [f for f in splits["train"] if f not in held]
-        return {split: _file_rows(chosen, bad) for split, chosen in splits.items()}
+        identity = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return Splits(json.dumps(identity), {split: partial(_file_rows, chosen) for split, chosen in splits.items()})
     if path.suffix in (".jsonl", ".json", ".parquet") or source.startswith((".", "/", "~")):
         raise UserError(f"data source {source!r}: no such file or folder")
     from fastlm.data.hub import open_hub_rows
 
-    return open_hub_rows(source, EXAMPLE_HUB_NAMES.get(source, source))
+    return Splits(*open_hub_rows(source, EXAMPLE_HUB_NAMES.get(source, source)))
 
 
 def _part(file: Path, root: Path) -> str:
@@ -228,6 +287,6 @@ def _part(file: Path, root: Path) -> str:
     return parts[0].split(".")[0] if parts else ""
 
 
-def _file_rows(files: list[Path], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file_rows(files: list[Path], bad: BadRows) -> Rows:
     for file in files:
         yield from read_parquet_rows(file, bad) if file.suffix.lower() == ".parquet" else read_json_rows(file, bad)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from fastlm.data.rows import BadRows
 from fastlm.errors import UserError
 
 CONNECT_SECONDS = 5
+
+
+class HubOffline(UserError):
+    """The hub does not answer; what was prepared before may serve."""
 
 
 class HubName(NamedTuple):
@@ -62,18 +67,18 @@ def open_hub(name: str, text_field: str, bad: BadRows):
     return Source(name, f"{revision[:16]}", tuple(splits), pieces, None, bad)
 
 
-def open_hub_rows(name: str, repository: str) -> dict[str, Iterator[tuple[str, dict]]]:
-    """The rows of a hub data set by split ("train", and "validation" where it has one or a test split), with their place."""
+def open_hub_rows(name: str, repository: str) -> tuple[str, dict[str, Callable[[BadRows], Iterator[tuple[str, dict]]]]]:
+    """The revision of a hub data set, and by split ("train"; "validation" where it has one or a test split) its rows."""
     repository, _, configuration = repository.partition(":")
     known = HubName(repository, configuration or None, ())
     require_hub(name)
     revision, splits = _look_up(name, known)
 
-    def rows(split: str) -> Iterator[tuple[str, dict]]:
+    def rows(split: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
         for number, row in enumerate(load_hub_rows(name, known, splits[split], revision)):
             yield f"{name}, {split} row {number}", row
 
-    return {split: rows(split) for split in splits}
+    return revision, {split: partial(rows, split) for split in splits}
 
 
 def require_hub(name: str) -> None:
@@ -100,7 +105,7 @@ def require_hub(name: str) -> None:
         asking.start()
         asking.join(CONNECT_SECONDS + 1)
     if not answered:
-        raise UserError(f"data source {name!r}: the Hugging Face hub does not answer (offline?); connect, or name a local "
+        raise HubOffline(f"data source {name!r}: the Hugging Face hub does not answer (offline?); connect, or name a local "
                         ".txt, .jsonl or .parquet file, or python-stdlib, which every machine has")  # fmt: skip
 
 

@@ -25,9 +25,10 @@ import numpy as np
 
 from fastlm.data.dedup import Duplicates, drop_duplicates
 from fastlm.data.encode import encode_batches
+from fastlm.data.hub import HubOffline
 from fastlm.data.mixture import Mixture, ShuffledTokens, join_tokens, parse_mixture
 from fastlm.data.sources import HELD_OUT_EVERY, Piece, Source, open_source
-from fastlm.data.tokens import FORMAT, MANIFEST, TokenData, Tokens, open_data, open_tokens, unigram_perplexity
+from fastlm.data.tokens import FORMAT, MANIFEST, TokenData, Tokens, open_data, open_tokens, read_manifest, unigram_perplexity
 from fastlm.data.writer import SplitWriter, top_up_validation
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
@@ -65,7 +66,8 @@ def prepare(
     tokens so far) is called after each batch. workers: processes that tokenise (None: as many as cores, or none for a small
     text). The cache key is the source with its revision, the tokenizer's hash and the settings. Another process that
     prepares the same waits for the first. Raises UserError for anything wrong with the source, for text that is too short,
-    and for a full or read-only disk.
+    and for a full or read-only disk. Without the
+    network a hub name gives what the cache holds of it.
     """
     ready = Path(source).expanduser()
     if not ready.exists():
@@ -74,7 +76,13 @@ def prepare(
             return _prepare_mixture(parts, tokenizer, cache, progress, settings, workers)
     if (ready / MANIFEST).is_file():
         return open_data(ready, tokenizer)
-    opened = open_source(source, settings.text_field, settings.on_bad_row)
+    try:
+        opened = open_source(source, settings.text_field, settings.on_bad_row)
+    except HubOffline:
+        kept = _prepared_before(source, tokenizer, Path(cache), settings)
+        if kept is None:
+            raise
+        return open_data(kept, tokenizer)
     return prepare_source(opened, tokenizer, Path(cache), progress, settings, workers)
 
 
@@ -91,6 +99,17 @@ def _prepare_mixture(
     manifest = {"mixture": [{"source": name, "epochs": n, **d.manifest} for (name, n), d in zip(parts, data, strict=True)]}
     validation = ShuffledTokens(join_tokens([d.validation for d in data], "mixture/validation"), seed=0)
     return TokenData(Path(cache), manifest, Mixture(tuple(d.train for d in data), epochs), validation)
+
+
+def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Settings) -> Path | None:
+    """The newest folder of the cache with this source, tokenizer and settings, of whatever revision."""
+    found = []
+    for file in cache.glob(f"*/{MANIFEST}"):
+        manifest = read_manifest(file.parent)
+        same = [manifest["source"], manifest["tokenizer"]["hash"], manifest["settings"]]
+        if same == [name, tokenizer.hash, asdict(settings)]:
+            found.append((file.stat().st_mtime, file.parent))
+    return max(found)[1] if found else None
 
 
 def prepare_source(

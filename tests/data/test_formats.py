@@ -289,3 +289,29 @@ def test_unusable_sources_give_one_line(gpt2, tmp_path):
         with pytest.raises(UserError) as error:
             load_instructions(str(tmp_path / name), gpt2, 64)
         assert "\n" not in str(error.value)
+
+
+def test_the_cache_gives_the_same_examples_and_follows_every_setting(gpt2, tmp_path, monkeypatch):
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(50)] + [{"instruction": "x", "output": ""}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def load(max_len=64, **settings):
+        return load_instructions(str(tmp_path / "a.jsonl"), gpt2, max_len, on_bad_row="skip", cache=tmp_path / "c", **settings)
+
+    def plain(examples):
+        parts = [[(e.ids.tolist(), e.counted.tolist()) for e in part] for part in examples[:2]]
+        return parts, examples.report.line()
+
+    first = load()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlm.data.examples.encode_dialogue", None)  # would fail if anything were encoded
+        assert plain(load()) == plain(first)
+    file = next((tmp_path / "c").iterdir())
+    file.write_bytes(file.read_bytes()[:-20])
+    assert plain(load()) == plain(first)
+    load(32)
+    load(template="chatml")
+    load(held_out=0.5)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    assert load().report.read == 50
+    assert len(list((tmp_path / "c").iterdir())) == 5

@@ -58,6 +58,14 @@ def test_a_hub_data_set_is_streamed_at_a_fixed_revision(monkeypatch, tmp_path):
     again = prepare("wikitext-2", gpt2, tmp_path)
     assert (again.folder, len(fake.asked)) == (data.folder, 2)
 
+    def no_hub(name):
+        raise hub.HubOffline("offline")
+
+    monkeypatch.setattr(hub, "require_hub", no_hub)
+    assert prepare("wikitext-2", gpt2, tmp_path).folder == data.folder  # what is in the cache serves without the network
+    with pytest.raises(UserError, match="offline"):
+        prepare("wikitext-2", gpt2, tmp_path / "empty")
+
 
 def test_bad_hub_rows_are_named(monkeypatch, tmp_path):
     FakeHub(monkeypatch, {("org/name", "en", "train"): [{"text": "fine words " * 50}] * 30 + [{"text": None}]})
