@@ -79,14 +79,17 @@ def validation_batches(tokens: Tokens | np.ndarray, seq_len: int, rows: int) -> 
 def isolate_documents(x: torch.Tensor, y: torch.Tensor, eos_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """What the model needs to keep the documents of contiguous rows apart: targets, positions, cu_seqlens, max_seqlen.
 
-    x, y: (B, T) int64 from `row_batch`. A document ends with its end-of-text in x, or with the row. Returned y ignores the
-    target of each end-of-text (the next document's first token, which nothing foretells); positions (B, T) restart at 0 in
-    each document; cu_seqlens int32 (documents + 1,) are its boundaries in the rows laid end to end; max_seqlen is T.
+    x, y: (B, T) int64 from `row_batch`, before they go to a device (counting documents there would make the host wait). A
+    document ends with its end-of-text in x, or with the row. Returned y ignores the target of each end-of-text (the next
+    document's first token, which nothing foretells); positions (B, T) restart at 0 in each document; cu_seqlens, int32, are
+    its boundaries in the rows laid end to end, the last one repeated up to a power of two plus one, so that a compiled model
+    meets few shapes; max_seqlen is T.
     """
     starts = torch.ones_like(x, dtype=torch.bool)
     starts[:, 1:] = x[:, :-1] == eos_id
     first = starts.flatten().nonzero().flatten()  # (documents,)
-    places = torch.arange(x.numel())
-    positions = places - first[starts.flatten().cumsum(0) - 1]
-    cu_seqlens = torch.cat([first, torch.tensor([x.numel()])]).to(torch.int32)
+    positions = torch.arange(x.numel()) - first[starts.flatten().cumsum(0) - 1]
+    room = 1 << (len(first) - 1).bit_length()
+    cu_seqlens = torch.full((room + 1,), x.numel(), dtype=torch.int32)
+    cu_seqlens[: len(first)] = first
     return torch.where(x == eos_id, IGNORED, y), positions.view(x.shape), cu_seqlens, x.shape[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,8 +51,9 @@ def best_fit_decreasing(sizes: Sequence[int] | np.ndarray, capacity: int) -> lis
 class PackedBatch:
     """One batch for the model: x, y and positions (rows, row_len) int64; y is -100 where nothing is counted.
 
-    cu_seqlens: int32 (documents + 1,), boundaries in the rows laid end to end, from 0 to rows * row_len. max_seqlen: the
-    longest document there may be (row_len). real: slots that hold a token of an example. unit: (rows, row_len) int64, the
+    cu_seqlens: int32, boundaries in the rows laid end to end, from 0 to rows * row_len; the last is repeated (documents of
+    no length) so that all batches of as many rows have one shape and a compiled model is not compiled again. max_seqlen:
+    the longest document there may be (row_len). real: slots that hold a token of an example. unit: (rows, row_len) int64, the
     example each counted target belongs to, numbered within the batch from 0 (for pairs: 2 i is the chosen and 2 i + 1 the
     rejected answer of pair i), -1 elsewhere. units: how many there are.
     """
@@ -103,6 +105,11 @@ class PackedRows:
     def real_slots(self) -> int:
         """Slots that hold a token of an example."""
         return int(self.ends[-1]) - len(self.ends)
+
+    @cached_property
+    def most_documents(self) -> int:
+        """Documents a row may have: its sequences and its padding."""
+        return self.group * max(map(len, self.rows)) + 1
 
     def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and counted flags of one sequence."""
@@ -168,6 +175,7 @@ def lay_out(packed: PackedRows, rows: list[list[int]]) -> PackedBatch:
         if at < length:
             positions[row, at:] = np.arange(length - at)
             bounds.append((row + 1) * length)
+    bounds += bounds[-1:] * (len(rows) * packed.most_documents + 1 - len(bounds))
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     x_, y_, positions_, unit_ = map(torch.from_numpy, (x, y, positions, unit))
     return PackedBatch(x_, y_, positions_, cu_seqlens, length, real, unit_, units)

@@ -97,7 +97,7 @@ def test_isolated_documents_have_their_boundaries():
     y = torch.tensor([[6, 0, 7, 8, 9, 4], [0, 0, 2, 3, 0, 8]])
     y, positions, cu_seqlens, max_seqlen = isolate_documents(x, y, eos_id=0)
     assert positions.tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 2]]
-    assert cu_seqlens.tolist() == [0, 3, 6, 8, 9, 12]
+    assert cu_seqlens.tolist() == [0, 3, 6, 8, 9, 12, 12, 12, 12]  # padded to a power of two plus one
     assert cu_seqlens.dtype == torch.int32
     assert max_seqlen == 6
     assert y.tolist() == [[6, 0, IGNORED, 8, 9, 4], [0, IGNORED, IGNORED, 3, 0, IGNORED]]

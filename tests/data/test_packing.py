@@ -105,6 +105,7 @@ def test_every_example_once_an_epoch_in_an_order_that_resumes():
     batches = list(packed_epoch(packed, 7))
     assert sum(int((b.y != IGNORED).sum()) for b in batches) == sum(int(c[1:].sum()) for _, c in make_sequences(100))
     assert {tuple(b.x.shape) for b in batches} == {(7, 32)}
+    assert len({b.cu_seqlens.shape for b in batches}) == 1  # one shape: a compiled model is not compiled again
 
 
 def test_pairs_share_a_row_and_their_units_say_which_side():
