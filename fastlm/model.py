@@ -76,15 +76,16 @@ class Block(nn.Module):
         """update, x: (B, T, D), x still without update. Returns the same pair for the next block."""
         c = self.config
         h, x = add_norm(update, x, self.attention_norm, c.norm_eps)
-        qkv = self.qkv(h).unflatten(-1, (-1, c.head_dim))  # (B, T, H + 2 Hkv, Dh)
-        q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)
+        sizes = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
+        q, k, v = (z.unflatten(-1, (-1, c.head_dim)) for z in kernels.linear(h, self.qkv.weight, sizes))  # (B, T, H, Dh)
         if c.qk_norm:
             q = kernels.rms_norm(q, self.q_norm, c.norm_eps)
             k = kernels.rms_norm(k, self.k_norm, c.norm_eps)
         q, k = kernels.rope(q, k, *rotary, positions)
-        update = self.out(attention(q, k, v, cu_seqlens, max_seqlen, backend).flatten(2))
+        attended = attention(q, k, v, cu_seqlens, max_seqlen, backend).flatten(2)
+        update = kernels.linear(attended, self.out.weight)
         h, x = kernels.add_rms_norm(update, x, self.ffn_norm, c.norm_eps)
-        return self.down(kernels.swiglu(self.gate_up(h))), x
+        return kernels.swiglu_linear(kernels.linear(h, self.gate_up.weight), self.down.weight), x
 
 
 def recompute_all_but_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:

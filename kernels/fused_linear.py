@@ -1,59 +1,139 @@
-"""A matmul behind a norm or behind SwiGLU, whose input is made again in the backward instead of being saved.
+"""Linear layers that keep less and move less: fp32 weight gradients, split outputs, inputs made again in the backward.
 
-    z = rms_norm(x) W^T          z = silu(gate) up W^T
+    z = x W^T          z = rms_norm(x) W^T          z = silu(gate) up W^T
+    dx = dz W          dW = dz^T x
 
-dW = dz^T y needs y, the matmul's input. The backward kernels of the norm and of SwiGLU read all that y is made of
-anyway, so they write it a second time (1 element a token and channel) and the forward saves nothing but their own
-inputs. That trades one write in the backward for y's memory through the whole step.
+W is cast to the matmul's dtype inside; dW comes straight from the matmul's fp32 accumulator in W's dtype, so under autocast
+it is neither rounded to 16 bits nor cast by a kernel of its own. With sizes, z's columns come as tensors that own their
+memory, so that their gradients need no concatenation and a rotated q does not keep the packed projection alive.
+
+dW needs the matmul's input. The backward kernels of the norm and of SwiGLU read all that it is made of anyway, so they write
+it a second time (1 element a token and channel) and the forward saves nothing but their own inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fastlm.kernels.common import matmul_dtype
+from fastlm.kernels.common import accumulation_dtype, matmul_dtype
 from fastlm.kernels.rms_norm import _add_rms_norm, _rms_norm, _rms_norm_backward, check_norm
 from fastlm.kernels.swiglu import _swiglu, _swiglu_backward
 
 
-def _weight_gradient(dz: Tensor, y: Tensor) -> Tensor:
-    """dz^T y over all tokens: dz (..., O), y (..., D)."""
-    return dz.flatten(0, -2).t() @ y.to(dz.dtype).flatten(0, -2)
+@torch.library.custom_op("fastlm::input_gradient", mutates_args=())
+def _input_gradient(dz: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """sum_i dz_i W_i, (M, D), of dz_i (M, O_i) and the rows W_i of weight, added up in place by the matmuls."""
+    parts = weight.split([z.shape[1] for z in dz])
+    dx = dz[0] @ parts[0]
+    for z, w in zip(dz[1:], parts[1:], strict=True):
+        dx.addmm_(z, w)
+    return dx
+
+
+@torch.library.custom_op("fastlm::weight_gradient", mutates_args=())
+def _weight_gradient(dz: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The rows dz_i^T x one below the other, (O, D) in fp32 (or fp64), of dz_i (M, O_i) and x (M, D)."""
+    acc = accumulation_dtype(x.dtype)
+    out = torch.empty(sum(z.shape[1] for z in dz), x.shape[1], dtype=acc, device=x.device)
+    for z, part in zip(dz, out.split([z.shape[1] for z in dz]), strict=True):
+        if x.dtype == acc:
+            torch.mm(z.t(), x, out=part)
+        elif x.is_cuda:
+            torch.mm(z.t(), x, out_dtype=acc, out=part)
+        else:
+            torch.mm(z.t().to(acc), x.to(acc), out=part)
+    return out
+
+
+@_input_gradient.register_fake
+def _(dz: Sequence[Tensor], weight: Tensor) -> Tensor:
+    return dz[0].new_empty(dz[0].shape[0], weight.shape[1])
+
+
+@_weight_gradient.register_fake
+def _(dz: Sequence[Tensor], x: Tensor) -> Tensor:
+    return x.new_empty(sum(z.shape[1] for z in dz), x.shape[1], dtype=accumulation_dtype(x.dtype))
+
+
+@register_flop_formula([torch.ops.fastlm.input_gradient, torch.ops.fastlm.weight_gradient])
+def _flops(dz_shapes, other_shape, *_, **__) -> int:
+    return sum(2 * m * o * other_shape[1] for m, o in dz_shapes)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, dtype, sizes):
+        w = weight.to(dtype)
+        x = x.to(dtype)
+        ctx.save_for_backward(x, w)
+        ctx.weight_dtype, ctx.sizes = weight.dtype, sizes
+        return tuple(F.linear(x, part) for part in w.split(sizes)) if len(sizes) > 1 else F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx, *dz):
+        x, w = ctx.saved_tensors
+        flat = [_flat(z) for z in dz]
+        dx = _input_gradient(flat, w).view(x.shape) if len(dz) > 1 else dz[0] @ w
+        return dx, _weight_gradient(flat, _flat(x)).to(ctx.weight_dtype), None, None
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, eps, weight):
+    def forward(ctx, x, residual, norm_weight, eps, weight, dtype):
         if residual is None:
             total = x
             y, rstd = _rms_norm(x, norm_weight, eps)
         else:
             y, total, rstd = _add_rms_norm(x, residual, norm_weight, eps)
-        ctx.save_for_backward(total, norm_weight, rstd, weight)
-        ctx.added = residual is not None
-        z = F.linear(y.to(weight.dtype), weight)
+        w = weight.to(dtype)
+        ctx.save_for_backward(total, norm_weight, rstd, w)
+        ctx.added, ctx.weight_dtype = residual is not None, weight.dtype
+        z = F.linear(y.to(dtype), w)
         return (z, total) if ctx.added else z
 
     @staticmethod
     def backward(ctx, dz, dsum=None):
-        total, norm_weight, rstd, weight = ctx.saved_tensors
-        dx, dnorm, y = _rms_norm_backward(dz @ weight, total, norm_weight, rstd, dsum, True)
-        return dx, dx if ctx.added else None, dnorm, None, _weight_gradient(dz, y)
+        total, norm_weight, rstd, w = ctx.saved_tensors
+        dx, dnorm, y = _rms_norm_backward(dz @ w, total, norm_weight, rstd, dsum, True)
+        dw = _weight_gradient([_flat(dz)], _flat(y.to(dz.dtype))).to(ctx.weight_dtype)
+        return dx, dx if ctx.added else None, dnorm, None, dw, None
 
 
 class _SwigluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight):
-        ctx.save_for_backward(gate_up, weight)
-        return F.linear(_swiglu(gate_up).to(weight.dtype), weight)
+    def forward(ctx, gate_up, weight, dtype):
+        w = weight.to(dtype)
+        ctx.save_for_backward(gate_up, w)
+        ctx.weight_dtype = weight.dtype
+        return F.linear(_swiglu(gate_up).to(dtype), w)
 
     @staticmethod
     def backward(ctx, dz):
-        gate_up, weight = ctx.saved_tensors
-        dgate_up, y = _swiglu_backward(dz @ weight, gate_up, True)
-        return dgate_up, _weight_gradient(dz, y)
+        gate_up, w = ctx.saved_tensors
+        dgate_up, y = _swiglu_backward(dz @ w, gate_up, True)
+        return dgate_up, _weight_gradient([_flat(dz)], _flat(y.to(dz.dtype))).to(ctx.weight_dtype), None
+
+
+def linear(x: Tensor, weight: Tensor, sizes: Sequence[int] | None = None) -> Tensor | tuple[Tensor, ...]:
+    """x W^T, or with sizes its columns as that many tensors that own their memory; dW never rounded below fp32.
+
+    x (..., D), weight (O, D), sizes summing to O; z (..., O), or one (..., size) each, in x's dtype or autocast's. Raises
+    ValueError on shapes that do not fit.
+    """
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be (..., D) and (O, D)")
+    if sizes is not None and sum(sizes) != weight.shape[0]:
+        raise ValueError(f"linear: sizes {tuple(sizes)} add up to {sum(sizes)}, expected {weight.shape[0]}, weight's rows")
+    return _Linear.apply(x, weight, matmul_dtype(x), [len(weight)] if sizes is None else list(sizes))
 
 
 def rms_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
@@ -63,7 +143,7 @@ def rms_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) 
     do not fit.
     """
     check_norm(x, norm_weight)
-    return _NormLinear.apply(x, None, norm_weight, eps, weight.to(matmul_dtype(x)))
+    return _NormLinear.apply(x, None, norm_weight, eps, weight, matmul_dtype(x))
 
 
 def add_rms_norm_linear(x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +153,7 @@ def add_rms_norm_linear(x: Tensor, residual: Tensor, norm_weight: Tensor, eps: f
     autocast's, the sum in x's. Raises ValueError or TypeError on shapes or dtypes that do not fit.
     """
     check_norm(x, norm_weight, residual)
-    return _NormLinear.apply(x, residual, norm_weight, eps, weight.to(matmul_dtype(x)))
+    return _NormLinear.apply(x, residual, norm_weight, eps, weight, matmul_dtype(x))
 
 
 def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
@@ -84,4 +164,4 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
     """
     if gate_up.shape[-1] != 2 * weight.shape[1]:
         raise ValueError(f"swiglu_linear: gate_up is {gate_up.shape[-1]} wide, expected {2 * weight.shape[1]}, twice weight's")
-    return _SwigluLinear.apply(gate_up, weight.to(matmul_dtype(gate_up)))
+    return _SwigluLinear.apply(gate_up, weight, matmul_dtype(gate_up))

@@ -47,7 +47,7 @@ FAULTS = [
     (SWI, "derivative of the sigmoid dropped", "(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
     (SWI, "sign in the derivative", "silu * (1.0 - sigmoid))", "silu * (1.0 + sigmoid))"),
     (SWI, "d up without the gate", "(g * silu).to(dgate_up", "(g * sigmoid).to(dgate_up"),
-    (SWI, "column mask off by one", "other=0.0).to(tl.float32)\n    silu = gate", "other=0.0).to(tl.float32) * (j < F - 1)\n    silu = gate"),
+    (SWI, "column mask off by one", "to(tl.float32)\n    silu = gate", "to(tl.float32) * (j < F - 1)\n    silu = gate"),
     (CE, "label gradient missing", "g - upstream * (1.0 - SMOOTHING), g)", "g, g)"),
     (CE, "smoothing forgotten at the label", "g - upstream * (1.0 - SMOOTHING), g)", "g - upstream, g)"),
     (CE, "z-loss always on", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream * (1.0 + 2e-3 * lse)"),

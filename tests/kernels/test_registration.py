@@ -67,6 +67,8 @@ def functions():
             lambda h, w: kernels.linear_cross_entropy(h, w, targets, **everything), [(N, D), (V, D)],
         ),
         "linear_logprobs": (lambda h, w: kernels.linear_logprobs(h, w, TARGETS), [(N, D), (V, D)]),
+        "linear": (kernels.linear, [(2, 3, D), (7, D)]),
+        "linear in parts": (lambda x, m: kernels.linear(x, m, (4, 2, 1)), [(2, 3, D), (7, D)]),
         "rms_norm_linear": (lambda x, w, m: kernels.rms_norm_linear(x, w, 1e-5, m), [(N, D), (D,), (7, D)]),
         "add_rms_norm_linear": (
             lambda x, r, w, m: kernels.add_rms_norm_linear(x, r, w, 1e-5, m), [(N, D), (N, D), (D,), (7, D)],
@@ -84,7 +86,8 @@ def test_gradcheck_in_float64(name, cpu_path):
 def block(x, r, norm, gate_up, weight, targets):
     """Every op but RoPE in one function."""
     y, s = kernels.add_rms_norm(x, r, norm, 1e-5)
-    z = kernels.swiglu_linear(y @ gate_up, weight) + s
+    first, second = kernels.linear(y, gate_up.t(), (D, D))
+    z = kernels.swiglu_linear(torch.cat((first, second), -1), weight) + s
     z = kernels.rms_norm(z, norm, 1e-5)
     q, k = kernels.rope(z.view(1, -1, 2, D // 2), z.view(1, -1, 2, D // 2), *torch.ones(2, 40, D // 4))
     z = (q + k).view_as(z)
@@ -126,6 +129,7 @@ def test_autocast_gives_the_dtypes_the_docstrings_state(dtype, cpu_path):
             assert kernels.swiglu(x.to(given)).dtype == given
             assert kernels.cross_entropy(head.t().to(given), torch.arange(D)).dtype == torch.float32
             assert kernels.rms_norm_linear(x.to(given), w, 1e-5, head).dtype == dtype
+            assert kernels.linear(x.to(given), head).dtype == dtype
             assert kernels.swiglu_linear(x.to(given), rand(3, D // 2)).dtype == dtype
             loss = kernels.linear_cross_entropy(x.to(given), head, TARGETS)
             assert loss.dtype == kernels.linear_logprobs(x.to(given), head, TARGETS).dtype == torch.float32
