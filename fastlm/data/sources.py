@@ -185,9 +185,8 @@ def _file_pieces(file: Path, text_field: str, bad: BadRows) -> Iterator[Piece]:
     for place, row in rows:
         text = row.get(text_field)
         if not isinstance(text, str):
-            got = "no such field" if text_field not in row else f"a {type(text).__name__}"
-            fields = ", ".join(map(str, list(row)[:6])) or "none"
-            bad.report(place, f"field {text_field!r}: expected text, got {got} (its fields: {fields})")
+            what = f"expected text, got {type(text).__name__}" if text_field in row else "no such field"
+            bad.report(place, f"field {text_field!r}: {what} (its fields: {', '.join(map(str, list(row)[:6])) or 'none'})")
         elif not text.strip():
             bad.report(place, f"field {text_field!r} is empty")
         else:

@@ -223,3 +223,39 @@ def test_a_full_disk_is_one_line(gpt2, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk is full"):
         shards.prepare(str(write_rows(tmp_path / "a.jsonl")), gpt2, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_rows_of_text_that_are_bad_are_named_or_counted(gpt2, tmp_path):
+    good = [json.dumps({"text": words(30, n)}).encode() for n in range(60)]
+    bad = [b'{"body": "x"}', b'{"text": 3}', b'{"text": " "}', b'{"text": "a", "text": "b"}', b'{"text": NaN}', b'"\xff"', b"["]
+    file = tmp_path / "a.jsonl"
+    for n, line in enumerate(bad):
+        file.write_bytes(b"\n".join([*good[:20], line, *good[20:]]))
+        with pytest.raises(UserError, match=r"a.jsonl:21: ") as error:
+            shards.prepare(str(file), gpt2, tmp_path / f"fail{n}")
+        assert "\n" not in str(error.value)
+    file.write_bytes(b"\n".join([*good, *bad]))
+    data = shards.prepare(str(file), gpt2, tmp_path / "skip", settings=shards.Settings(on_bad_row="skip"))
+    assert data.manifest["bad_rows"]["count"] == len(bad)
+    assert [f":{61 + n}: " in example for n, example in enumerate(data.manifest["bad_rows"]["examples"])] == [True] * len(bad)
+    assert sum(len(tokens.document_ends) for tokens in (data.train, data.validation)) == 60
+
+
+def test_folders_of_mixed_files_are_read_in_order(gpt2, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "d"
+    (folder / "sub").mkdir(parents=True)
+    texts = [words(30, n) for n in range(4)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": texts[0], "id": 1}]), folder / "a.parquet")
+    (folder / "b.txt").write_text(texts[1])
+    (folder / "sub" / "c.md").write_text(texts[2])
+    (folder / "z.jsonl").write_text(json.dumps({"body": texts[3]}))
+    (folder / "notes.bin").write_bytes(b"not text")
+    with pytest.raises(UserError, match=r"z.jsonl:1: field 'text': no such field \(its fields: body\)"):
+        shards.prepare(str(folder), gpt2, tmp_path / "cache")
+    (folder / "z.jsonl").write_text(json.dumps({"text": texts[3]}) * 1)
+    (folder / "z2.jsonl").write_text("\n".join(json.dumps({"text": words(30, n)}) for n in range(10, 20)))
+    data = shards.prepare(str(folder), gpt2, tmp_path / "cache")
+    assert [gpt2.decode(data.train.document(n)[:-1]) for n in range(4)] == texts
