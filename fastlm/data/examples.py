@@ -97,7 +97,7 @@ def load_instructions(
         kept = truncate(example, max_len + 1, report)
         return [kept] if kept is not None else None
 
-    key = ["instructions", tokenizer.hash, max_len, template_source(template), on_bad_row, held_out]
+    key = ["instructions", tokenizer.hash, max_len, template_source(template, tokenizer), on_bad_row, held_out]
     return _cached(source, encode, on_bad_row, held_out, cache, key)
 
 
@@ -119,7 +119,7 @@ def load_preferences(
         chosen, rejected = (last_response(encode_dialogue(d, tokenizer, template)) for d in read_preference(row))
         return truncate_pair(chosen, rejected, max_len + 1, report)
 
-    key = ["preferences", tokenizer.hash, max_len, template_source(template), on_bad_row, held_out]
+    key = ["preferences", tokenizer.hash, max_len, template_source(template, tokenizer), on_bad_row, held_out]
     return _cached(source, encode, on_bad_row, held_out, cache, key)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -113,14 +114,13 @@ def _look_up(name: str, known: HubName) -> tuple[str, dict[str, str]]:
     """The commit of the data set now, and our split names -> its split names."""
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         revision = HfApi().dataset_info(known.repository, timeout=30).sha or "main"
         found: list[str] = list(known.splits)
         if not found:
             found = datasets.get_dataset_split_names(known.repository, known.configuration, revision=revision)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except network_errors() as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"data source {name!r}: the hub has no such data set that can be read ({reason})") from error
     if "train" not in found:
@@ -129,13 +129,22 @@ def _look_up(name: str, known: HubName) -> tuple[str, dict[str, str]]:
     return revision, {"train": "train"} | ({"validation": validation} if validation else {})
 
 
+def network_errors() -> tuple[type[Exception], ...]:
+    """What the hub's libraries raise when a data set cannot be had: each network library has a root of its own."""
+    import datasets
+
+    roots = {"httpx": "HTTPError", "aiohttp": "ClientError", "requests": "RequestException"}
+    loaded = [getattr(sys.modules[module], name) for module, name in roots.items() if module in sys.modules]
+    return (OSError, ValueError, datasets.exceptions.DatasetsError, *loaded)
+
+
 def load_hub_rows(name: str, known: HubName, split: str, revision: str) -> Iterator[dict]:
     """Rows of one split, streamed; UserError where the connection breaks."""
     import datasets
 
     try:
         yield from datasets.load_dataset(known.repository, known.configuration, split=split, revision=revision, streaming=True)
-    except (OSError, ValueError) as error:
+    except network_errors() as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"data source {name!r}: reading it failed ({reason}); run the same command again to go on "
                         "where it stopped") from error  # fmt: skip

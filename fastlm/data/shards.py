@@ -105,7 +105,10 @@ def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Set
     """The newest folder of the cache with this source, tokenizer and settings, of whatever revision."""
     found = []
     for file in cache.glob(f"*/{MANIFEST}"):
-        manifest = read_manifest(file.parent)
+        try:
+            manifest = read_manifest(file.parent)
+        except UserError:  # a damaged folder is no help here
+            continue
         same = [manifest["source"], manifest["tokenizer"]["hash"], manifest["settings"]]
         if same == [name, tokenizer.hash, asdict(settings)]:
             found.append((file.stat().st_mtime, file.parent))

@@ -8,6 +8,7 @@ Prompt and response are encoded apart, as they are at generation. The last respo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -57,21 +58,36 @@ class Encoded(NamedTuple):
     counted: np.ndarray
 
 
-def template_source(name: str) -> str:
-    """The Jinja text of a template: "chatml", "alpaca", or a file; "auto" and "none" are names without a text."""
+def template_source(name: str, tokenizer: Tokenizer) -> str:
+    """The Jinja text of a template: "chatml", "alpaca", "tokenizer" (its own), or a file; "auto" and "none" have no text."""
     if name in TEMPLATES or name in ("auto", "none"):
         return TEMPLATES.get(name, name)
+    if name == "tokenizer":
+        return _own_template(tokenizer)
     file = Path(name).expanduser()
     if not file.is_file():
-        raise UserError(f"chat template {name!r}: expected auto, none, {', '.join(TEMPLATES)} or a Jinja file")
+        known = ", ".join(["auto", "none", "tokenizer", *TEMPLATES])
+        raise UserError(f"chat template {name!r}: expected {known} or a Jinja file")
     return file.read_text("utf-8")
+
+
+def _own_template(tokenizer: Tokenizer) -> str:
+    """The chat template in the tokenizer's folder: chat_template.jinja, or chat_template of tokenizer_config.json."""
+    folder = Path(tokenizer.name).parent
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    if (folder / "tokenizer_config.json").is_file():
+        template = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+        if isinstance(template, str):
+            return template
+    raise UserError(f"chat template tokenizer: {tokenizer.name} has none beside it; name chatml, alpaca or a Jinja file")
 
 
 def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto") -> Encoded:
     """Ids of a dialogue with its last end-of-text, and which are counted.
 
     template: "auto" (by the row's form: ChatML for chat, Alpaca's for Alpaca rows, none for running text), a name of
-    TEMPLATES, a Jinja file, or "none". Raises UserError where the template cannot render the dialogue.
+    TEMPLATES, "tokenizer" (its own), a Jinja file, or "none". Raises UserError where the template cannot render the dialogue.
     """
     chosen = DEFAULTS[dialogue.form] if template == "auto" else template
     if chosen == "none":
@@ -79,7 +95,7 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "a
             raise UserError("chat template none: these rows are messages; name chatml, alpaca or a Jinja file")
         segments = [(dialogue.raw[0], False), (dialogue.raw[1], True)]
     else:
-        segments = render_segments(dialogue.messages, tokenizer, template_source(chosen))
+        segments = render_segments(dialogue.messages, tokenizer, template_source(chosen, tokenizer))
     special = [s for s in tokenizer.specials if any(s in m.content or s in m.input for m in dialogue.messages)]
     literal = [m.content for m in dialogue.messages if special] + [m.input for m in dialogue.messages if special and m.input]
     parts, masks = [], []
@@ -117,6 +133,9 @@ def render_segments(messages: Sequence[Message], tokenizer: Tokenizer, source: s
         if not before.startswith(done) or not after.startswith(before):
             raise UserError("chat template: a later turn changes the text of an earlier one, so responses cannot be told "
                             "apart; use a template that only appends")  # fmt: skip
+        # Of a template without a generation prompt, the turn's heading comes with the answer; it is not counted.
+        heading, found, _ = after[len(before) :].partition(message.content.strip())
+        before += heading if found and heading.strip() else ""
         response = after[len(before) :]
         kept = response.rstrip("\n") if response.rstrip("\n").endswith((end, turn_end)) else response
         segments += [(before[len(done) :], False), (kept, True)]
@@ -140,6 +159,8 @@ def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]
         raise UserError(f"chat template: not valid Jinja ({error})") from error
 
     def render(messages: Sequence[Message], generation: bool, eos_token: str, end_of_turn: str) -> str:
+        if "input" not in source:  # a template that does not know Alpaca's second field shows it with the first
+            messages = [m._replace(content=f"{m.content}\n\n{m.input}") if m.input else m for m in messages]
         try:
             return template.render(
                 messages=[m._asdict() for m in messages],
@@ -158,4 +179,4 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: s
     """The text to generate from: the dialogue so far and the opening of the assistant's turn."""
     end = tokenizer.piece(tokenizer.eos_id)
     turn_end = "<|im_end|>" if "<|im_end|>" in tokenizer.specials else end
-    return _renderer(template_source(template))(messages, True, end, turn_end)
+    return _renderer(template_source(template, tokenizer))(messages, True, end, turn_end)

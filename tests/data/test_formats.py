@@ -120,6 +120,28 @@ def test_a_jinja_file_and_transformers_render_the_same(gpt2, tmp_path):
     assert gpt2.decode(example.ids) == rendered.rstrip("\n")
 
 
+def test_a_tokenizer_s_own_template_is_used_and_loses_no_field(gpt2, tmp_path):
+    import dataclasses
+
+    theirs = dataclasses.replace(gpt2, name=str(tmp_path / "tokenizer.json"))
+    row = read_dialogue({"instruction": "Add.", "input": "1, 2", "output": "3"})
+    with pytest.raises(UserError, match="has none beside it"):
+        encode_dialogue(row, theirs, "tokenizer")
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    for more in ("", "{{ 'assistant: ' if add_generation_prompt }}"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template + more}))
+        example = encode_dialogue(row, theirs, "tokenizer")
+        assert gpt2.decode(example.ids) == "user: Add.\n\n1, 2<|endoftext|>assistant: 3<|endoftext|>"
+        assert counted_text(example, gpt2) == ["3<|endoftext|>"]
+
+
+def test_a_template_that_changes_the_answer_still_counts_it(gpt2, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content | upper }}\n{% endfor %}")
+    example = encode_dialogue(read_dialogue({"instruction": "ask", "output": "say"}), gpt2, str(tmp_path / "t.jinja"))
+    assert counted_text(example, gpt2) == ["SAY\n<|endoftext|>"]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(gpt2, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="only appends"):
