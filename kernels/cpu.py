@@ -139,11 +139,12 @@ def cross_entropy_rows(
 ) -> None:
     """Fill loss and lse (n,) of logits (n, V), or read lse where loss is None; fill grad, or logits, times dloss.
 
-    The columns of logits and grad are adjacent; loss, lse and dloss are contiguous fp32. options: ignore_index,
+    The columns of logits and grad are adjacent; loss and lse are contiguous fp32. options: ignore_index,
     z_loss, label_smoothing, softcap, vocab_size. The lse of an ignored row is 0.
     """
     bf16, threads = _common(logits)
     targets = targets.long().contiguous()
+    dloss = None if dloss is None else dloss.float().contiguous()
     _native.cross_entropy(
         bf16, logits.data_ptr(), logits.stride(0), targets.data_ptr(), _address(loss), lse.data_ptr(), _address(dloss),
         _address(grad), 0 if grad is None else grad.stride(0), *logits.shape, *options, threads,
@@ -161,5 +162,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, *options: float) -> tuple[Ten
 def cross_entropy_backward(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *options: float) -> Tensor:
     """dlogits, as cross_entropy.py defines it."""
     rows, grad = as_rows(logits), _empty(logits, *logits.shape)
-    cross_entropy_rows(rows, targets, None, lse.contiguous(), dloss.float().contiguous(), grad, *options)
+    cross_entropy_rows(rows, targets, None, lse.contiguous(), dloss, grad, *options)
     return grad

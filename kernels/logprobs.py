@@ -44,15 +44,15 @@ def linear_logprobs(
     ignore_index: int = -100,
     softcap: float = 0.0,
     vocab_size: int | None = None,
-    chunk_bytes: int = 256 << 20,
+    chunk_bytes: int | None = None,
     max_counted: int | None = None,
 ) -> Tensor:
     """log p(target) = z_t - log sum exp z of each row in nats, z = h W^T + bias, without ever holding the (N, V)
     logits.
 
     h (N, D), weight (V, D), bias (V,), targets (N,) integers; columns from vocab_size on are padding. Returns (N,)
-    fp32 whatever autocast says, 0 where the target is ignored and NaN where it is out of range. max_counted as in
-    linear_cross_entropy. Raises ValueError on shapes or options that do not fit. Source: Rafailov et al. 2023.
+    fp32 whatever autocast says, 0 where the target is ignored and NaN where it is out of range. chunk_bytes and
+    max_counted as in linear_cross_entropy. Raises ValueError on shapes or options that do not fit. Source: Rafailov et al. 2023.
     """
     options = (ignore_index, 0.0, 0.0, softcap, vocab_size)
     return -linear_nll("linear_logprobs", h, weight, bias, targets, options, "none", chunk_bytes, max_counted)

@@ -151,6 +151,15 @@ def test_gradient_of_logits_may_overwrite_them():
     assert not logits[:, 64:].any()
 
 
+def test_upstream_gradients_may_have_any_strides():
+    h, w, targets = torch.randn(6, 8), torch.randn(40, 8), torch.randint(40, (6,))
+    for up in (torch.full((1,), 0.5).expand(6), torch.randn(6, 3)[:, 1], torch.randn(12)[::2]):
+        ours = run(lambda a, b: linear_cross_entropy(a, b, targets, reduction="none"), leaves(h, w), [up])
+        plain = run(lambda a, b: F.cross_entropy(a @ b.t(), targets, reduction="none"), leaves(h, w), [up])
+        for a, e in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
 def test_position_outside_the_table_is_an_index_error():
     q = torch.randn(1, 2, 1, 4)
     with pytest.raises(IndexError, match="position 3 .* 3 positions"):
