@@ -52,7 +52,8 @@ def linear_logprobs(
 
     h (N, D), weight (V, D), bias (V,), targets (N,) integers; columns from vocab_size on are padding. Returns (N,)
     fp32 whatever autocast says, 0 where the target is ignored and NaN where it is out of range. chunk_bytes and
-    max_counted as in linear_cross_entropy. Raises ValueError on shapes or options that do not fit. Source: Rafailov et al. 2023.
+    max_counted as in linear_cross_entropy. Raises ValueError on shapes or options that do not fit. Source: Rafailov et
+    al. 2023.
     """
     options = (ignore_index, 0.0, 0.0, softcap, vocab_size)
     return -linear_nll("linear_logprobs", h, weight, bias, targets, options, "none", chunk_bytes, max_counted)
