@@ -259,3 +259,32 @@ def test_folders_of_mixed_files_are_read_in_order(gpt2, tmp_path):
     (folder / "z2.jsonl").write_text("\n".join(json.dumps({"text": words(30, n)}) for n in range(10, 20)))
     data = shards.prepare(str(folder), gpt2, tmp_path / "cache")
     assert [gpt2.decode(data.train.document(n)[:-1]) for n in range(4)] == texts
+
+
+def test_a_tokenizer_that_marks_word_starts_gets_whole_documents(tmp_path, monkeypatch):
+    """With a prepended mark, parts of a text do not give the ids of the whole."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "</s>": 1} | {f"\u2581{word}": n for n, word in enumerate(WORDS, 2)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert not tokenizer.cut_safe
+    monkeypatch.setattr("fastlm.data.sources.PIECE_CHARS", 100)
+    (tmp_path / "a.txt").write_text(words(2000))
+    data = shards.prepare(str(tmp_path / "a.txt"), tokenizer, tmp_path / "cache")
+    got = np.concatenate([data.train[:-1], data.validation[:]])
+    assert got.tolist() == [*tokenizer.encode(words(2000)), tokenizer.eos_id]
+    assert 0 not in got
+
+
+def test_a_large_vocabulary_takes_wider_shards(gpt2, tmp_path):
+    import dataclasses
+
+    file = write_rows(tmp_path / "a.jsonl")
+    wide = dataclasses.replace(gpt2, vocab_size=1 << 17, hash="f" * 16)
+    data = [shards.prepare(str(file), tokenizer, tmp_path / "cache").train for tokenizer in (gpt2, wide)]
+    assert [part.shards[0].dtype.itemsize for part in data] == [2, 4]
+    assert data[0][:].tolist() == data[1][:].tolist()
