@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastlm.config import ModelConfig, override
+from fastlm.config import ModelConfig
 from fastlm.errors import UserError
 from fastlm.model import Transformer
+from fastlm.options import override
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 

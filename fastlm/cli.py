@@ -11,7 +11,8 @@ from fastlm.errors import UserError
 
 def pretrain(argv: list[str]) -> int:
     """train a model from scratch on text"""
-    from fastlm.config import PretrainConfig, parse
+    from fastlm.config import PretrainConfig
+    from fastlm.options import parse
 
     config = parse(PretrainConfig, argv, "fastlm pretrain")
     from fastlm.kernels.cpu import keep_large_blocks
@@ -23,7 +24,8 @@ def pretrain(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """continue a prompt with a trained model"""
-    from fastlm.config import GenerateConfig, parse
+    from fastlm.config import GenerateConfig
+    from fastlm.options import parse
 
     config = parse(GenerateConfig, argv, "fastlm generate RUN", positional="model")
     if not config.model:
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if argv[0] not in COMMANDS:
-            from fastlm.config import nearest
+            from fastlm.options import nearest
 
             raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])

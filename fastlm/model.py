@@ -150,18 +150,26 @@ class Transformer(nn.Module):
         """Logits (B, T, vocab_size) of tokens (B, T)."""
         return F.linear(self(tokens, **packed), self.head_weight[: self.config.vocab_size])
 
-    def loss(self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0, **packed) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        z_loss: float = 0.0,
+        shortlist: Tensor | None = None,
+        raised: Tensor | None = None,
+        **packed,
+    ) -> Tensor:
         """Sum over the counted positions of -log p(target), nats, fp32: tokens, targets (B, T), -100 where not counted.
 
-        With z_loss, plus z_loss * logsumexp(logits)^2 at each of them (PaLM, section 5).
+        With z_loss, plus z_loss * logsumexp(logits)^2 at each of them (PaLM, section 5). With a shortlist of
+        token ids (C,) the softmax is over these, with raised (C,) added to their logits, and targets index the shortlist.
         """
+        head, size = self.head_weight, self.config.vocab_size
+        if shortlist is not None:
+            head, size = F.embedding(shortlist, head), len(shortlist)
+        h = self(tokens, **packed).flatten(0, 1)
         return kernels.linear_cross_entropy(
-            self(tokens, **packed).flatten(0, 1),
-            self.head_weight,
-            targets.flatten(),
-            reduction="sum",
-            z_loss=z_loss,
-            vocab_size=self.config.vocab_size,
+            h, head, targets.flatten(), bias=raised, reduction="sum", z_loss=z_loss, vocab_size=size
         )
 
 

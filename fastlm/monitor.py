@@ -6,12 +6,14 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from fastlm.errors import UserError
@@ -116,6 +118,7 @@ class Monitor:
         self.peak, self.peak_name = ceiling(device)
         self.power, self.losses = Power(device), keep_lines(self.path, start)
         self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self.validations: list[float] = []
         self.pending: dict[str, Any] | None = None
         self.events = tensorboard_writer(run) if tensorboard else None
         self.clock = self.begin = self.shown = time.perf_counter()
@@ -188,12 +191,21 @@ class Monitor:
         self.clock = time.perf_counter()
 
     def validation(self, done: int, nats: float) -> None:
+        """Record a validation; its time does not count in the next step's speed."""
+        self.restart_clock()
+        self.validations.append(nats)
         self.write({"step": done, "validation_nats": nats, "validation_perplexity": perplexity(nats)})
         self.console.print(
             f"step {done}/{self.steps}  validation {nats:.4f} nats/token, perplexity {perplexity(nats):.2f}",
             highlight=False,
             soft_wrap=True,
         )
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self.progress.stop()
@@ -205,6 +217,21 @@ class Monitor:
 def perplexity(nats: float) -> float:
     """exp(nats per token); inf where fp64 ends."""
     return float(torch.exp(torch.tensor(nats, dtype=torch.float64)))
+
+
+@contextmanager
+def showing_bytes(console: Console) -> Iterator[Callable[[int, int | None, int], None]]:
+    """A progress display for preparing text: a callable that takes bytes done, bytes in all (or None) and tokens so far."""
+    columns = (
+        TextColumn("reading text"),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total, tokens: progress.update(task, completed=done, total=total)
 
 
 def keep_lines(path: Path, last_step: int) -> list[float]:

@@ -6,19 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastlm.config import (
-    PRESETS,
-    RECIPES,
-    GenerateConfig,
-    ModelConfig,
-    OptimConfig,
-    PretrainConfig,
-    load_recipe,
-    override,
-    parse,
-    to_toml,
-)  # fmt: skip
+from fastlm.config import PRESETS, GenerateConfig, ModelConfig, OptimConfig, PretrainConfig
 from fastlm.errors import UserError
+from fastlm.options import RECIPES, load_recipe, override, parse, to_toml
 
 
 def pretrain(*argv: str) -> PretrainConfig:

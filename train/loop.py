@@ -9,13 +9,16 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastlm.config import OptimConfig
+from fastlm import checkpoint
+from fastlm.config import OptimConfig, PretrainConfig
 from fastlm.errors import UserError
+from fastlm.monitor import Monitor
 from fastlm.train.optim import schedule
 
 IGNORE = -100  # target of a position that is not counted
@@ -50,15 +53,15 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def accumulate(loss: Callable[..., Tensor], micro_batches: Iterable[tuple[Tensor, Tensor]], n_counted: int) -> Tensor:
+def accumulate(loss: Callable[..., Tensor], micro_batches: Iterable[tuple], n_counted: int) -> Tensor:
     """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns that mean.
 
-    loss: (tokens, targets) -> sum over the counted targets. n_counted: counted targets of the whole step, so that a
-    micro-batch with few of them weighs little and one with none weighs nothing.
+    loss: a micro-batch (tokens, targets and whatever else) -> sum over the counted targets. n_counted: counted targets of
+    the whole step, so that a micro-batch with few of them weighs little and one with none weighs nothing.
     """
     total = None
-    for tokens, targets in micro_batches:
-        part = loss(tokens, targets) / max(1, n_counted)
+    for micro_batch in micro_batches:
+        part = loss(*micro_batch) / max(1, n_counted)
         part.backward()
         total = part.detach() if total is None else total + part.detach()
     assert total is not None, "a step has at least one micro-batch"
@@ -90,6 +93,63 @@ def validate(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, Tensor
         with autocast(device):
             total += loss(tokens.to(device), targets.to(device)).double()
     return total.item() / max(1, counted)
+
+
+def resume(place: Path, model: nn.Module, optimizers: list[Optimizer], fresh: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Load a checkpoint for going on with the run it belongs to; `fresh` is the state that a new run would start with."""
+    state = checkpoint.load(place, model, optimizers)
+    for key in ("tokenizer_hash", "train_tokens"):
+        if state.get(key) != fresh[key]:
+            raise UserError(
+                f"the data has changed since {place} was written ({key} was {state.get(key)} and is {fresh[key]}); "
+                f"restore it, or start a new run"
+            )
+    if state["step"] >= steps:
+        raise UserError(f"{place} has done its {state['step']} steps; pass --steps with a larger number")
+    return state
+
+
+def train(
+    cfg: PretrainConfig,
+    run: Path,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    state: dict[str, Any],
+    batches: Iterator[tuple[list[tuple[Tensor, ...]], int]],
+    loss: Callable[..., Tensor],
+    validate: Callable[[], float],
+    monitor: Monitor,
+) -> int:
+    """The steps of a stage, from state["step"] to cfg.steps: train, log, validate, save. state is kept up to date.
+
+    batches: each step's micro-batches and number of counted tokens. Returns the number of the signal that stopped it, or 0;
+    everything is saved then.
+    """
+    folder = run / "checkpoints"
+    with stop_signals() as stopped:
+        for step in range(state["step"], cfg.steps):
+            micro_batches, n_counted = next(batches)
+            value = accumulate(loss, micro_batches, n_counted)
+            norm = clip(model, cfg.optim.clip_norm)
+            share = step_all(optimizers, step, cfg.steps, cfg.optim)
+            done = step + 1
+            state |= {"step": done, "position": state["position"] + cfg.batch_rows, "validation_nats": None}
+            monitor.step(done, value, norm, share * cfg.optim.lr)
+
+            if due(done, cfg.validate_every, cfg.steps):
+                monitor.flush()
+                state["validation_nats"] = validate()
+                monitor.validation(done, state["validation_nats"])
+            improved = state["validation_nats"] is not None and state["validation_nats"] < checkpoint.best(folder)[1]
+            if due(done, cfg.checkpoint_every, cfg.steps) or improved or stopped():
+                monitor.flush()
+                checkpoint.save(folder, model, optimizers, state)
+                checkpoint.prune(folder, cfg.keep_checkpoints)
+                monitor.restart_clock()
+            if stopped():
+                break
+        monitor.flush()
+    return stopped()
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,3 +246,22 @@ def test_compiled_and_eager_runs_agree(small_run, tmp_path):
         assert main(["pretrain", *small_run, "--steps", "6", *extra, "--out", str(tmp_path / name)]) == 0
     eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
     assert list(compiled.values()) == pytest.approx(list(eager.values()), rel=1e-4)
+
+
+def test_a_shortlist_learns_what_the_whole_softmax_learns_and_resumes_bit_for_bit(small_run, tmp_path):
+    common = [*small_run, "--steps", "40", "--batch-rows", "4", "--checkpoint-every", "25", "--validate-every", "0"]
+    for name, extra in (("whole", []), ("short", ["--shortlist", "100"])):
+        assert main(["pretrain", *common, *extra, "--out", str(tmp_path / name)]) == 0
+    whole, short = (
+        next(r["validation_nats"] for r in rows(tmp_path / n) if "validation_nats" in r) for n in ("whole", "short")
+    )
+    assert short == pytest.approx(whole, abs=0.2)  # the whole vocabulary in both validations
+    before = losses(tmp_path / "short")
+    assert main(["pretrain", *common, "--shortlist", "100", "--out", str(tmp_path / "again")]) == 0
+    assert losses(tmp_path / "again") == before
+    last = tmp_path / "short" / "checkpoints" / "step-000040"
+    expected = (last / "model.safetensors").read_bytes()
+    shutil.rmtree(last)
+    assert main(["pretrain", "--resume", str(tmp_path / "short")]) == 0
+    assert losses(tmp_path / "short") == before
+    assert (last / "model.safetensors").read_bytes() == expected

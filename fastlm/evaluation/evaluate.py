@@ -1,0 +1,100 @@
+"""fastlm eval: several models on one text, every protocol, one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fastlm.checkpoint import load_model
+from fastlm.config import EvalConfig, check
+from fastlm.data.sources import open_source
+from fastlm.evaluation import protocols
+from fastlm.evaluation.score import Result, segment_nats, summarise
+from fastlm.interop import is_hugging_face, load_hugging_face
+from fastlm.model import Transformer, pick_device
+from fastlm.options import nearest
+from fastlm.tokenizer import Tokenizer, load_tokenizer
+
+
+def load_any(place: str, tokenizer: str, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a fastlm run or checkpoint, or of a Hugging Face folder of the Llama family."""
+    folder = Path(place)
+    if is_hugging_face(folder):
+        model, name = load_hugging_face(folder, device), tokenizer or str(folder)
+    else:
+        model, state = load_model(folder, device)
+        name = tokenizer or state["tokenizer"]
+    loaded = load_tokenizer(name)
+    check(
+        loaded.vocab_size <= model.config.vocab_size,
+        f"{place}: tokenizer {name} has {loaded.vocab_size} tokens, but the model knows {model.config.vocab_size}; "
+        f"pass the model's own with --tokenizer",
+    )
+    return model, loaded
+
+
+def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str], str]:
+    """The documents of a split, whole, and the split's digest."""
+    source = open_source(data)
+    given = [*source.splits, *([] if "validation" in source.splits else ["validation"])]
+    check(split in ("", *given), f"{data} has no split {split!r}; choose among {', '.join(source.splits)}")
+    chosen = split or ("validation" if "validation" in source.splits else "train")
+    documents, part = [], []
+    for piece in source.pieces(chosen):
+        part.append(piece.text)
+        if piece.ends:
+            documents.append("".join(part))
+            part = []
+            if max_documents and len(documents) == max_documents:
+                break
+    check(bool(documents), f"{data} has no text in its split {chosen}; name another --split")
+    if len(documents) == 1:
+        documents = protocols.wikitext_documents(documents[0])
+    return documents, hashlib.sha256("".join(documents).encode()).hexdigest()[:16]
+
+
+def evaluate(cfg: EvalConfig) -> int:
+    """Score every model by every protocol; print a table, or JSON."""
+    device = pick_device(cfg.device)
+    wanted = cfg.protocols.split(",")
+    for name in wanted:
+        check(name in protocols.NAMES, f"unknown protocol {name!r}; {nearest(name, protocols.NAMES)}")
+    documents, digest = read_documents(cfg.data, cfg.split, cfg.max_documents)
+    rows: list[tuple[str, Result]] = []
+    console = Console(stderr=cfg.json)
+    for place in cfg.models.split(","):
+        model, tokenizer = load_any(place, cfg.tokenizer, device)
+        for name in wanted:
+            protocol = protocols.make(name, documents, tokenizer, model.config.max_seq_len)
+            with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+                task = progress.add_task(f"{place}  {name}", total=sum(s.n_scored for s in protocol.segments))
+                nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, partial(progress.advance, task))
+            rows.append((place, summarise(protocol, nats)))
+    if cfg.json:
+        print(json.dumps({"data": cfg.data, "text_sha256": digest,
+                          "results": [{"model": place, **dataclasses.asdict(r)} for place, r in rows]}, indent=1))  # fmt: skip
+        return 0
+    show(console, cfg, digest, rows)
+    return 0
+
+
+def show(console: Console, cfg: EvalConfig, digest: str, rows: list[tuple[str, Result]]) -> None:
+    console.print(f"{cfg.data}, text SHA-256 {digest}", highlight=False, soft_wrap=True)
+    names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "before")
+    table = Table(*names, box=None)
+    for column in table.columns[2:9]:
+        column.justify = "right"
+    for place, r in rows:
+        table.add_row(
+            place, r.protocol, f"{r.perplexity:.2f}", f"{r.low:.2f} to {r.high:.2f}", f"{r.nats:,.1f}", f"{r.tokens:,}",
+            f"{r.word_perplexity:,.2f}", f"{r.byte_perplexity:.3f}", f"{r.bits_per_byte:.4f}", r.bos,
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,124 @@
+"""Four ways people turn a text into a perplexity. Each gives segments; the scorer only sees token ids and what to score.
+
+window  non-overlapping windows of 1024 tokens; the first token of each has no context and is not scored
+stride  windows of 1024 every 512; a token is scored once, in the first window that holds it (the Hugging Face guide)
+line    the first 100 non-empty lines, each alone, at most 512 tokens, first token not scored (gives GPT-2 its 40.64)
+word    whole documents after end-of-text, detokenised; per word and per byte of the original text (lm-eval's wikitext)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fastlm.errors import UserError
+from fastlm.tokenizer import Tokenizer
+
+NAMES = ("window", "stride", "line", "word")
+WINDOW, STRIDE, LINES, LINE_TOKENS = 1024, 512, 100, 512
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Token ids of which those from `start` on (start >= 1) are scored, each given all before it."""
+
+    ids: Sequence[int]
+    start: int
+    document: int
+
+    @property
+    def n_scored(self) -> int:
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What one protocol makes of a text: the segments, and the words and bytes its totals are divided by."""
+
+    name: str
+    segments: list[Segment]
+    words: int
+    text_bytes: int
+    bos: str
+
+
+def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int) -> Protocol:
+    """The protocol's view of the documents for a model that sees at most max_len tokens.
+
+    Raises UserError where the text has too few tokens to score one.
+    """
+    text = "".join(documents)
+    words, size = len(text.split()), len(text.encode())
+    if name == "word":
+        segments = word_segments(documents, tokenizer, max_len)
+        words = sum(len(re.split(r"\s+", d)) for d in documents)  # as lm-eval counts them
+    elif name == "line":
+        lines = [line for line in text.splitlines() if line.strip()][:LINES]
+        ids = [tokenizer.encode(line)[: min(LINE_TOKENS, max_len)] for line in lines]
+        segments = [Segment(i, 1, n) for n, i in enumerate(ids) if len(i) > 1]
+        words, size = sum(len(line.split()) for line in lines), sum(len(line.encode()) for line in lines)
+    else:
+        segments = window_segments(tokenizer.encode(text), min(WINDOW, max_len), STRIDE if name == "stride" else 0)
+    if not segments:
+        raise UserError(f"protocol {name}: the text has too few tokens to score one; give a longer text")
+    return Protocol(name, segments, words, size, "end-of-text before each document" if name == "word" else "none")
+
+
+def window_segments(ids: list[int], window: int, stride: int) -> list[Segment]:
+    """stride 0: windows side by side."""
+    out, step, done = [], min(stride or window, window), 0
+    for n, begin in enumerate(range(0, len(ids), step)):
+        part = ids[begin : begin + window]
+        start = max(1, done - begin)
+        if len(part) > start:
+            out.append(Segment(part, start, n))
+        done = begin + len(part)
+        if done == len(ids):
+            break
+    return out
+
+
+def word_segments(documents: Sequence[str], tokenizer: Tokenizer, max_len: int) -> list[Segment]:
+    """lm-eval's rolling windows: end-of-text first, then max_len new tokens a window; the last one reaches back."""
+    out = []
+    for n, document in enumerate(documents):
+        ids = tokenizer.encode(detokenise(document))
+        for begin in range(0, len(ids), max_len):
+            end = min(begin + max_len, len(ids))
+            first = [tokenizer.eos_id, *ids[:end]] if begin == 0 else ids[max(0, end - max_len - 1) : end]
+            out.append(Segment(first, len(first) - (end - begin), n))
+    return out
+
+
+# WikiText is spaced and escaped; these undo it in the order that lm-eval's wikitext task does, so that results compare.
+PLAIN = [
+    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "), (" ! ", "! "),
+    (" ? ", "? "), (" , ", ", "),
+]  # fmt: skip
+BRACKETS = [r"\(\s*([^\)]*?)\s*\)", r"\[\s*([^\]]*?)\s*\]", r"{\s*([^}]*?)\s*}", r"\"\s*([^\"]*?)\s*\"", r"'\s*([^']*?)\s*'"]
+BRACKETED = [r"(\1)", r"[\1]", r"{\1}", r'"\1"', r"'\1'"]
+AFTER = [
+    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" " + chr(176) + " ", chr(176)), (" \n", "\n"), ("\n ", "\n"),
+    (" N ", " 1 "), (" 's", "'s"),
+]  # fmt: skip
+
+
+def detokenise(text: str) -> str:
+    """WikiText's spacing undone: "s '" -> "s'", " @-@ " -> "-", "( a )" -> "(a)", "= =" -> "==", and so on."""
+    text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text.replace("s '", "s'"))
+    for old, new in PLAIN[1:]:
+        text = text.replace(old, new)
+    for pattern, replacement in zip(BRACKETS, BRACKETED, strict=True):
+        text = re.sub(pattern, replacement, text)
+    for old, new in AFTER:
+        text = text.replace(old, new)
+    return text
+
+
+def wikitext_documents(text: str) -> list[str]:
+    """The articles of a WikiText file: one starts at each level-1 heading, " = Title = "."""
+    starts = [m.start() for m in re.finditer(r"^ = [^=\n][^\n]*? = *\n", text, flags=re.M)]
+    bounds = sorted({0, *starts, len(text)})
+    return [text[a:b] for a, b in pairwise(bounds) if text[a:b].strip()]

@@ -1,0 +1,87 @@
+"""Total -log p of segments, fast: batches of like length, the head only where something is scored, one read back at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlm import kernels
+from fastlm.evaluation.protocols import Protocol, Segment
+from fastlm.model import Transformer
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}
+
+
+@torch.no_grad()
+def segment_nats(
+    model: Transformer, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
+    progress: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:  # fmt: skip
+    """-log p of each segment's scored tokens, nats, float64 (n_segments,).
+
+    Longest first, in batches of at most batch_tokens padded tokens (0: by device). Padding stands behind a segment, where
+    causal attention never looks. The head runs on scored positions alone.
+    """
+    budget = batch_tokens or BATCH_TOKENS[device.type]
+    order = sorted(range(len(segments)), key=lambda i: -len(segments[i].ids))
+    totals = torch.zeros(len(segments), dtype=torch.float64, device=device)
+    while order:
+        length = len(segments[order[0]].ids) - 1
+        batch, order = order[: max(1, budget // length)], order[max(1, budget // length) :]
+        tokens, index, targets, owner = layout([segments[i] for i in batch], length)
+        h = model(tokens.to(device)).flatten(0, 1)[index.to(device)]
+        logps = kernels.linear_logprobs(h, model.head_weight, targets.to(device), vocab_size=model.config.vocab_size)
+        totals.index_add_(0, torch.tensor(batch)[owner].to(device), -logps.double())
+        progress(len(targets))
+    return totals.cpu().numpy()
+
+
+def layout(segments: Sequence[Segment], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens (n, length); of each scored token the flat position that predicts it, its id, and its segment's row."""
+    tokens = torch.zeros(len(segments), length, dtype=torch.long)
+    index, targets, owner = [], [], []
+    for row, s in enumerate(segments):
+        ids = torch.as_tensor(s.ids, dtype=torch.long)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        index.append(row * length + torch.arange(s.start - 1, len(ids) - 1))
+        targets.append(ids[s.start :])
+        owner.append(torch.full((s.n_scored,), row))
+    return tokens, torch.cat(index), torch.cat(targets), torch.cat(owner)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One protocol's outcome: what was added up, over what, and the perplexities that follow."""
+
+    protocol: str
+    nats: float
+    tokens: int
+    words: int
+    text_bytes: int
+    bos: str
+    perplexity: float
+    low: float
+    high: float
+    word_perplexity: float
+    byte_perplexity: float
+    bits_per_byte: float
+
+
+def summarise(protocol: Protocol, nats: np.ndarray, resamples: int = 1000) -> Result:
+    """perplexity = exp(nats / tokens), with a bootstrap 95% interval over documents (Efron's percentiles, fixed seed)."""
+    documents = np.array([s.document for s in protocol.segments])
+    _, group = np.unique(documents, return_inverse=True)
+    per_document = np.bincount(group, weights=nats)
+    counted = np.bincount(group, weights=[s.n_scored for s in protocol.segments])
+    draws = np.random.default_rng(0).integers(len(counted), size=(resamples, len(counted)))
+    low, high = np.exp(np.percentile(per_document[draws].sum(1) / counted[draws].sum(1), [2.5, 97.5]))
+    total, tokens = float(nats.sum()), int(counted.sum())
+    return Result(
+        protocol.name, total, tokens, protocol.words, protocol.text_bytes, protocol.bos,
+        float(np.exp(total / tokens)), float(low), float(high), float(np.exp(total / protocol.words)),
+        float(np.exp(total / protocol.text_bytes)), total / protocol.text_bytes / float(np.log(2)),
+    )  # fmt: skip
