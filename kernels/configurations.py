@@ -35,7 +35,7 @@ class Case:
 
 
 def _norm(width: int, dtype: torch.dtype, add: bool, direction: str) -> Case:
-    size = dtype.itemsize
+    size, bulk = dtype.itemsize, ("x", "residual", "y", "total", "dy", "dsum", "dx")
     if direction == "forward":
 
         def launch(make: Make, rows: int) -> object:
@@ -43,7 +43,7 @@ def _norm(width: int, dtype: torch.dtype, add: bool, direction: str) -> Case:
             residual = make(rows, width, dtype=dtype) if add else None
             return rms_norm._launch_forward(x, residual, make(width, dtype=torch.float32), 1e-5)
 
-        passes, bulk = (4, ("x", "residual", "y", "total")) if add else (2, ("x", "y"))
+        passes = 4 if add else 2
     else:
         emit = direction == "backward + y"
 
@@ -53,7 +53,7 @@ def _norm(width: int, dtype: torch.dtype, add: bool, direction: str) -> Case:
             weight = make(width, dtype=torch.float32)
             return rms_norm._launch_backward(dy, x, weight, rstd, dsum if add else None, emit)
 
-        passes, bulk = 3 + add + emit, ("dy", "x", "dsum", "dx", "y")
+        passes = 3 + add + emit
     return Case("add_rms_norm" if add else "rms_norm", direction, width, dtype, bulk, passes * width * size + 4, launch)
 
 

@@ -94,7 +94,8 @@ def survives(fault: tuple[str, str, str, str]) -> bool:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{TESTS[file]}.py"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode in (0, 1), f"{file}, {name}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        # 1: tests failed; below 0: the interpreter crashed, on an access out of bounds
+        assert done.returncode <= 1, f"{file}, {name}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     print(f"{'SURVIVES' if done.returncode == 0 else 'killed'}: {file}: {name}", flush=True)
     return done.returncode == 0
 

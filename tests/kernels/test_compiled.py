@@ -17,10 +17,10 @@ needs_tools = pytest.mark.skipif(not TOOLS.is_dir(), reason="the folder ../share
 
 @pytest.fixture(scope="module")
 def children():
-    """Both programs at once: each of them has one thread."""
+    """All programs at once: each of them has one thread."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     running = {}
-    for program in ("check_aot.py", "check_ptx.py") if TOOLS.is_dir() else ("check_aot.py",):
+    for program in ("check_aot.py", "check_ptx.py", "check_step.py") if TOOLS.is_dir() else ("check_aot.py",):
         command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", HERE / "compiled" / program]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running[program] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
@@ -31,7 +31,10 @@ def children():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["check_aot.py", pytest.param("check_ptx.py", marks=needs_tools)])
+@pytest.mark.parametrize(
+    "program",
+    ["check_aot.py", pytest.param("check_ptx.py", marks=needs_tools), pytest.param("check_step.py", marks=needs_tools)],
+)
 def test_in_a_process_of_its_own(program, children, cpu_path):
     output, _ = children[program].communicate()
     assert children[program].returncode == 0, output[-6000:]
