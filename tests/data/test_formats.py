@@ -87,10 +87,15 @@ def test_responses_and_their_end_are_counted_and_nothing_else(gpt2, row, templat
 
 
 def test_marks_inside_a_row_stay_text(gpt2):
-    row = {"instruction": "What is <|endoftext|>?", "output": "The mark <|endoftext|> ends."}
-    ids = encode_dialogue(read_dialogue(row), gpt2).ids.tolist()
-    assert ids.count(gpt2.eos_id) == 1
-    assert ids[-1] == gpt2.eos_id
+    rows = [
+        {"instruction": "What is <|endoftext|>?", "output": "The mark <|endoftext|> ends."},
+        {"instruction": "What is this?", "input": "a <|endoftext|> b", "output": "A mark."},
+        {"prompt": "<|endoftext|>", "completion": " x"},
+    ]
+    for row in rows:
+        ids = encode_dialogue(read_dialogue(row), gpt2).ids.tolist()
+        assert ids.count(gpt2.eos_id) == 1
+        assert ids[-1] == gpt2.eos_id
 
 
 def test_the_prompt_in_training_is_the_prompt_at_generation(gpt2):
