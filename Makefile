@@ -6,7 +6,7 @@ BIN := .venv/bin
 CMAKE_PYTHON = -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint native sanitize clean
+.PHONY: demo test lint native sanitize mutate clean
 
 demo: .venv/user
 	$(BIN)/fastlm pretrain --compile
@@ -43,6 +43,10 @@ sanitize: .venv/developer
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/kernels $(BIN)/python -m pytest -q -p sanitized \
 		-p no:cacheprovider -k native tests/kernels
+
+# Do the kernel tests notice? Plants one fault after the other in a copy of the project and runs them there: half an hour.
+mutate: .venv/developer
+	$(BIN)/python tests/mutate.py
 
 clean:
 	rm -rf .venv build dist kernels/_native*.so

@@ -49,7 +49,8 @@ def main() -> None:
     else:
         from fastlm.kernels.configurations import cases as chosen
     print(
-        "| case | bytes a row | sector bytes / byte | bytes / request | conflicts / 1000 instr. | issue / memory | special / memory |"
+        heads = ("case", "bytes a row", "sector bytes / byte", "bytes / request", "conflicts / 1000", "issue / memory")
+        print("| " + " | ".join((*heads, "special / memory")) + " |")
     )
     print("|---|---|---|---|---|---|---|")
     for case in chosen():
