@@ -48,10 +48,8 @@ def main() -> None:
         from fastlm.kernels.against import liger_cases as chosen
     else:
         from fastlm.kernels.configurations import cases as chosen
-    print(
-        heads = ("case", "bytes a row", "sector bytes / byte", "bytes / request", "conflicts / 1000", "issue / memory")
-        print("| " + " | ".join((*heads, "special / memory")) + " |")
-    )
+    heads = ("case", "bytes a row", "sector bytes / byte", "bytes / request", "conflicts / 1000", "issue / memory")
+    print("| " + " | ".join((*heads, "special / memory")) + " |")
     print("|---|---|---|---|---|---|---|")
     for case in chosen():
         print(row(case), flush=True)
