@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlm.kernels.common import as_rows
 
 try:
-    from fastlm.kernels import _native
+    from fastlm.kernels import _native  # type: ignore[attr-defined]  # compiled: mypy does not see it
 except ImportError as error:
     _native, _why_not = None, str(error)
 else:

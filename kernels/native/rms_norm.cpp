@@ -26,16 +26,17 @@ void add_row(const T* x, const T* residual, T* sum, int64_t n) {
 }
 
 template <typename T>
-void scale_row(const T* x, const float* w, float rstd, T* y, int64_t n) {
+void scale_row(const T* x, const float* w, float rstd, T* y, int64_t n, bool streamed) {
     walk(n, [=]<int K>(int64_t i, int64_t lanes) {
         for (int64_t k = 0, j = i; k < K; k++, j += kLanes)
-            store(y + j, load(x + j, lanes) * rstd * load(w + j, lanes), lanes);
+            store(y + j, load(x + j, lanes) * rstd * load(w + j, lanes), lanes, streamed);
     });
 }
 
 // With x^ = s * rstd and g = dy * w: dx = rstd * (g - x^ * mean(g * x^)), dw = sum over rows of dy * x^.
 template <typename T>
-void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* dsum, T* dx, T* y, float* dw, int64_t n) {
+void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* dsum, T* dx, T* y, float* dw, int64_t n,
+                  bool streamed) {
     vf dot[4] = {};
     walk(n, [&]<int K>(int64_t i, int64_t lanes) {
         for (int64_t k = 0, j = i; k < K; k++, j += kLanes)
@@ -48,7 +49,7 @@ void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* 
             vf d = g * scale * rstd - v * c;
             if (dsum) d += load(dsum + j, lanes);
             store(dw + j, load(dw + j, lanes) + g * (v * rstd), lanes);
-            store(dx + j, d, lanes);
+            store(dx + j, d, lanes, streamed);
             if (y) store(y + j, v * rstd * scale, lanes);
         }
     });
@@ -57,15 +58,20 @@ void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* 
 template <typename T>
 void forward(const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* w, T* sum, T* y,
              float* rstd, int64_t rows, int64_t dim, float eps, [[maybe_unused]] int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < rows; i++) {
-        const T* s = x + i * x_stride;
-        if (residual) {
-            add_row(s, residual + i * residual_stride, sum + i * dim, dim);
-            s = sum + i * dim;
+    bool streamed = streams(y, rows, dim);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            const T* s = x + i * x_stride;
+            if (residual) {
+                add_row(s, residual + i * residual_stride, sum + i * dim, dim);
+                s = sum + i * dim;
+            }
+            rstd[i] = 1.0f / __builtin_sqrtf(square_sum(s, dim) / (float)dim + eps);
+            scale_row(s, w, rstd[i], y + i * dim, dim, streamed);
         }
-        rstd[i] = 1.0f / __builtin_sqrtf(square_sum(s, dim) / (float)dim + eps);
-        scale_row(s, w, rstd[i], y + i * dim, dim);
+        stream_end();
     }
 }
 
@@ -73,6 +79,7 @@ template <typename T>
 void backward(const T* s, int64_t s_stride, const float* w, const float* rstd, const T* dy, int64_t dy_stride,
               const T* dsum, int64_t dsum_stride, T* dx, T* y, float* partial, float* dw, int64_t rows, int64_t dim,
               int64_t blocks, [[maybe_unused]] int threads) {
+    bool streamed = streams(dx, rows, dim);
     // dw is summed within fixed blocks of rows, then over the blocks in order: the same bits for any number of threads.
 #pragma omp parallel num_threads(threads)
     {
@@ -82,8 +89,9 @@ void backward(const T* s, int64_t s_stride, const float* w, const float* rstd, c
             for (int64_t j = 0; j < dim; j++) part[j] = 0.0f;
             for (int64_t i = rows * b / blocks; i < rows * (b + 1) / blocks; i++)
                 backward_row(s + i * s_stride, w, rstd[i], dy + i * dy_stride, dsum ? dsum + i * dsum_stride : nullptr,
-                             dx + i * dim, y ? y + i * dim : nullptr, part, dim);
+                             dx + i * dim, y ? y + i * dim : nullptr, part, dim, streamed);
         }
+        stream_end();
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < dim; j += kLanes) {
             int64_t m = dim - j < kLanes ? dim - j : kLanes;

@@ -5,7 +5,7 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
-#if FASTLM_VECTOR_BYTES == 32
+#if FASTLM_VECTOR_BYTES > 16
 #include <immintrin.h>
 #endif
 
@@ -68,6 +68,32 @@ static inline void store(T* p, vf v, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
 
+// ---- results larger than any cache go past it: an ordinary store would first read what it overwrites ----
+#if FASTLM_VECTOR_BYTES == 32
+constexpr int64_t kStreamBytes = 16 << 20;  // the largest that is still worth keeping in a cache for its reader
+static inline void stream(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
+static inline void stream(bf16* p, vf v) { _mm_stream_si128((__m128i*)p, (__m128i)narrow(v)); }
+static inline void stream_end() { _mm_sfence(); }  // a thread's last act before others may read
+#elif FASTLM_VECTOR_BYTES == 64
+constexpr int64_t kStreamBytes = 16 << 20;
+static inline void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+static inline void stream(bf16* p, vf v) { _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v)); }
+static inline void stream_end() { _mm_sfence(); }
+#else
+constexpr int64_t kStreamBytes = INT64_MAX;
+template <typename T>
+static inline void stream(T* p, vf v) { store(p, v); }
+static inline void stream_end() {}
+#endif
+// Whether `rows` of `dim` results at p are streamed: many bytes, every vector of every row aligned.
+template <typename T>
+static inline bool streams(const T* p, int64_t rows, int64_t dim) {
+    return rows * dim * (int64_t)sizeof(T) >= kStreamBytes && (uintptr_t)p % FASTLM_VECTOR_BYTES == 0 && dim % kLanes == 0 &&
+           dim * (int64_t)sizeof(T) % FASTLM_VECTOR_BYTES == 0;
+}
+template <typename T>
+static inline void store(T* p, vf v, int64_t n, bool streamed) { streamed ? stream(p, v) : store(p, v, n); }
+
 // Sum and maximum of the lanes, always in the same order.
 static inline float sum(vf v) {
     float s[kLanes];
@@ -124,15 +150,22 @@ static inline void reduce(const vf (&x)[K], vf (&em1)[K], vf (&scale)[K]) {
     for (int k = 0; k < K; k++) scale[k] = (vf)(((vi)t[k] << 23) + 0x3f800000);  // 2^k
 }
 
-// x <- e^x to 2 ulp for x in [-87.3, 88]; 0 below, e^88 above, nan for nan.
+// x <- e^x to 2 ulp, x first brought into [-87.33, 88]; nan for nan.
+template <int K>
+static inline void exp_within(vf (&x)[K]) {
+    vf em1[K], scale[K];
+    for (int k = 0; k < K; k++) x[k] = min(splat(88.0f), max(splat(-87.33f), x[k]));
+    reduce(x, em1, scale);
+    for (int k = 0; k < K; k++) x[k] = em1[k] * scale[k] + scale[k];
+}
+
+// x <- e^x to 2 ulp, exactly 0 below -87.33, e^88 above 88; nan for nan.
 template <int K>
 static inline void exp(vf (&x)[K]) {
-    vf em1[K], scale[K], low = splat(-87.33f), high = splat(88.0f);
     vi keep[K];
-    for (int k = 0; k < K; k++) keep[k] = ~(x[k] < low);
-    for (int k = 0; k < K; k++) x[k] = min(high, max(low, x[k]));
-    reduce(x, em1, scale);
-    for (int k = 0; k < K; k++) x[k] = (vf)((vi)(em1[k] * scale[k] + scale[k]) & keep[k]);
+    for (int k = 0; k < K; k++) keep[k] = ~(x[k] < splat(-87.33f));
+    exp_within(x);
+    for (int k = 0; k < K; k++) x[k] = (vf)((vi)x[k] & keep[k]);
 }
 static inline float exp(float x) {
     vf v[1] = {splat(x)};

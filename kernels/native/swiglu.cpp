@@ -9,7 +9,7 @@ namespace {
 template <int K, typename T>
 inline void sigmoid(const T* gate, int64_t lanes, vf (&s)[K]) {
     for (int k = 0; k < K; k++) s[k] = -load(gate + k * kLanes, lanes);
-    exp(s);
+    exp_within(s);
     for (int k = 0; k < K; k++) s[k] = 1.0f / (1.0f + s[k]);
 }
 
@@ -33,21 +33,26 @@ void forward(const T* gate_up, int64_t stride, T* y, int64_t rows, int64_t dim, 
 template <typename T>
 void backward(const T* gate_up, int64_t stride, const T* dy, int64_t dy_stride, T* dgate_up, T* y, int64_t rows,
               int64_t dim, [[maybe_unused]] int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * stride, *up = gate + dim, *dout = dy + row * dy_stride;
-        T *dgate = dgate_up + row * 2 * dim, *dup = dgate + dim, *out = y ? y + row * dim : nullptr;
-        walk(dim, [=]<int K>(int64_t i, int64_t lanes) {
-            vf s[K];
-            sigmoid(gate + i, lanes, s);
-            for (int k = 0; k < K; k++) {
-                int64_t j = i + k * kLanes;
-                vf g = load(gate + j, lanes), u = load(up + j, lanes), d = load(dout + j, lanes), silu = g * s[k];
-                store(dgate + j, d * u * (s[k] + silu * (1.0f - s[k])), lanes);
-                store(dup + j, d * silu, lanes);
-                if (out) store(out + j, silu * u, lanes);
-            }
-        });
+    bool streamed = streams(dgate_up, rows, dim);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            const T *gate = gate_up + row * stride, *up = gate + dim, *dout = dy + row * dy_stride;
+            T *dgate = dgate_up + row * 2 * dim, *dup = dgate + dim, *out = y ? y + row * dim : nullptr;
+            walk(dim, [=]<int K>(int64_t i, int64_t lanes) {
+                vf s[K];
+                sigmoid(gate + i, lanes, s);
+                for (int k = 0; k < K; k++) {
+                    int64_t j = i + k * kLanes;
+                    vf g = load(gate + j, lanes), u = load(up + j, lanes), d = load(dout + j, lanes), silu = g * s[k];
+                    store(dgate + j, d * u * (s[k] + silu * (1.0f - s[k])), lanes, streamed);
+                    store(dup + j, d * silu, lanes, streamed);
+                    if (out) store(out + j, silu * u, lanes);
+                }
+            });
+        }
+        stream_end();
     }
 }
 

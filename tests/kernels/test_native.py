@@ -139,6 +139,26 @@ def test_dtypes_without_a_native_kernel_take_the_reference(monkeypatch):
     assert swiglu(x.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_too_large_for_a_cache_have_the_same_bits(dtype, instruction_set):
+    """Above 16 MiB they are written past the cache: row by row, hence below that, nothing differs."""
+    rows, width = 64 * (66 if dtype == torch.float32 else 131), 1024
+    x, dy, w, rstd = *torch.randn(2, rows, width).to(dtype), torch.randn(width), torch.rand(rows)
+    part = slice(64, 128)
+    assert same_bits(cpu.rms_norm(x, None, w, EPS)[0][part], cpu.rms_norm(x[part], None, w, EPS)[0])
+    big = cpu.rms_norm_backward(dy, x, w, rstd, None, True)
+    small = cpu.rms_norm_backward(dy[part], x[part], w, rstd[part], None, True)
+    assert same_bits(big[0][part], small[0])
+    assert same_bits(big[2][part], small[2])
+    packed = torch.cat((x, dy), -1)
+    big, small = (cpu.swiglu_backward(g, p, True) for g, p in ((dy, packed), (dy[part], packed[part])))
+    assert same_bits(big[0][part], small[0])
+    heads, table = torch.cat((x, x)).view(1, 2 * rows, 16, 64), torch.randn(2, 2 * rows, 32)
+    big = cpu.rope(heads, heads, *table, None, False)
+    small = cpu.rope(heads[:, :64], heads[:, :64], *table, None, False)
+    assert all(same_bits(b[:, :64], s) for b, s in zip(big, small, strict=True))
+
+
 def test_gradient_of_logits_may_overwrite_them():
     logits, targets = torch.randn(5, 70), torch.randint(64, (5,))
     targets[2] = -100
