@@ -42,6 +42,21 @@ def data(argv: list[str]) -> int:
     return run(argv)
 
 
+def evaluate(argv: list[str]) -> int:
+    """perplexity of models on a text, by every protocol"""
+    from fastlm.config import EvalConfig
+    from fastlm.options import parse
+
+    config = parse(EvalConfig, argv, "fastlm eval MODEL...", positional="models")
+    if not config.models:
+        raise UserError("which models? give run folders: fastlm eval runs/pretrain-demo --data FILE.txt")
+    from fastlm.evaluation.evaluate import evaluate as run
+    from fastlm.kernels.cpu import keep_large_blocks
+
+    keep_large_blocks()
+    return run(config)
+
+
 def doctor(argv: list[str]) -> int:
     """show what runs on this machine, for every operation, and why"""
     if argv:
@@ -51,7 +66,13 @@ def doctor(argv: list[str]) -> int:
     return print_report()
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "generate": generate, "data": data, "doctor": doctor}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": pretrain,
+    "eval": evaluate,
+    "generate": generate,
+    "data": data,
+    "doctor": doctor,
+}
 
 USAGE = "usage: fastlm COMMAND [options]\n\n" + "\n".join(
     f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()

@@ -8,13 +8,12 @@ import platform
 import shutil
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fastlm import attention, kernels
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
-from fastlm.monitor import matmul_rate
+from fastlm.monitor import matmul_rate, wide_console
 from fastlm.tokenizer import load_tokenizer
 
 OPTIONAL = {
@@ -43,7 +42,7 @@ def kernel_choice(device: torch.device) -> tuple[str, str]:
 
 
 def print_report() -> int:
-    console = Console()
+    console = wide_console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     machine = Table("machine", "", box=None, title_justify="left")

@@ -7,10 +7,9 @@ import sys
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint import load_model
 from fastlm.config import GenerateConfig
+from fastlm.load import open_model
 from fastlm.model import Transformer, pick_device
-from fastlm.tokenizer import load_tokenizer
 
 
 @torch.no_grad()
@@ -48,8 +47,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def write(cfg: GenerateConfig) -> int:
     """fastlm generate: print the prompt and its continuation."""
-    model, state = load_model(cfg.model, pick_device(cfg.device))
-    tokenizer = load_tokenizer(state["tokenizer"])
+    model, tokenizer = open_model(cfg.model, pick_device(cfg.device))
     ids = tokenizer.encode(cfg.prompt) or [tokenizer.eos_id]
     out = generate(model, torch.tensor([ids]), cfg.tokens, cfg.temperature, cfg.top_p, cfg.seed)[0].tolist()
     new = out[len(ids) :]

@@ -96,6 +96,12 @@ class Power:
         }
 
 
+def wide_console(stderr: bool = False) -> Console:
+    """A console for tables: as wide as the terminal, or wide enough for any of ours where the output is a file."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
+
+
 def sparkline(values: list[float], width: int = 60) -> str:
     """The course of a series in one line of text."""
     if not values:

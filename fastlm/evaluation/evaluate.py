@@ -6,39 +6,19 @@ import dataclasses
 import hashlib
 import json
 from functools import partial
-from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastlm.checkpoint import load_model
 from fastlm.config import EvalConfig, check
 from fastlm.data.sources import open_source
 from fastlm.evaluation import protocols
 from fastlm.evaluation.score import Result, segment_nats, summarise
-from fastlm.interop import is_hugging_face, load_hugging_face
-from fastlm.model import Transformer, pick_device
+from fastlm.load import open_model
+from fastlm.model import pick_device
+from fastlm.monitor import wide_console
 from fastlm.options import nearest
-from fastlm.tokenizer import Tokenizer, load_tokenizer
-
-
-def load_any(place: str, tokenizer: str, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a fastlm run or checkpoint, or of a Hugging Face folder of the Llama family."""
-    folder = Path(place)
-    if is_hugging_face(folder):
-        model, name = load_hugging_face(folder, device), tokenizer or str(folder)
-    else:
-        model, state = load_model(folder, device)
-        name = tokenizer or state["tokenizer"]
-    loaded = load_tokenizer(name)
-    check(
-        loaded.vocab_size <= model.config.vocab_size,
-        f"{place}: tokenizer {name} has {loaded.vocab_size} tokens, but the model knows {model.config.vocab_size}; "
-        f"pass the model's own with --tokenizer",
-    )
-    return model, loaded
 
 
 def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str], str]:
@@ -69,9 +49,9 @@ def evaluate(cfg: EvalConfig) -> int:
         check(name in protocols.NAMES, f"unknown protocol {name!r}; {nearest(name, protocols.NAMES)}")
     documents, digest = read_documents(cfg.data, cfg.split, cfg.max_documents)
     rows: list[tuple[str, Result]] = []
-    console = Console(stderr=cfg.json)
+    console = wide_console(stderr=cfg.json)
     for place in cfg.models.split(","):
-        model, tokenizer = load_any(place, cfg.tokenizer, device)
+        model, tokenizer = open_model(place, device, cfg.tokenizer)
         for name in wanted:
             protocol = protocols.make(name, documents, tokenizer, model.config.max_seq_len)
             with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -1,0 +1,30 @@
+"""A model by its place on disk, wherever it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastlm.checkpoint import load_model
+from fastlm.config import check
+from fastlm.interop import is_hugging_face, load_hugging_face
+from fastlm.model import Transformer
+from fastlm.tokenizer import Tokenizer, load_tokenizer
+
+
+def open_model(place: str, device: torch.device, tokenizer: str = "") -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a fastlm run or checkpoint, or of a Hugging Face folder of the Llama family."""
+    folder = Path(place)
+    if is_hugging_face(folder):
+        model, name = load_hugging_face(folder, device), tokenizer or str(folder)
+    else:
+        model, state = load_model(folder, device)
+        name = tokenizer or state["tokenizer"]
+    loaded = load_tokenizer(name)
+    check(
+        loaded.vocab_size <= model.config.vocab_size,
+        f"{place}: tokenizer {name} has {loaded.vocab_size} tokens, but the model knows {model.config.vocab_size}; "
+        f"pass the model's own with --tokenizer",
+    )
+    return model, loaded

@@ -1,0 +1,204 @@
+"""Every protocol against a loop that scores one token at a time, and the totals against everything they must not depend on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastlm.cli import main
+from fastlm.config import ModelConfig
+from fastlm.errors import UserError
+from fastlm.evaluation import protocols
+from fastlm.evaluation.protocols import Segment, detokenise, make, wikitext_documents, window_segments
+from fastlm.evaluation.score import segment_nats, summarise
+from fastlm.interop import export
+from fastlm.model import build
+from fastlm.tokenizer import load_tokenizer
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=40)
+TEXT = (
+    'The valley\'s 12 oaks ( all old ) grew , it is said , in 1 @,@ 000 years .\n\n = Next = \n\nA " second " text @-@ like one : \n'
+    * 6
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer):
+    return load_tokenizer(str(small_tokenizer))
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = build(CONFIG, 0, CPU)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return made.eval()
+
+
+def one_by_one(model, ids: list[int], first: int) -> float:
+    """-log p of ids[first:], each from a forward pass of its own over what stands before it."""
+    total = 0.0
+    for i in range(first, len(ids)):
+        logits = model.logits(torch.tensor([ids[:i]]))[0, -1].double()
+        total -= logits.log_softmax(-1)[ids[i]].item()
+    return total
+
+
+def score(model, name: str, documents: list[str], tokenizer) -> tuple[float, int]:
+    protocol = make(name, documents, tokenizer, CONFIG.max_seq_len)
+    result = summarise(protocol, segment_nats(model, protocol.segments, CPU))
+    assert result.perplexity == pytest.approx(math.exp(result.nats / result.tokens))
+    return result.nats, result.tokens
+
+
+def test_window_equals_a_loop_over_windows(model, tokenizer):
+    ids = tokenizer.encode(TEXT)
+    windows = [ids[i : i + 40] for i in range(0, len(ids), 40)]
+    expected = sum(one_by_one(model, w, 1) for w in windows)
+    nats, tokens = score(model, "window", [TEXT], tokenizer)
+    assert nats == pytest.approx(expected, rel=1e-6)
+    assert tokens == len(ids) - len(windows)
+
+
+def test_stride_scores_every_token_once_with_the_context_of_its_first_window(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(protocols, "STRIDE", 15)
+    ids = tokenizer.encode(TEXT)
+    expected, done = 0.0, 1
+    for begin in range(0, len(ids), 15):  # the loop of the Hugging Face guide
+        end = min(begin + 40, len(ids))
+        expected += one_by_one(model, ids[begin:end], max(1, done - begin))
+        done = end
+        if end == len(ids):
+            break
+    nats, tokens = score(model, "stride", [TEXT], tokenizer)
+    assert nats == pytest.approx(expected, rel=1e-6)
+    assert tokens == len(ids) - 1
+
+
+def test_line_scores_the_first_hundred_lines_each_alone(model, tokenizer):
+    text = "\n".join(f"line number {i} of many" if i % 3 else "   " for i in range(200))
+    lines = [line for line in text.splitlines() if line.strip()][:100]
+    expected = sum(one_by_one(model, tokenizer.encode(line)[:40], 1) for line in lines)
+    nats, tokens = score(model, "line", [text], tokenizer)
+    assert nats == pytest.approx(expected, rel=1e-6)
+    assert tokens == sum(len(tokenizer.encode(line)[:40]) - 1 for line in lines)
+
+
+def test_word_scores_every_token_of_every_document_after_end_of_text(model, tokenizer):
+    documents = [TEXT, "Short one .", "x " * 50]
+    expected = 0.0
+    for document in documents:  # rolling windows: 40 new tokens at a time, the last one with all the context that fits
+        ids = tokenizer.encode(detokenise(document))
+        for begin in range(0, len(ids), 40):
+            end = min(begin + 40, len(ids))
+            context = [tokenizer.eos_id, *ids[:end]] if begin == 0 else ids[max(0, end - 41) : end]
+            expected += one_by_one(model, context, len(context) - (end - begin))
+    nats, tokens = score(model, "word", documents, tokenizer)
+    assert nats == pytest.approx(expected, rel=1e-6)
+    assert tokens == sum(len(tokenizer.encode(detokenise(d))) for d in documents)
+    protocol = make("word", documents, tokenizer, 40)
+    result = summarise(protocol, segment_nats(model, protocol.segments, CPU))
+    words = sum(len(re.split(r"\s+", d)) for d in documents)
+    size = sum(len(d.encode()) for d in documents)
+    assert result.word_perplexity == pytest.approx(math.exp(expected / words), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(expected / size / math.log(2), rel=1e-6)
+
+
+def test_detokenising_undoes_wikitext_spacing():
+    text = ' = Title = \n He said " no " ( twice ) , in 1 @,@ 000 half @-@ days ; 3 @.@ 5 . It \'s N \n'
+    assert detokenise(text) == ' = Title =\nHe said "no" (twice), in 1,000 half-days; 3.5. It\'s 1\n'
+
+
+def test_total_nats_do_not_depend_on_the_batches(model, tokenizer):
+    segments = make("line", [TEXT, "b " * 30, "some words\n" * 9], tokenizer, 40).segments
+    whole = segment_nats(model, segments, CPU, batch_tokens=100_000)
+    for budget in (1, 50, 97):
+        assert segment_nats(model, segments, CPU, batch_tokens=budget) == pytest.approx(whole, rel=1e-5)
+        assert segment_nats(model, segments, CPU, batch_tokens=budget).sum() == pytest.approx(whole.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [384, 385])
+def test_a_uniform_model_scores_its_vocabulary_size(tokenizer, vocab_size):
+    uniform = build(replace(CONFIG, vocab_size=vocab_size), 0, CPU)
+    with torch.no_grad():
+        uniform.embedding.zero_()
+    for name in protocols.NAMES:
+        protocol = make(name, [TEXT], tokenizer, 40)
+        result = summarise(protocol, segment_nats(uniform, protocol.segments, CPU))
+        assert result.perplexity == pytest.approx(vocab_size, rel=1e-6)
+        assert result.low == pytest.approx(result.high)
+
+
+def test_windows_cover_every_token_exactly_once():
+    for n in (1, 2, 39, 40, 41, 80, 81, 100):
+        for stride in (0, 7, 40):
+            ids = list(range(n))
+            seen = [i for s in window_segments(ids, 40, stride) for i in s.ids[s.start :]]
+            missing = sorted(set(ids) - set(seen))
+            assert len(seen) == len(set(seen))
+            assert missing == ([0] if stride else list(range(0, n, 40)))
+
+
+def test_the_interval_holds_the_perplexity_and_shrinks_with_more_documents():
+    rng = np.random.default_rng(1)
+
+    def result(n):
+        protocol = protocols.Protocol("x", [Segment([0] * 11, 1, i) for i in range(n)], 1, 1, "none")
+        return summarise(protocol, rng.normal(30, 3, n))
+
+    few, many = result(20), result(2000)
+    assert few.low < few.perplexity < few.high
+    assert many.high - many.low < 0.3 * (few.high - few.low)
+
+
+def test_articles_start_at_level_one_headings():
+    text = " \n = One = \n\n text \n = = Section = = \n more \n = Two = \n\n end \n"
+    parts = wikitext_documents(text)
+    assert "".join(parts).strip() == text.strip()
+    assert [p.strip().split("\n")[0].strip() for p in parts] == ["= One =", "= Two ="]
+
+
+def test_the_command_scores_runs_and_hugging_face_folders_alike(model, small_tokenizer, small_text, tmp_path, capsys):
+    files = {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}
+    export(model, files, 0, tmp_path / "exported")
+    arguments = ["eval", str(tmp_path / "exported"), "--data", str(small_text), "--max-documents", "1", "--protocols", "line"]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (row,) = report["results"]
+    tokenizer = load_tokenizer(str(small_tokenizer))
+    protocol = make("line", [small_text.read_text()], tokenizer, 40)
+    assert row["nats"] == pytest.approx(segment_nats(model, protocol.segments, CPU).sum(), rel=1e-6)
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert f"{row['perplexity']:.2f}" in text
+    assert report["text_sha256"] in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--protocols", "windw"], "unknown protocol 'windw'; did you mean window"),
+        (["--split", "tset"], "has no split 'tset'"),
+        (["--data", "no/such.txt"], "no/such.txt"),
+        (["--batch-tokens", "-1"], "batch_tokens is -1"),
+    ],
+)
+def test_a_mistake_is_one_line(extra, words, small_text, tmp_path, capsys):
+    assert main(["eval", "nowhere", "--data", str(small_text), *extra]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_text_too_short_to_score_is_named(tokenizer):
+    with pytest.raises(UserError, match="too few tokens"):
+        make("window", ["a"], tokenizer, 40)
