@@ -24,9 +24,9 @@ from fastlm.tokenizer import load_tokenizer
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=40)
 TEXT = (
-    'The valley\'s 12 oaks ( all old ) grew , it is said , in 1 @,@ 000 years .\n\n = Next = \n\nA " second " text @-@ like one : \n'
-    * 6
-)
+    "The valley's 12 oaks ( all old ) grew , it is said , in 1 @,@ 000 years .\n\n"
+    ' = Next = \n\nA " second " text @-@ like one : \n'
+) * 6
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_word_scores_every_token_of_every_document_after_end_of_text(model, toke
 
 
 def test_detokenising_undoes_wikitext_spacing():
-    text = ' = Title = \n He said " no " ( twice ) , in 1 @,@ 000 half @-@ days ; 3 @.@ 5 . It \'s N \n'
-    assert detokenise(text) == ' = Title =\nHe said "no" (twice), in 1,000 half-days; 3.5. It\'s 1\n'
+    text = ' = Title = \n He said " no " ( twice ) , in 1 @,@ 000 half @-@ days ; 3 @.@ 5 . It \'s N of \n'
+    assert detokenise(text) == ' = Title =\nHe said "no" (twice), in 1,000 half-days; 3.5. It\'s 1 of\n'
 
 
 def test_total_nats_do_not_depend_on_the_batches(model, tokenizer):
@@ -145,7 +145,7 @@ def test_windows_cover_every_token_exactly_once():
             seen = [i for s in window_segments(ids, 40, stride) for i in s.ids[s.start :]]
             missing = sorted(set(ids) - set(seen))
             assert len(seen) == len(set(seen))
-            assert missing == ([0] if stride else list(range(0, n, 40)))
+            assert missing == ([0] if stride == 7 else list(range(0, n, 40)))
 
 
 def test_the_interval_holds_the_perplexity_and_shrinks_with_more_documents():
