@@ -1,7 +1,7 @@
 """Benchmarks: `pytest bench/` runs every case once, small, as a smoke test; `pytest bench/ --benchmark` measures.
 
 Contenders take turns within every round, so that a machine that slows down slows all of them, and ratios are taken round by
-round. Rows are printed at the end; `--benchmark-json FILE` (pytest-benchmark) keeps them, under extra_info.
+round. Results are printed as they come; `--benchmark-json FILE` (pytest-benchmark) keeps them, under extra_info.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import pytest
 from measure import Contender
-
-ROWS: list[tuple[str, dict[str, str]]] = []
 
 
 def pytest_addoption(parser) -> None:
@@ -31,11 +29,13 @@ def measuring(request) -> bool:
 
 @pytest.fixture
 def report(request, benchmark):
-    """Notes a row of results: printed at the end, kept in the benchmark's extra_info."""
+    """Notes a row of results: printed at once, kept in the benchmark's extra_info."""
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
 
     def note(**values: float) -> None:
         benchmark.extra_info.update(values)
-        ROWS.append((request.node.name, {k: f"{v:.4g}" for k, v in values.items()}))
+        terminal.ensure_newline()
+        terminal.write_line(f"{request.node.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     return note
 
@@ -82,8 +82,3 @@ def contender(measuring):
     for one in started:
         one.process.stdin.close()
         one.process.wait()
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    for name, values in ROWS:
-        terminalreporter.write_line(f"{name}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
