@@ -36,6 +36,7 @@ FAULTS = [
     (RMS, "upstream stride taken for x's", "g = tl.load(dy + row * DY_STRIDE", "g = tl.load(dy + row * X_STRIDE"),
     (RMS, "row mask off by one", "    mask = (row < M) & (j < D)\n    v =", "    mask = (row < M - 1) & (j < D)\n    v ="),
     (RMS, "written again without the weight", "(xhat * w).to(y.dtype", "xhat.to(y.dtype"),
+    (RMS, "rows counted in 32 bits", "i = tl.program_id(0).to(tl.int64) * ROWS", "i = tl.program_id(0) * ROWS"),
     (ROPE, "wrong sign of sin", "(q1 * c - q2 * s)", "(q1 * c + q2 * s)"),
     (ROPE, "k rotated the other way", "(k2 * c + k1 * s)", "(k2 * c - k1 * s)"),
     (ROPE, "backward not inverse", "    if INVERSE:\n        s = -s\n", ""),
@@ -48,6 +49,7 @@ FAULTS = [
     (SWI, "sign in the derivative", "silu * (1.0 - sigmoid))", "silu * (1.0 + sigmoid))"),
     (SWI, "d up without the gate", "(g * silu).to(dgate_up", "(g * sigmoid).to(dgate_up"),
     (SWI, "column mask off by one", "to(tl.float32)\n    silu = gate", "to(tl.float32) * (j < F - 1)\n    silu = gate"),
+    (CE, "rows counted in 32 bits", "    i = tl.program_id(0).to(tl.int64)\n", "    i = tl.program_id(0)\n"),
     (CE, "label gradient missing", "g - upstream * (1.0 - SMOOTHING), g)", "g, g)"),
     (CE, "smoothing forgotten at the label", "g - upstream * (1.0 - SMOOTHING), g)", "g - upstream, g)"),
     (CE, "z-loss always on", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream * (1.0 + 2e-3 * lse)"),
@@ -91,7 +93,8 @@ def survives(fault: tuple[str, str, str, str]) -> bool:
         text = path.read_text()
         assert text.count(code) == 1, f"{file}, {name}: the code is there {text.count(code)} times, expected once"
         path.write_text(text.replace(code, wrong))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{TESTS[file]}.py"]
+        tests = [f"tests/kernels/test_{name}.py" for name in ("large", TESTS[file])]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
         # 1: tests failed; below 0: the interpreter crashed, on an access out of bounds

@@ -8,7 +8,10 @@ import torch
 from fastlm.kernels.configurations import cases
 from fastlm.kernels.traffic import counting, measure
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, and nothing is counted")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, and nothing is counted"),
+    pytest.mark.usefixtures("triton_only"),
+]
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
