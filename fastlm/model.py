@@ -77,7 +77,10 @@ class Block(nn.Module):
         c = self.config
         h, x = add_norm(update, x, self.attention_norm, c.norm_eps)
         sizes = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
-        q, k, v = (z.unflatten(-1, (-1, c.head_dim)) for z in kernels.linear(h, self.qkv.weight, sizes))  # (B, T, H, Dh)
+        parts = kernels.linear(h, self.qkv.weight, sizes)
+        if c.qkv_bias:
+            parts = tuple(z + b.to(z.dtype) for z, b in zip(parts, self.qkv.bias.split(sizes), strict=True))
+        q, k, v = (z.unflatten(-1, (-1, c.head_dim)) for z in parts)  # (B, T, H, Dh)
         if c.qk_norm:
             q = kernels.rms_norm(q, self.q_norm, c.norm_eps)
             k = kernels.rms_norm(k, self.k_norm, c.norm_eps)
@@ -135,7 +138,7 @@ class Transformer(nn.Module):
 
         Packed rows: positions (B, T) restart in each document, cu_seqlens and max_seqlen as in attention().
         """
-        update = F.embedding(tokens, self.embedding)
+        update = kernels.embedding(tokens, self.embedding)
         if torch.is_autocast_enabled(update.device.type):  # the residual stream has the matmuls' dtype
             update = update.to(torch.get_autocast_dtype(update.device.type))
         x, rest = None, ((self.cos, self.sin), positions, cu_seqlens, max_seqlen, self.attention_backend)
@@ -166,7 +169,7 @@ class Transformer(nn.Module):
         """
         head, size = self.head_weight, self.config.vocab_size
         if shortlist is not None:
-            head, size = F.embedding(shortlist, head), len(shortlist)
+            head, size = kernels.embedding(shortlist, head), len(shortlist)
         h = self(tokens, **packed).flatten(0, 1)
         return kernels.linear_cross_entropy(
             h, head, targets.flatten(), bias=raised, reduction="sum", z_loss=z_loss, vocab_size=size

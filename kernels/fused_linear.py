@@ -14,6 +14,7 @@ it a second time (1 element a token and channel) and the forward saves nothing b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,10 @@ class _SwigluLinear(torch.autograd.Function):
         return dgate_up, _weight_gradient([_flat(dz)], _flat(y.to(dz.dtype))).to(ctx.weight_dtype), None
 
 
+@overload
+def linear(x: Tensor, weight: Tensor, sizes: None = None) -> Tensor: ...
+@overload
+def linear(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]: ...
 def linear(x: Tensor, weight: Tensor, sizes: Sequence[int] | None = None) -> Tensor | tuple[Tensor, ...]:
     """x W^T, or with sizes its columns as that many tensors that own their memory; dW never rounded below fp32.
 

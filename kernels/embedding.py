@@ -1,0 +1,62 @@
+"""Rows of a table by token id, with a gradient that is the same bit for bit on every run.
+
+    y_n = W[ids_n]          dW_v = sum over n with ids_n = v of dy_n, in order of n
+
+ids: any shape, int64; W: (V, D); y: (..., D) in W's dtype; dW in fp32 (fp64 for fp64). torch.compile writes the backward of
+F.embedding as atomic additions, whose order, and so whose rounding, changes from run to run on any device with more than
+one thread; PyTorch's own operator sorts the ids (GPU) or gives each thread its own rows (CPU). As one opaque operator it
+stays that in a compiled step. It moves what it must: the rows once in each direction, and dW once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.kernels.common import accumulation_dtype
+
+
+def embedding_reference(ids: Tensor, weight: Tensor) -> Tensor:
+    """Row by row."""
+    return torch.stack([weight[i] for i in ids.flatten()]).view(*ids.shape, weight.shape[1])
+
+
+@torch.library.custom_op("fastlm::embedding", mutates_args=())
+def _embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding(ids, weight)
+
+
+@torch.library.custom_op("fastlm::embedding_backward", mutates_args=())
+def _embedding_backward(dy: Tensor, ids: Tensor, rows: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(dy.to(accumulation_dtype(dy.dtype)), ids, rows, -1, False)
+
+
+@_embedding.register_fake
+def _(ids: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+@_embedding_backward.register_fake
+def _(dy: Tensor, ids: Tensor, rows: int) -> Tensor:
+    return dy.new_empty(rows, dy.shape[-1], dtype=accumulation_dtype(dy.dtype))
+
+
+def _save(ctx, inputs, output) -> None:
+    ids, weight = inputs
+    ctx.save_for_backward(ids)
+    ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+
+
+def _backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
+    return None, _embedding_backward(dy, ctx.saved_tensors[0], ctx.rows).to(ctx.dtype)
+
+
+_embedding.register_autograd(_backward, setup_context=_save)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """weight[ids]: ids (...) int64 within [0, V), weight (V, D); (..., D). Raises ValueError where weight is not (V, D)."""
+    if weight.dim() != 2:
+        raise ValueError(f"embedding: weight has shape {tuple(weight.shape)}, expected (V, D)")
+    return _embedding(ids, weight)
