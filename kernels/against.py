@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.kernels.configurations import Case, Make
+from fastlm.kernels.configurations import SEQUENCES, Case, Make
 
 BULK = (
     "X_ptr",
@@ -72,7 +72,7 @@ def liger_cases(dtype: torch.dtype = torch.bfloat16) -> list[Case]:
         ("rms_norm", "forward", d, 2 * d * size + 4, norm_forward),
         ("rms_norm", "backward", d, 3 * d * size + 4, norm_backward),
         ("add_rms_norm", "forward", d, 4 * d * size + 4, add_forward),
-        ("rope", "forward", d, 4 * d * size + 256, rope_forward),
+        ("rope", "forward", d, 4 * d * size + 128 // SEQUENCES, rope_forward),
         ("swiglu", "forward", f, 3 * f * size, swiglu_forward),
         ("swiglu", "backward", f, 5 * f * size, swiglu_backward),
         ("linear_cross_entropy", "in place", v, 3 * v * size + 16, entropy),

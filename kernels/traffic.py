@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from fastlm.kernels.configurations import Case, cases
+from fastlm.kernels.configurations import SEQUENCES, Case, cases
 
 CACHED = ("weight", "W_ptr", "cos", "sin", "positions")
 
@@ -100,8 +100,8 @@ def measure(case: Case) -> dict[str, float]:
     with counting() as meter, np.errstate(all="ignore"):
         case.launch(make, rows)
     once = len(meter.once) * meter.once_size
-    # read once for all rows: at the tables' 32768 rows, a cos and sin row per token, or one weight
-    share = once / rows if case.op == "rope" else once / 32768
+    # counted once for the tables' 32 sequences of 1024: the weight for all tokens, a position's cos and sin for 32 of them
+    share = once / rows / SEQUENCES if case.op == "rope" else once / (1024 * SEQUENCES)
     return {"moved": meter.streamed / rows + share, "cached": meter.cached / rows, "floor": float(case.floor)}
 
 
