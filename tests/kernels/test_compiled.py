@@ -26,8 +26,9 @@ def children():
         running[program] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
     yield running
     for child in running.values():
-        child.kill()
-        child.communicate()
+        if child.poll() is None:
+            child.kill()
+            child.communicate()
 
 
 @pytest.mark.slow
