@@ -127,6 +127,8 @@ def train(
     """
     folder = run / "checkpoints"
     with stop_signals() as stopped:
+        if state["step"] == 0 and cfg.validate_every:
+            monitor.validation(0, validate())  # what the initialisation alone is worth
         for step in range(state["step"], cfg.steps):
             micro_batches, n_counted = next(batches)
             value = accumulate(loss, micro_batches, n_counted)

@@ -146,8 +146,13 @@ def report(
     sample = generate(model, prompt, 64, temperature=0.7, top_p=0.9, seed=cfg.seed)[0].tolist()
     say("")
     say(f"Training loss   {sparkline(monitor.losses)}")
+    first = (
+        f"{perplexity(monitor.validations[0]):.1f} before training, "
+        if monitor.start == 0 and len(monitor.validations) > 1
+        else ""
+    )
     say(f"Validation perplexity {perplexity(monitor.validations[-1]):.2f} on {len(held_out):,} held-out tokens "
-        f"(counting single tokens alone gives {baseline:.1f})")  # fmt: skip
+        f"({first}{baseline:.1f} by counting single tokens)")  # fmt: skip
     say(f"Time {seconds:.0f} s, peak memory {peak_gib(model.embedding.device):.1f} GiB")
     say("\nSample (the start of the held-out text, then the model's words):")
     say(tokenizer.decode(sample[: prompt.shape[1]]), style="dim", end="")

@@ -62,10 +62,12 @@ def test_a_run_learns_records_and_ends_with_what_to_do_next(small_run, tmp_path,
     validations = [r["validation_nats"] for r in rows(run) if "validation_nats" in r]
     assert validations == sorted(validations, reverse=True)
     assert validations[-1] < 4.6  # ln 119 = 4.78 by counting single tokens
-    assert {"lr", "grad_norm", "tokens", "tokens_per_s", "share_of_peak", "peak_gib", "seconds"} <= rows(run)[0].keys()
+    assert {"lr", "grad_norm", "tokens", "tokens_per_s", "share_of_peak", "peak_gib", "seconds"} <= rows(run)[1].keys()
     text = capsys.readouterr().out
-    for words in ("every slot real", "Validation perplexity", "counting single tokens alone gives", "Sample", "Checkpoint:",
-                  f"fastlm generate {run}", f"fastlm pretrain --resume {run} --steps 80"):  # fmt: skip
+    for words in (
+        "every slot real", "before training, ", "by counting single tokens", "Sample", "Checkpoint:",
+        f"fastlm generate {run}", f"fastlm pretrain --resume {run} --steps 80",
+    ):  # fmt: skip
         assert words in text
     assert main(["generate", str(run), "--prompt", "def ", "--tokens", "8"]) == 0
     assert capsys.readouterr().out.startswith("def ")
