@@ -1,7 +1,5 @@
 """Rows and their order: without replacement, from one counter, the same for any split of the work."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -79,16 +77,6 @@ def test_order_is_the_same_for_any_ranks_micro_batches_and_resume():
 def test_another_seed_is_another_order():
     tokens = make_tokens(5000)
     assert row_starts(tokens, 0, 50, 32, 0) != row_starts(tokens, 0, 50, 32, 1)
-
-
-def test_a_batch_is_cheap():
-    tokens = make_tokens(1_000_003)
-    times = []
-    for n in range(30):
-        start = time.perf_counter()
-        row_batch(tokens, n * 8, 8, 256, 0)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1e-3
 
 
 def test_sequence_longer_than_the_data_is_refused():

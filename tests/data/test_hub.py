@@ -92,7 +92,7 @@ def test_offline_is_one_line_at_once(monkeypatch, tmp_path):
         start = time.monotonic()
         with pytest.raises(UserError, match="does not answer") as error:
             prepare(name, load_tokenizer(), tmp_path)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30
         assert "python-stdlib" in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -101,8 +101,8 @@ def test_a_hub_that_never_answers_does_not_hold_us(monkeypatch):
     import urllib.request
 
     monkeypatch.setattr(hub, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: time.sleep(3))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: time.sleep(60))
     start = time.monotonic()
     with pytest.raises(UserError, match="does not answer"):
         open_source("tinystories")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
