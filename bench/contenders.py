@@ -75,7 +75,7 @@ def head(size: str, loss: Callable) -> Callable[[], None]:
     rows, dim, vocab = HEAD[size]
     h, w = torch.randn(rows, dim, requires_grad=True), torch.randn(vocab, dim).mul_(0.02).requires_grad_()
     targets = torch.randint(vocab, (rows,))
-    h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)  # a training step needs these whatever the loss
+    h.grad, w.grad = torch.ones_like(h), torch.ones_like(w)  # a training step needs these whatever the loss
 
     def turn() -> None:
         loss(h, w, targets).backward()
