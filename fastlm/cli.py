@@ -57,6 +57,24 @@ def evaluate(argv: list[str]) -> int:
     return run(config)
 
 
+def kernels(argv: list[str]) -> int:
+    """registers, traffic and projected time of every Triton kernel, without a GPU"""
+    import json
+
+    from fastlm.config import KernelsConfig
+    from fastlm.options import parse
+
+    config = parse(KernelsConfig, argv, "fastlm kernels")
+    from fastlm.kernels import report
+
+    try:
+        found = report.collect(config.targets.split(",") if config.targets else None, config.against or None)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    print(json.dumps(found, indent=1) if config.json else report.table(found))
+    return 0
+
+
 def doctor(argv: list[str]) -> int:
     """show what runs on this machine, for every operation, and why"""
     if argv:
@@ -71,6 +89,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "data": data,
+    "kernels": kernels,
     "doctor": doctor,
 }
 

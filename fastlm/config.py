@@ -261,6 +261,18 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """What the Triton kernels compile to and move, counted without a GPU."""
+
+    targets: str = ""
+    """Architectures, separated by commas: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942 (default: all)."""
+    against: Literal["", "liger"] = ""
+    """Count Liger-Kernel's kernels too, where it is installed."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Score models on a text: perplexity by every protocol people use."""
 

@@ -60,3 +60,10 @@ def test_doctor_names_a_choice_and_a_reason_for_every_operation(capsys):
     for op in (*kernels.__all__, "attention", "tokenizer gpt2", "flash-attn", "xformers", "matmul rate"):
         assert op in text
     assert "SHA-256 verified" in text
+
+
+def test_kernels_refuses_what_it_does_not_know(capsys):
+    assert main(["kernels", "--targets", "sm_91"]) == 2
+    assert "no target 'sm_91'" in capsys.readouterr().err
+    assert main(["kernels", "--against", "ligr"]) == 2
+    assert "did you mean liger" in capsys.readouterr().err
