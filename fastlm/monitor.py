@@ -187,10 +187,13 @@ class Monitor:
             text += f"  {row['watts']:.0f} W  {row['joules_per_token'] * 1000:.2f} mJ/tok"
         self.progress.update(self.task, completed=row["step"], text=f"{row['step']}/{self.steps}  {text}")
         last = row["step"] == self.steps
+        if row["step"] == self.start + 1:
+            self.begin = now
         if not self.console.is_terminal and (now - self.shown > PLAIN_SECONDS or row["step"] == self.start + 1 or last):
             self.shown = now
-            left = (now - self.begin) / (row["step"] - self.start) * (self.steps - row["step"])
-            self.console.print(f"step {row['step']}/{self.steps}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True)
+            timed = row["step"] - self.start - 1  # the first step compiles and warms up
+            left = f"{(now - self.begin) / timed * (self.steps - row['step']):.0f} s left" if timed else "first step"
+            self.console.print(f"step {row['step']}/{self.steps}  {text}  {left}", highlight=False, soft_wrap=True)
 
     def restart_clock(self) -> None:
         """What has happened since the last step (a validation, a checkpoint) does not count in the next one's speed."""
