@@ -11,8 +11,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 demo: .venv/user
 	$(BIN)/fastlm pretrain --compile
 
+# Two at a time, one thread each; the tests of one file stay together, as they share what is slow to make.
 test: .venv/developer
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/developer
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -41,8 +42,11 @@ def run_installed(wheel: Path, code: str) -> str:
     """What the code prints in a Python that sees the unpacked wheel instead of this source tree."""
     site = wheel.parent / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    env = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=site, env=env, capture_output=True, text=True, timeout=120)
+    # -S leaves out .pth files, and with them an editable install of this tree, which would come first
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    }
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=site, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

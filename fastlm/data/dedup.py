@@ -56,7 +56,7 @@ def _near_index():
     try:
         from datasketch import MinHashLSH
     except ImportError:
-        raise UserError("duplicates: near ones need the package datasketch (pip install datasketch); or drop only exact "
+        raise UserError("duplicates: near ones need the package datasketch (pip install 'fastlm[dedup]'); or drop only exact "
                         'ones with --dedup exact') from None  # fmt: skip
     return MinHashLSH(threshold=NEAR_SIMILARITY, num_perm=PERMUTATIONS)
 
