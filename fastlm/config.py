@@ -245,9 +245,9 @@ class GenerateConfig:
     """Text to continue."""
     tokens: int = 128
     """Tokens to write."""
-    temperature: float = 0.7
+    temperature: float = 1.0
     """Sharpness of the choice: 0 takes the likeliest token, 1 samples from the model as it is."""
-    top_p: float = 0.9
+    top_p: float = 0.95
     """Sample among the likeliest tokens whose probability adds up to this."""
     seed: int = 0
     """The same seed writes the same text."""

@@ -143,7 +143,7 @@ def report(
     """The end of a run: what it reached, beside what counting alone reaches, and what to do next."""
     baseline = unigram_perplexity(train[:MOST], held_out, tokenizer.vocab_size)
     prompt = torch.as_tensor(held_out[None, : min(32, cfg.seq_len // 2)].astype("int64"))
-    sample = generate(model, prompt, 64, temperature=0.7, top_p=0.9, seed=cfg.seed)[0].tolist()
+    sample = generate(model, prompt, 64, temperature=1.0, top_p=0.95, seed=cfg.seed)[0].tolist()
     say("")
     say(f"Training loss   {sparkline(monitor.losses)}")
     first = (
@@ -159,7 +159,7 @@ def report(
     say(tokenizer.decode(sample[prompt.shape[1] :]))
     say(f"\nCheckpoint: {checkpoint.locate(run)}\nNext:")
     for command, purpose in {
-        f'fastlm generate {run} --prompt "def "': "write with this model",
+        f'fastlm generate {run} --prompt "def main("': "write with this model",
         f"fastlm pretrain --resume {run} --steps {2 * cfg.steps}": "train on",
         "fastlm pretrain --compile --data FILE.txt": "train on your own text",
         "fastlm doctor": "what runs on this machine, and why",
