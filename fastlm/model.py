@@ -71,6 +71,7 @@ class Block(nn.Module):
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
+        sharing: tuple[Tensor, Tensor] | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """update, x: (B, T, D), x still without update. Returns the same pair for the next block."""
@@ -85,7 +86,7 @@ class Block(nn.Module):
             q = kernels.rms_norm(q, self.q_norm, c.norm_eps)
             k = kernels.rms_norm(k, self.k_norm, c.norm_eps)
         q, k = kernels.rope(q, k, *rotary, positions)
-        attended = attention(q, k, v, cu_seqlens, max_seqlen, backend).flatten(2)
+        attended = attention(q, k, v, cu_seqlens, max_seqlen, sharing, backend).flatten(2)
         update = kernels.linear(attended, self.out.weight)
         h, x = kernels.add_rms_norm(update, x, self.ffn_norm, c.norm_eps)
         return kernels.swiglu_linear(kernels.linear(h, self.gate_up.weight), self.down.weight), x
@@ -133,15 +134,16 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        sharing: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the last norm, (B, T, D), of tokens (B, T).
 
-        Packed rows: positions (B, T) restart in each document, cu_seqlens and max_seqlen as in attention().
+        Packed rows: positions (B, T) restart in each document; cu_seqlens, max_seqlen and sharing as in attention().
         """
         update = kernels.embedding(tokens, self.embedding)
         if torch.is_autocast_enabled(update.device.type):  # the residual stream has the matmuls' dtype
             update = update.to(torch.get_autocast_dtype(update.device.type))
-        x, rest = None, ((self.cos, self.sin), positions, cu_seqlens, max_seqlen, self.attention_backend)
+        x, rest = None, ((self.cos, self.sin), positions, cu_seqlens, max_seqlen, sharing, self.attention_backend)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 update, x = checkpoint(block, update, x, *rest, use_reentrant=False, context_fn=keep_attention)
@@ -160,20 +162,29 @@ class Transformer(nn.Module):
         z_loss: float = 0.0,
         shortlist: Tensor | None = None,
         raised: Tensor | None = None,
+        max_counted: int | None = None,
         **packed,
     ) -> Tensor:
         """Sum over the counted positions of -log p(target), nats, fp32: tokens, targets (B, T), -100 where not counted.
 
         With z_loss, plus z_loss * logsumexp(logits)^2 at each of them (PaLM, section 5). With a shortlist of
         token ids (C,) the softmax is over these, with raised (C,) added to their logits, and targets index the shortlist.
+        max_counted: the caller's promise that no more targets count, so that on a GPU the others cost no matmul.
         """
         head, size = self.head_weight, self.config.vocab_size
         if shortlist is not None:
             head, size = kernels.embedding(shortlist, head), len(shortlist)
         h = self(tokens, **packed).flatten(0, 1)
         return kernels.linear_cross_entropy(
-            h, head, targets.flatten(), bias=raised, reduction="sum", z_loss=z_loss, vocab_size=size
+            h, head, targets.flatten(), bias=raised, reduction="sum", z_loss=z_loss, vocab_size=size, max_counted=max_counted
         )
+
+    def logprobs(self, tokens: Tensor, targets: Tensor, max_counted: int | None = None, **packed) -> Tensor:
+        """log p(target) at each position, nats, fp32 (B, T), 0 where not counted: the arguments of loss()."""
+        return kernels.linear_logprobs(
+            self(tokens, **packed).flatten(0, 1), self.head_weight, targets.flatten(), vocab_size=self.config.vocab_size,
+            max_counted=max_counted,
+        ).view(targets.shape)  # fmt: skip
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,14 +14,20 @@ from fastlm import attention as module
 from fastlm.attention import attention, choose
 
 
-def brute_force(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
-    """Every pair of tokens in float64: q (B, T, H, D), document (B*T,) names each token's document."""
+def brute_force(q: Tensor, k: Tensor, v: Tensor, document: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """Every pair of tokens in float64: q (B, T, H, D), document (B*T,) names each token's document.
+
+    prompt (B*T,): the document whose tokens each token sees beside its own document's (-1: none).
+    """
     b, t, heads, d = q.shape
     n = b * t
     k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.double().reshape(n, heads, d).transpose(0, 1) for x in (q, k, v))
     order = torch.arange(n)
-    allowed = (order[None] <= order[:, None]) & (document[None] == document[:, None])
+    same = document[None] == document[:, None]
+    if prompt is not None:
+        same |= document[None] == prompt[:, None]
+    allowed = (order[None] <= order[:, None]) & same
     scores = (q @ k.mT / d**0.5).masked_fill(~allowed, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(0, 1).reshape(b, t, heads, d)
 
@@ -35,6 +42,22 @@ def documents(lengths: list[int]) -> tuple[Tensor, Tensor]:
     """cu_seqlens and each token's document."""
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     return ends, torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def tree() -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+    """32 tokens: a prompt of 5 with answers of 4 and 7, one of 1 with 2 and 3, a document of 6, padding of 4.
+
+    cu_seqlens, sharing, and for brute_force() each token's document and its prompt. The last boundary is repeated and the
+    keys end in -1, as in batches.
+    """
+    lengths, prompts = [5, 4, 7, 1, 2, 3, 6, 4], [-1, 0, 0, -1, 3, 3, -1, -1]
+    cu_seqlens, document = documents(lengths)
+    spans = [list(range(a, b)) for a, b in pairwise(cu_seqlens.tolist())]
+    seen = [(spans[p] if p >= 0 else []) + own for own, p in zip(spans, prompts, strict=True)]
+    cu_seqlens_k = documents([*map(len, seen), 0, 0])[0]
+    keys = torch.tensor(sum(seen, []) + [-1] * 3)
+    cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(2)])
+    return cu_seqlens, (cu_seqlens_k, keys), document, torch.tensor(prompts)[document]
 
 
 PACKED = {
@@ -60,9 +83,20 @@ def test_packed_documents_equal_brute_force_with_every_gradient(name, heads, kv_
     check_against_brute_force(*inputs(b, t, heads, kv_heads), cu_seqlens, document)
 
 
-def check_against_brute_force(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, document: Tensor) -> None:
-    out = attention(q, k, v, cu_seqlens, None if cu_seqlens is None else int(cu_seqlens.diff().max()))
-    expected = brute_force(q, k, v, document)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_answers_that_share_a_prompt_equal_brute_force_with_every_gradient(rows, heads, kv_heads):
+    cu_seqlens, sharing, document, prompt = tree()
+    check_against_brute_force(*inputs(rows, 32 // rows, heads, kv_heads), cu_seqlens, document, sharing, prompt)
+
+
+def check_against_brute_force(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, document: Tensor,
+    sharing: tuple[Tensor, Tensor] | None = None, prompt: Tensor | None = None,
+) -> None:  # fmt: skip
+    longest = None if cu_seqlens is None else int((sharing[0] if sharing else cu_seqlens).diff().max())
+    out = attention(q, k, v, cu_seqlens, longest, sharing)
+    expected = brute_force(q, k, v, document, prompt)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     grads = torch.autograd.grad(out, (q, k, v), upstream)
@@ -73,12 +107,16 @@ def check_against_brute_force(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tenso
 
 def test_packed_operator_passes_opcheck():
     q, k, v = (x[0] for x in inputs(1, 9, 4, 2))
-    torch.library.opcheck(module.packed_documents, (q, k, v, documents([4, 5])[0]))
+    torch.library.opcheck(module.packed_documents, (q, k, v, documents([4, 5])[0], documents([4, 5])[0]))
+    q, k, v = (x[0] for x in inputs(1, 9, 4, 2))
+    torch.library.opcheck(module.packed_documents, (q[:5], k, v, documents([2, 3])[0], documents([2, 7])[0]))
 
 
-def test_the_formula_for_other_devices_equals_the_cpu_operator(monkeypatch):
+@pytest.mark.parametrize("queries", [13, 4, 1])
+def test_the_formula_for_other_devices_equals_the_cpu_operator(queries):
     """Where neither a fused kernel nor PyTorch's CPU operator takes the tensors, the written-out formula runs."""
     q, k, v = (x.detach().transpose(1, 2) for x in inputs(1, 13, 4, 4))
+    q = q[:, :, 13 - queries :]
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
     fast, fast_lse = module.forward_one(q, k, v)
     fast_grads = module.backward_one([dout, q, k, v, fast], fast_lse)
@@ -108,7 +146,7 @@ def fake_flash(calls: list) -> types.ModuleType:
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, **rest
     ):
         calls.append(("packed", causal, max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k))
-        return module.packed_documents(q, k, v, cu_seqlens_q)[0]
+        return module.packed_documents(q, k, v, cu_seqlens_q, cu_seqlens_k)[0]
 
     flash.flash_attn_func, flash.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     return flash
@@ -121,33 +159,43 @@ def test_flash_attn_is_called_as_published(monkeypatch):
     cu_seqlens, document = documents([3, 5, 8])
     rows = attention(q, k, v, backend="flash")
     packed = attention(q, k, v, cu_seqlens, 8, backend="flash")
-    assert calls == [("rows", True), ("packed", True, 8, 8, True)]
+    check_sharing(q, k, v, "flash")
+    assert calls == [("rows", True), ("packed", True, 8, 8, True), ("packed", True, 32, 32, False)]
     torch.testing.assert_close(rows.double(), brute_force(q, k, v, torch.arange(2).repeat_interleave(8)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
 
 
+def check_sharing(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
+    cu_seqlens, sharing, document, prompt = tree()
+    q, k, v = inputs(2, 16, 4, 2)
+    shared = attention(q, k, v, cu_seqlens, 32, sharing, backend=backend)
+    torch.testing.assert_close(shared.double(), brute_force(q, k, v, document, prompt), rtol=1e-5, atol=1e-6)
+
+
 def test_xformers_is_called_as_published(monkeypatch):
-    class BlockDiagonalCausalMask:
+    class BlockDiagonalCausalFromBottomRightMask:
         @classmethod
         def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+            assert all(a <= b for a, b in zip(q_seqlen, kv_seqlen, strict=True)), "as the real one demands"
             mask = cls()
-            mask.lengths = list(q_seqlen)
+            mask.lengths, mask.key_lengths = list(q_seqlen), list(kv_seqlen)
             return mask
 
     class LowerTriangularMask:
         pass
 
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
-        assert query.shape == key.shape == value.shape, "4-D inputs have as many key heads as query heads"
+        assert query.shape[2:] == key.shape[2:] == value.shape[2:], "4-D inputs have as many key heads as query heads"
         if isinstance(attn_bias, LowerTriangularMask):
             return module.torch_rows(query, key, value)
         assert query.shape[0] == 1, "a block-diagonal mask goes with a batch of one"
-        cu_seqlens = documents(attn_bias.lengths)[0]
-        return module.packed_documents(query[0], key[0], value[0], cu_seqlens)[0][None]
+        assert key.shape[1] == sum(attn_bias.key_lengths), "every key belongs to a segment"
+        bounds = documents(attn_bias.lengths)[0], documents(attn_bias.key_lengths)[0]
+        return module.packed_documents(query[0], key[0], value[0], *bounds)[0][None]
 
     ops, bias = Recorder("xformers.ops", []), Recorder("xformers.ops.fmha.attn_bias", [])
     ops.LowerTriangularMask, ops.memory_efficient_attention = LowerTriangularMask, memory_efficient_attention
-    bias.BlockDiagonalCausalMask = BlockDiagonalCausalMask
+    bias.BlockDiagonalCausalFromBottomRightMask = BlockDiagonalCausalFromBottomRightMask
     names = {"xformers": Recorder("xformers", []), "xformers.ops": ops, "xformers.ops.fmha": Recorder("xformers.ops.fmha", [])}
     for name, fake in (names | {"xformers.ops.fmha.attn_bias": bias}).items():
         monkeypatch.setitem(sys.modules, name, fake)
@@ -155,6 +203,7 @@ def test_xformers_is_called_as_published(monkeypatch):
     cu_seqlens, document = documents([3, 5, 8])
     rows = attention(q, k, v, backend="xformers")
     packed = attention(q, k, v, cu_seqlens, 8, backend="xformers")
+    check_sharing(q, k, v, "xformers")
     torch.testing.assert_close(rows.double(), brute_force(q, k, v, torch.arange(2).repeat_interleave(8)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
 
@@ -188,9 +237,11 @@ def test_unknown_backend_and_missing_length_are_named():
 def test_packed_attention_compiles_in_one_graph_with_gradients():
     q, k, v = inputs(1, 12, 4, 2)
     cu_seqlens, _ = documents([5, 7])
+    sharing = documents([5, 10])[0], torch.tensor([*range(5), 0, 1, 2, *range(5, 12), -1])
 
     def step(q, k, v, cu_seqlens):
-        return attention(q, k, v, cu_seqlens, 12).square().sum()
+        plain, shared = attention(q, k, v, cu_seqlens, 12), attention(q, k, v, cu_seqlens, 12, sharing)
+        return (plain.square() + shared.sin()).sum()
 
     expected = torch.autograd.grad(step(q, k, v, cu_seqlens), (q, k, v))
     found = torch.autograd.grad(torch.compile(step, fullgraph=True)(q, k, v, cu_seqlens), (q, k, v))

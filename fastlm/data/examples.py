@@ -123,13 +123,16 @@ def load_preferences(
     return _cached(source, encode, on_bad_row, held_out, cache, key)
 
 
-def pack_examples(examples: Examples, row_len: int, group: int = 1) -> tuple[PackedRows, PackedRows | None]:
+def pack_examples(
+    examples: Examples, row_len: int, group: int = 1, share: bool = False
+) -> tuple[PackedRows, PackedRows | None]:
     """Both splits packed into rows of row_len slots (validation None where nothing was held out).
 
-    group=2 for pairs: a row must then hold both answers with their prompts (2 max_len), and rows of 4 max_len waste least.
+    group=2 for pairs: a row must then hold both answers with their prompts (2 max_len), and rows of 4 max_len waste least;
+    with share=True each pair holds its prompt once.
     """
-    validation = pack(examples.validation, row_len, group) if examples.validation else None
-    return pack(examples.train, row_len, group), validation
+    validation = pack(examples.validation, row_len, group, share) if examples.validation else None
+    return pack(examples.train, row_len, group, share), validation
 
 
 def split_prompt(example: Encoded) -> int:

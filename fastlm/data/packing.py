@@ -2,13 +2,18 @@
 
 An example of n ids takes n - 1 slots (its last id, the end-of-text, is a target and never an input). Examples lie end to end
 in a row, each with positions from 0; what is left of a row is padding, a document of its own, which nothing is counted in.
+
+The answers of a preference pair may share their prompt: the row then holds three segments, the prompt but its last id once,
+then each answer, which starts at the prompt's last id, with positions that go on from the shared part. An answer sees the
+shared part and itself, never the other answer, and has the same logits as on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,35 +52,34 @@ def best_fit_decreasing(sizes: Sequence[int] | np.ndarray, capacity: int) -> lis
     return bins
 
 
-@dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(NamedTuple):
     """One batch for the model: x, y and positions (rows, row_len) int64; y is -100 where nothing is counted.
 
-    cu_seqlens: int32, boundaries in the rows laid end to end, from 0 to rows * row_len; the last is repeated (documents of
-    no length) so that all batches of as many rows have one shape and a compiled model is not compiled again. max_seqlen:
-    the longest document there may be (row_len). real: slots that hold a token of an example. unit: (rows, row_len) int64, the
-    example each counted target belongs to, numbered within the batch from 0 (for pairs: 2 i is the chosen and 2 i + 1 the
-    rejected answer of pair i), -1 elsewhere. units: how many there are.
+    unit: (rows, row_len) int64, the example each counted target belongs to, numbered within the batch from 0 (for pairs: 2 i
+    is the chosen and 2 i + 1 the rejected answer of pair i), -1 elsewhere; units: how many there are. numbers: (rows,) int64,
+    which packed row each is (-1 for an empty one). cu_seqlens: int32, boundaries of the segments in the rows laid end to end,
+    from 0 to rows * row_len; max_seqlen: the longest segment there may be (row_len). sharing: None, or where prompts are
+    shared, cu_seqlens_k, int32, and keys (n,) int64: segment i sees the slots keys[cu_seqlens_k[i] : cu_seqlens_k[i + 1]], of
+    which its own are the last. Boundaries repeat their last and keys end in -1, so that all batches of as many rows have one
+    shape and a compiled model is not compiled again. real: slots that hold a token of an example; counted: targets.
     """
 
     x: Tensor
     y: Tensor
     positions: Tensor
+    unit: Tensor
+    numbers: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    sharing: tuple[Tensor, Tensor] | None
     real: int
-    unit: Tensor
+    counted: int
     units: int
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch on a device."""
-        names = ("x", "y", "positions", "cu_seqlens", "unit")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
-
-    def pin_memory(self) -> PackedBatch:
-        """The same batch in pinned memory, from which a copy to a GPU does not wait."""
-        names = ("x", "y", "positions", "cu_seqlens", "unit")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+    def layout(self) -> dict[str, Any]:
+        """What the model needs beside the tokens."""
+        names = ("positions", "cu_seqlens", "max_seqlen", "sharing")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,15 @@ class PackedRows:
     """Examples in rows: which sequences lie in which row, in which order.
 
     ids, counted: all sequences end to end; ends: (n_sequences,) where each ends. group: sequences per example (1, or 2 for
-    the answers of a pair, which always share a row). rows: the example numbers of each row.
+    the answers of a pair, which always share a row). shared: (n_examples,) slots that an example's sequences share. rows: the
+    example numbers of each row.
     """
 
     ids: np.ndarray
     counted: np.ndarray
     ends: np.ndarray
     group: int
+    shared: np.ndarray
     row_len: int
     rows: list[list[int]]
 
@@ -104,12 +110,25 @@ class PackedRows:
     @property
     def real_slots(self) -> int:
         """Slots that hold a token of an example."""
-        return int(self.ends[-1]) - len(self.ends)
+        return int(self.ends[-1]) - len(self.ends) - (self.group - 1) * int(self.shared.sum())
 
     @cached_property
-    def most_documents(self) -> int:
-        """Documents a row may have: its sequences and its padding."""
-        return self.group * max(map(len, self.rows)) + 1
+    def most_segments(self) -> int:
+        """Segments a row may have: its sequences, what they share, and its padding."""
+        return (self.group + bool(self.shared.any())) * max(map(len, self.rows)) + 1
+
+    @cached_property
+    def most_keys(self) -> int:
+        """Slots that the segments of a row may see, those seen by several counted for each."""
+        return self.row_len + self.group * max(int(self.shared[row].sum()) for row in self.rows)
+
+    @cached_property
+    def most_counted(self) -> int:
+        """Targets that a row may have."""
+        before = np.concatenate([[0], np.cumsum(self.counted)])
+        starts = np.concatenate([[0], self.ends[:-1]])
+        each = (before[self.ends] - before[starts + 1]).reshape(-1, self.group).sum(1)
+        return max(int(each[row].sum()) for row in self.rows)
 
     def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and counted flags of one sequence."""
@@ -117,20 +136,33 @@ class PackedRows:
         return self.ids[start:end], self.counted[start:end]
 
 
-def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]], row_len: int, group: int = 1) -> PackedRows:
+def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]], row_len: int, group: int = 1, share: bool = False) -> PackedRows:
     """Pack (ids, counted) sequences into rows of row_len slots; each `group` of consecutive ones shares a row.
 
-    Raises UserError where there is nothing to pack or a group does not fit a row.
+    share: the sequences of a group hold what they have in common before their first counted targets once. Raises UserError
+    where there is nothing to pack or a group does not fit a row.
     """
     if not sequences:
         raise UserError("no example is left to train on; see what was dropped, or give more data")
-    slots = np.array([len(ids) - 1 for ids, _ in sequences], np.int64).reshape(-1, group).sum(1)
+    groups = [sequences[i : i + group] for i in range(0, len(sequences), group)]
+    shared = np.array([common_slots(g) if share else 0 for g in groups], np.int64)
+    slots = np.array([sum(len(ids) - 1 for ids, _ in g) for g in groups]) - (group - 1) * shared
     if int(slots.max()) > row_len:
         raise UserError(f"an example takes {int(slots.max())} tokens, a row has {row_len}; lengthen the row or truncate more")
     ids = np.concatenate([ids for ids, _ in sequences]).astype(np.int32)
     counted = np.concatenate([counted for _, counted in sequences])
     ends = np.cumsum([len(ids) for ids, _ in sequences])
-    return PackedRows(ids, counted, ends, group, row_len, best_fit_decreasing(slots, row_len))
+    return PackedRows(ids, counted, ends, group, shared, row_len, best_fit_decreasing(slots, row_len))
+
+
+def common_slots(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
+    """How many slots from the start hold the same ids in all sequences and predict nothing that is counted."""
+    first = sequences[0][0]
+    most = min(int(np.append(counted[1:], True).argmax()) for _, counted in sequences)
+    for ids, _ in sequences[1:]:
+        n = min(len(first), len(ids), most)
+        most = int(np.append(first[:n] != ids[:n], True).argmax())
+    return most
 
 
 def packed_batch(packed: PackedRows, position: int, count: int, seed: int) -> PackedBatch:
@@ -141,41 +173,67 @@ def packed_batch(packed: PackedRows, position: int, count: int, seed: int) -> Pa
     chosen = []
     for number in range(position, position + count):
         epoch, place = divmod(number, len(packed))
-        chosen.append(packed.rows[permute(place, len(packed), permutation_keys(mix64(seed, 7), epoch))])
+        chosen.append(permute(place, len(packed), permutation_keys(mix64(seed, 7), epoch)))
     return lay_out(packed, chosen)
 
 
-def packed_epoch(packed: PackedRows, count: int):
+def packed_epoch(packed: PackedRows, count: int) -> Iterator[PackedBatch]:
     """Every row once, in the order packed, `count` at a time (the last batch is filled with empty rows): for validation."""
     for start in range(0, len(packed), count):
-        part = packed.rows[start : start + count]
-        yield lay_out(packed, part + [[]] * (count - len(part)))
+        stop = min(start + count, len(packed))
+        yield lay_out(packed, [*range(start, stop), *[-1] * (start + count - stop)])
 
 
-def lay_out(packed: PackedRows, rows: list[list[int]]) -> PackedBatch:
-    """The batch that holds these examples, row by row."""
+def lay_out(packed: PackedRows, numbers: Sequence[int]) -> PackedBatch:
+    """The batch that holds these packed rows (-1: an empty one)."""
     length, group = packed.row_len, packed.group
-    x, positions = np.zeros((2, len(rows), length), np.int64)
-    y = np.full((len(rows), length), IGNORED, np.int64)
-    unit = np.full((len(rows), length), -1, np.int64)
-    bounds, real, units = [0], 0, 0
-    for row, examples in enumerate(rows):
+    x, positions = np.zeros((2, len(numbers), length), np.int64)
+    y = np.full((len(numbers), length), IGNORED, np.int64)
+    unit = np.full((len(numbers), length), -1, np.int64)
+    bounds, key_bounds, keys, real, units = [0], [0], [], 0, 0
+
+    def segment(row: int, at: int, size: int, seen: range) -> int:
+        """Close a segment of the row that starts at slot `at` and sees the slots `seen` beside its own. Returns its end."""
+        start = row * length + at
+        bounds.append(start + size)
+        keys.extend([*seen, *range(start, start + size)])
+        key_bounds.append(len(keys))
+        return at + size
+
+    for row, number in enumerate(numbers):
         at = 0
-        for sequence in (example * group + n for example in examples for n in range(group)):
-            ids, counted = packed.sequence(sequence)
-            stop = at + len(ids) - 1
-            x[row, at:stop] = ids[:-1]
-            y[row, at:stop] = np.where(counted[1:], ids[1:], IGNORED)
-            unit[row, at:stop] = np.where(counted[1:], units, -1)
-            positions[row, at:stop] = np.arange(stop - at)
-            bounds.append(row * length + stop)
-            units += 1
-            at = stop
+        for example in packed.rows[number] if number >= 0 else []:
+            shared = int(packed.shared[example])
+            seen = range(row * length + at, row * length + at + shared)
+            if shared:
+                x[row, at : at + shared] = packed.sequence(example * group)[0][:shared]
+                positions[row, at : at + shared] = np.arange(shared)
+                at = segment(row, at, shared, range(0))
+            for sequence in range(example * group, (example + 1) * group):
+                ids, counted = (part[shared:] for part in packed.sequence(sequence))
+                here = slice(at, at + len(ids) - 1)
+                x[row, here] = ids[:-1]
+                y[row, here] = np.where(counted[1:], ids[1:], IGNORED)
+                unit[row, here] = np.where(counted[1:], units, -1)
+                positions[row, here] = np.arange(shared, shared + len(ids) - 1)
+                at = segment(row, at, len(ids) - 1, seen)
+                units += 1
         real += at
         if at < length:
             positions[row, at:] = np.arange(length - at)
-            bounds.append((row + 1) * length)
-    bounds += bounds[-1:] * (len(rows) * packed.most_documents + 1 - len(bounds))
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+            segment(row, at, length - at, range(0))
+    sharing = None
+    if packed.shared.any():
+        keys += [-1] * (len(numbers) * packed.most_keys - len(keys))
+        sharing = boundaries(key_bounds, len(numbers) * packed.most_segments), torch.tensor(keys)
     x_, y_, positions_, unit_ = map(torch.from_numpy, (x, y, positions, unit))
-    return PackedBatch(x_, y_, positions_, cu_seqlens, length, real, unit_, units)
+    cu_seqlens = boundaries(bounds, len(numbers) * packed.most_segments)
+    counted_ = int((y != IGNORED).sum())
+    return PackedBatch(
+        x_, y_, positions_, unit_, torch.tensor(numbers), cu_seqlens, length, sharing, real, counted_, units
+    )  # fmt: skip
+
+
+def boundaries(bounds: list[int], segments: int) -> Tensor:
+    """The boundaries of so many segments, int32: those beyond the last have no length."""
+    return torch.tensor(bounds + bounds[-1:] * (segments + 1 - len(bounds)), dtype=torch.int32)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-
-from fastlm.data.packing import PackedBatch
+from torch import Tensor
 
 _END = object()
 
 
 def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2) -> Iterator[Any]:
-    """The same batches, in order, on the device; each a tensor, a tuple of tensors, or a PackedBatch.
+    """The same batches, in order, on the device; each tensors in tuples, named tuples and lists, beside plain values.
 
     On a GPU up to `depth` batches are made ahead in a thread, in pinned memory, and one more is being copied. On a CPU they
     are passed through: making one costs less than a thread. An error in making a batch is raised where it would be used.
@@ -43,9 +42,12 @@ def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2)
 def _take(batch: Any, pinned: Any, event: Any) -> Any:
     current = torch.cuda.current_stream()
     current.wait_event(event)
-    for tensor in tensors(batch):
+
+    def keep(tensor: Tensor) -> Tensor:
         tensor.record_stream(current)
-    return batch
+        return tensor
+
+    return apply(keep, batch)
 
 
 def in_thread(items: Iterator[Any], depth: int) -> Iterator[Any]:
@@ -86,22 +88,22 @@ def in_thread(items: Iterator[Any], depth: int) -> Iterator[Any]:
         thread.join()
 
 
-def tensors(batch: Any) -> list[torch.Tensor]:
-    """The tensors of a batch."""
-    if isinstance(batch, PackedBatch):
-        return [batch.x, batch.y, batch.positions, batch.cu_seqlens, batch.unit]
-    return [batch] if isinstance(batch, torch.Tensor) else list(batch)
+def apply(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch (tensors in tuples, named tuples and lists, beside plain values) with the function applied to each tensor."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(apply(function, part) for part in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(apply(function, part) for part in batch)
+    return batch
 
 
 def pin(batch: Any) -> Any:
     """The batch in pinned memory."""
-    if isinstance(batch, torch.Tensor | PackedBatch):
-        return batch.pin_memory()
-    return tuple(tensor.pin_memory() for tensor in batch)
+    return apply(Tensor.pin_memory, batch)
 
 
 def move(batch: Any, device: torch.device) -> Any:
     """The batch on the device, without waiting for the copy."""
-    if isinstance(batch, torch.Tensor | PackedBatch):
-        return batch.to(device, non_blocking=True)
-    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+    return apply(lambda tensor: tensor.to(device, non_blocking=True), batch)

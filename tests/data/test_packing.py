@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastlm.data.batches import IGNORED
 from fastlm.data.examples import load_instructions, load_preferences, pack_examples
-from fastlm.data.packing import best_fit_decreasing, lay_out, pack, packed_batch, packed_epoch
+from fastlm.data.packing import best_fit_decreasing, common_slots, lay_out, pack, packed_batch, packed_epoch
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
@@ -67,7 +67,7 @@ def make_sequences(count, seed=0, longest=30):
 def test_a_batch_holds_each_example_with_its_targets_and_boundaries():
     sequences = make_sequences(40)
     packed = pack(sequences, 32)
-    batch = lay_out(packed, packed.rows)
+    batch = lay_out(packed, range(len(packed)))
     bounds = batch.cu_seqlens.tolist()
     assert bounds[0] == 0
     assert bounds[-1] == batch.x.numel()
@@ -93,7 +93,7 @@ def test_every_example_once_an_epoch_in_an_order_that_resumes():
     assert (
         sorted(whole[: len(packed)])
         == sorted(whole[len(packed) :])
-        == sorted(lay_out(packed, [r]).x.tolist() for r in packed.rows)
+        == sorted(lay_out(packed, [r]).x.tolist() for r in range(len(packed)))
     )
     assert whole[: len(packed)] != whole[len(packed) :]
     resumed = packed_batch(packed, 5, 8, seed=3)
@@ -134,13 +134,67 @@ def model():
 
 def packed_logits(model, batch):
     with torch.no_grad():
-        return model.logits(batch.x, positions=batch.positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        return model.logits(batch.x, **batch.layout())
+
+
+def make_pairs(count, seed=0):
+    """Pairs with a prompt in common, of 1 to 20 ids; answers sometimes begin alike, and some pairs share nothing."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        prompt = [rng.randint(1, 99) for _ in range(rng.randint(1, 20))]
+        alike = [rng.randint(1, 99)] * rng.randint(0, 3)
+        for side in range(2):
+            other = [100 - prompt[0], *prompt[1:]] if rng.random() < 0.1 else prompt
+            ids = np.array(other + alike + [side] * rng.randint(1, 12), np.int32)
+            made.append((ids, np.arange(len(ids)) >= len(prompt)))
+    return made
+
+
+def test_what_a_pair_has_in_common_is_what_its_ids_say():
+    for a, b in zip(*[iter(make_pairs(60))] * 2, strict=True):
+        n = common_slots([a, b])
+        equal = next(i for i in range(99) if i >= min(len(a[0]), len(b[0])) or a[0][i] != b[0][i])
+        first_counted = min(int(a[1].argmax()), int(b[1].argmax()))
+        assert n == min(equal, first_counted - 1)
+
+
+def test_a_shared_prompt_leaves_every_logprob_and_gradient_as_it_was(model):
+    pairs, found = make_pairs(12), []
+    for share in (False, True):
+        packed = pack(pairs, 64, group=2, share=share)
+        assert packed.real_slots == sum(lay_out(packed, [row]).real for row in range(len(packed)))
+        batch = lay_out(packed, range(len(packed)))
+        logps = model.logprobs(batch.x, batch.y, **batch.layout())
+        assert batch.counted <= len(packed) * packed.most_counted
+        of_unit = {}
+        for number, row in enumerate(packed.rows):
+            units = batch.unit[number][batch.unit[number] >= 0].unique().tolist()
+            of_unit |= dict(zip([2 * e + side for e in row for side in range(2)], units, strict=True))
+        sums = torch.stack([logps[batch.unit == of_unit[n]].sum() for n in range(24)])
+        upstream = torch.linspace(-1, 1, 24)
+        found.append((packed, sums, torch.autograd.grad((sums * upstream).sum(), list(model.parameters()))))
+    (plain, sums, grads), (shared, shared_sums, shared_grads) = found
+    assert shared.real_slots < 0.8 * plain.real_slots
+    torch.testing.assert_close(shared_sums, sums, rtol=1e-5, atol=1e-5)
+    for a, b in zip(shared_grads, grads, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_answers_that_share_a_prompt_cannot_see_each_other(model):
+    packed = pack(make_pairs(6), 64, group=2, share=True)
+    batch = lay_out(packed, range(len(packed)))
+    before = packed_logits(model, batch)
+    chosen, rejected = ((batch.unit >= 0) & (batch.unit % 2 == side) for side in range(2))
+    after = packed_logits(model, batch._replace(x=torch.where(rejected, (batch.x + 1) % 100, batch.x)))
+    assert torch.equal(before[chosen], after[chosen])
+    assert not torch.equal(before[rejected], after[rejected])
 
 
 def test_packed_loss_equals_per_document_loss(model):
     sequences = make_sequences(30)
     packed = pack(sequences, 64)
-    batch = lay_out(packed, packed.rows)
+    batch = lay_out(packed, range(len(packed)))
     got = F.cross_entropy(packed_logits(model, batch).flatten(0, 1), batch.y.flatten(), ignore_index=IGNORED, reduction="none")
     alone = []
     for ids, counted in sequences:
@@ -156,8 +210,8 @@ def test_packed_loss_equals_per_document_loss(model):
 
 def test_changing_one_packed_document_leaves_the_others_bitwise(model):
     packed = pack(make_sequences(6, longest=20), 64)
-    row = max(packed.rows, key=len)
-    assert len(row) >= 2
+    row = max(range(len(packed)), key=lambda n: len(packed.rows[n]))
+    assert len(packed.rows[row]) >= 2
     batch = lay_out(packed, [row])
     before = packed_logits(model, batch)
     start, stop = batch.cu_seqlens[0:2].tolist()
@@ -180,3 +234,6 @@ def test_real_instructions_and_pairs_fill_their_rows():
     packed, _ = pack_examples(pairs, 2048, group=2)  # rows of two pairs or more: 1,024 would leave 11% empty
     assert pairs.report.read == 802
     assert packed.real_share >= 0.95
+    shared, _ = pack_examples(pairs, 2048, group=2, share=True)
+    assert shared.real_share >= 0.95
+    assert shared.real_slots < 0.95 * packed.real_slots
