@@ -134,9 +134,7 @@ def torch_packed(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ma
         from torch.nn.attention.varlen import varlen_attn
 
         heads = q.shape[-2]
-        out = varlen_attn(
-            q, repeat_kv(k, heads), repeat_kv(v, heads), cu_q, cu_k, max_seqlen, max_seqlen, window_size=(-1, 0)
-        )
+        out = varlen_attn(q, repeat_kv(k, heads), repeat_kv(v, heads), cu_q, cu_k, max_seqlen, max_seqlen, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out
     return packed_documents(q, k, v, cu_q, cu_k)[0]

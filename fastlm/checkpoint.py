@@ -70,7 +70,7 @@ def random_state() -> dict[str, Tensor]:
 def save(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any]) -> Path:
     """Write folder/step-NNNNNN and return it.
 
-    state: plain values; holds at least step, validation_nats (None where it was not measured) and model, the shape.
+    state: plain values; holds at least step, validation_loss (None where it was not measured) and model, the shape.
     """
     final = folder / f"step-{state['step']:06d}"
     beside = folder / f".{final.name}.tmp"
@@ -101,8 +101,8 @@ def steps_saved(folder: Path) -> list[Path]:
 
 
 def best(folder: Path) -> tuple[Path | None, float]:
-    """The checkpoint in the folder with the lowest validation loss, and that loss in nats per token (inf if none has one)."""
-    noted = [(json.loads((p / "state.json").read_text(encoding="utf-8"))["validation_nats"], p) for p in steps_saved(folder)]
+    """The checkpoint in the folder with the lowest validation loss, and that loss (inf if none has one)."""
+    noted = [(json.loads((p / "state.json").read_text(encoding="utf-8"))["validation_loss"], p) for p in steps_saved(folder)]
     scored = [(nats, p) for nats, p in noted if nats is not None]
     return min(scored, default=(float("inf"), None))[::-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -160,20 +161,17 @@ class OptimConfig:
         check(0 < self.decay_fraction <= 1, f"optim.decay_fraction is {self.decay_fraction}; it must lie in (0, 1]")
 
 
+TUNING = OptimConfig(name="adamw", lr=2e-5, embedding_lr=2e-5, head_lr=2e-5, weight_decay=0.0, beta2=0.999, schedule="linear")
+
+
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Train a language model from scratch on text."""
+class StageConfig:
+    """What every training stage has; the one base class here, so that the fields below are written once and not in each."""
 
     recipe: str = "demo"
     """Where the defaults come from: a shipped recipe or a .toml file."""
-    preset: str = "demo"
-    """Model shape; single fields can be overridden with --model.FIELD."""
-    data: str = "python-stdlib"
-    """Text: python-stdlib, a .txt/.jsonl/.parquet file or folder, a hub data set (wikitext-103, org/name), or a mixture."""
-    tokenizer: str = "gpt2"
-    """gpt2, or a Hugging Face tokenizer.json (or the folder that holds one)."""
     out: str = ""
-    """Run folder (default: runs/pretrain-RECIPE-DATA); it must not hold another run."""
+    """Run folder (default: runs/STAGE-RECIPE); it must not hold another run."""
     resume: str = ""
     """Run folder to go on with; its own configuration is used, and only --steps and the logging options may change."""
     cache: str = ""
@@ -181,27 +179,17 @@ class PretrainConfig:
     steps: int = 150
     """Optimizer steps."""
     batch_rows: int = 8
-    """Rows of seq_len tokens per optimizer step."""
+    """Rows per optimizer step."""
     micro_batch_rows: int = 0
     """Rows per forward and backward pass; 0 means batch_rows (no gradient accumulation)."""
-    seq_len: int = 256
-    """Tokens per row."""
     seed: int = 0
     """Seed of the initialisation and of the data order."""
-    init: Literal["normal", "bigram", "auto"] = "normal"
-    """normal: random embedding and head; bigram: of the text's bigram model (needs an untied head); auto: bigram if untied."""
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpoint_activations: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more compute."""
-    shortlist: int = 0
-    """Train with a softmax over the so many most frequent tokens, the targets and random others (0: the whole vocabulary)."""
-    z_loss: float = 0.0
-    """Weight of the mean squared log-partition added to the loss (0: none)."""
     validate_every: int = 50
     """Steps between validations (0: only at the end)."""
-    validation_tokens: int = 1_000_000
-    """At most this many validation tokens are scored, from the start of the split."""
     checkpoint_every: int = 50
     """Steps between checkpoints (0: only at the end)."""
     keep_checkpoints: int = 2
@@ -212,14 +200,56 @@ class PretrainConfig:
     """auto (cuda when there is one), cpu or cuda."""
     attention: Literal["auto", "flash", "xformers", "torch"] = "auto"
     """Attention backend; fastlm doctor prints what auto chooses and why."""
-    model: ModelConfig = field(default_factory=lambda: PRESETS["demo"])
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_rows", "seq_len", "validation_tokens", "keep_checkpoints"):
+        for name in ("batch_rows", "keep_checkpoints"):
             value = getattr(self, name)
             check(value > 0, f"{name} is {value}; it must be a positive integer")
-        for name in ("micro_batch_rows", "shortlist", "z_loss", "validate_every", "checkpoint_every", "seed"):
+        for name in ("micro_batch_rows", "validate_every", "checkpoint_every", "seed"):
+            value = getattr(self, name)
+            check(value >= 0, f"{name} is {value}; it must not be negative")
+        check(
+            self.batch_rows % self.micro_rows == 0,
+            f"micro_batch_rows is {self.micro_rows}, which does not divide batch_rows {self.batch_rows}; "
+            f"choose it among {divisors(self.batch_rows)}",
+        )
+
+    @property
+    def micro_rows(self) -> int:
+        return self.micro_batch_rows or self.batch_rows
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StageConfig):
+    """Train a language model from scratch on text."""
+
+    preset: str = "demo"
+    """Model shape; single fields can be overridden with --model.FIELD."""
+    data: str = "python-stdlib"
+    """Text: python-stdlib, a .txt/.jsonl/.parquet file or folder, a hub data set (wikitext-103, org/name), or a mixture."""
+    tokenizer: str = "gpt2"
+    """gpt2, or a Hugging Face tokenizer.json (or the folder that holds one)."""
+    seq_len: int = 256
+    """Tokens per row."""
+    isolate_documents: bool = False
+    """Attention and positions stay within a document; the first token of each is not a target."""
+    init: Literal["normal", "bigram", "auto"] = "normal"
+    """normal: random embedding and head; bigram: of the text's bigram model (needs an untied head); auto: bigram if untied."""
+    shortlist: int = 0
+    """Train with a softmax over the so many most frequent tokens, the targets and random others (0: the whole vocabulary)."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition added to the loss (0: none)."""
+    validation_tokens: int = 1_000_000
+    """At most this many validation tokens are scored, from the start of the split."""
+    model: ModelConfig = field(default_factory=lambda: PRESETS["demo"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "seq_len", "validation_tokens"):
+            value = getattr(self, name)
+            check(value > 0, f"{name} is {value}; it must be a positive integer")
+        for name in ("shortlist", "z_loss"):
             value = getattr(self, name)
             check(value >= 0, f"{name} is {value}; it must not be negative")
         check(
@@ -227,37 +257,170 @@ class PretrainConfig:
             f"seq_len is {self.seq_len}, but model.max_seq_len is {self.model.max_seq_len}; "
             f"shorten seq_len or pass --model.max-seq-len {self.seq_len}",
         )
-        micro = self.micro_batch_rows or self.batch_rows
-        check(
-            self.batch_rows % micro == 0,
-            f"micro_batch_rows is {micro}, which does not divide batch_rows {self.batch_rows}; "
-            f"choose it among {divisors(self.batch_rows)}",
-        )
+
+
+@dataclass(frozen=True)
+class TuningConfig(StageConfig):
+    """What fine-tuning on examples has beside that."""
+
+    model: str = ""
+    """Run, checkpoint or Hugging Face folder to start from."""
+    data: str = ""
+    """Rows: a .jsonl, .json or .parquet file or folder, a hub data set (alpaca, hh-rlhf, org/name), or python-functions."""
+    recipe: str = ""
+    """Where the defaults come from: a shipped recipe or a .toml file (default: none)."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+    template: str = "auto"
+    """How dialogues become text: auto (by the rows' form), chatml, alpaca, tokenizer (its own), none, or a Jinja file."""
+    steps: int = 0
+    """Optimizer steps (0: as many as the epochs need)."""
+    epochs: float = 1.0
+    """Passes over the data, where steps is 0."""
+    max_len: int = 512
+    """Longest example, tokens: of a longer one the start of the prompt goes first, then the end of the response."""
+    row_len: int = 0
+    """Tokens per row, into which examples are packed (0: max_len; for pairs 4 max_len)."""
+    held_out: float = 0.05
+    """Share of the examples held out for validation, where the data has no validation split."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What to do about rows that cannot be read: stop, or count and skip them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.steps >= 0, f"steps is {self.steps}; it must not be negative")
+        check(self.epochs > 0, f"epochs is {self.epochs}; it must be positive")
+        check(self.max_len > 1, f"max_len is {self.max_len}; it must be at least 2")
+        check(self.row_len == 0 or self.row_len >= self.max_len,
+              f"row_len is {self.row_len}, shorter than max_len {self.max_len}; lengthen it, or leave it 0")  # fmt: skip
+        check(0 <= self.held_out < 1, f"held_out is {self.held_out}; it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SftConfig(TuningConfig):
+    """Teach a model to answer: supervised fine-tuning on instructions; the loss counts the responses and their end."""
+
+    optim: OptimConfig = field(default_factory=lambda: TUNING)
+
+
+@dataclass(frozen=True)
+class DpoConfig(TuningConfig):
+    """Teach a model which of two answers is preferred: direct preference optimization and its relatives."""
+
+    loss: Literal["sigmoid", "ipo", "length-normalised", "simpo"] = "sigmoid"
+    """sigmoid: DPO; ipo: a squared margin; length-normalised: DPO of log-probabilities per token; simpo: that, no reference."""
+    beta: float = 0.1
+    """How strongly the policy is held to the reference (simpo: scale of the reward, usually 2 to 10)."""
+    label_smoothing: float = 0.0
+    """Share of the preferences taken to be the wrong way round (conservative DPO); sigmoid and length-normalised only."""
+    margin: float = 0.5
+    """simpo: by how much the chosen answer's reward shall exceed the other's."""
+    share_prompt: bool = True
+    """Compute the prompt once for both answers; the result is the same."""
+    optim: OptimConfig = field(default_factory=lambda: dataclasses.replace(TUNING, lr=2e-6, embedding_lr=2e-6, head_lr=2e-6))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.beta > 0, f"beta is {self.beta}; it must be positive")
+        check(0 <= self.label_smoothing < 0.5, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)")
+        smooth = self.loss in ("sigmoid", "length-normalised")
+        check(smooth or not self.label_smoothing, f"label_smoothing goes with sigmoid and length-normalised, not {self.loss}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the model's logits; see GenerateConfig."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
+        check(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
+        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+        check(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must lie in [0, 1]")
+        check(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be positive")
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a prompt with a trained model."""
+    """Continue prompts with a trained model."""
 
     model: str = ""
-    """Run folder or checkpoint folder."""
-    prompt: str = "\n"
-    """Text to continue."""
+    """Run folder, checkpoint folder or Hugging Face folder."""
+    prompt: tuple[str, ...] = ("\n",)
+    """Text to continue; given several times, all of them at once."""
     tokens: int = 128
     """Tokens to write."""
     temperature: float = 1.0
     """Sharpness of the choice: 0 takes the likeliest token, 1 samples from the model as it is."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens (0: all)."""
     top_p: float = 0.95
     """Sample among the likeliest tokens whose probability adds up to this."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the text holds already are divided by this (1: none)."""
+    stop: tuple[str, ...] = ()
+    """Stop before this text; may be given several times."""
     seed: int = 0
     """The same seed writes the same text."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+    json: bool = False
+    """Print JSON: the prompts with their texts."""
     device: str = "auto"
     """auto (cuda when there is one), cpu or cuda."""
 
     def __post_init__(self) -> None:
         check(self.tokens > 0, f"tokens is {self.tokens}; it must be a positive integer")
-        check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
-        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+        _ = self.sampling  # checks its own values
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal."""
+
+    model: str = ""
+    """Run folder, checkpoint folder or Hugging Face folder."""
+    system: str = ""
+    """Instruction that stands before the dialogue."""
+    template: str = "auto"
+    """Chat template: the model's own where it has one, else ChatML (auto); chatml, alpaca, tokenizer or a Jinja file."""
+    tokens: int = 512
+    """At most so many tokens an answer."""
+    temperature: float = 0.7
+    """Sharpness of the choice: 0 takes the likeliest token, 1 samples from the model as it is."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens (0: all)."""
+    top_p: float = 0.95
+    """Sample among the likeliest tokens whose probability adds up to this."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.1
+    """Logits of tokens that the dialogue holds already are divided by this (1: none)."""
+    seed: int = 0
+    """The same seed and the same words bring the same answers."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check(self.tokens > 0, f"tokens is {self.tokens}; it must be a positive integer")
+        _ = self.sampling  # checks its own values
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,13 @@ class Monitor:
         self, run: Path, steps: int, start: int, tokens: int, flops_per_token: float, device: torch.device,
         console: Console, tensorboard: bool = False,
     ):  # fmt: skip
+        """tokens: how many the steps before `start` saw; flops_per_token: what one costs to train on."""
         self.steps, self.start, self.tokens, self.flops, self.device = steps, start, tokens, flops_per_token, device
         self.console, self.path = console, run / "metrics.jsonl"
         self.peak, self.peak_name = ceiling(device)
         self.power, self.losses = Power(device), keep_lines(self.path, start)
         self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self.validations: list[float] = []
+        self.validations: list[dict[str, float]] = []
         self.pending: dict[str, Any] | None = None
         self.events = tensorboard_writer(run) if tensorboard else None
         self.clock = self.begin = self.shown = time.perf_counter()
@@ -135,10 +136,13 @@ class Monitor:
         self.task = self.progress.add_task("step", total=steps, completed=start, text="compiling and warming up")
         self.progress.start()
 
-    def step(self, done: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Note step number `done` (1 is the first); the figures of the one before are written now."""
+    def step(self, done: int, means: dict[str, Tensor], grad_norm: Tensor, lr: float, figures: dict[str, Any]) -> None:
+        """Note step number `done` (1 is the first); the figures of the one before are written now.
+
+        means: "loss" and whatever else was averaged; figures: "tokens", all that the run has seen, and plain values.
+        """
         self.flush()
-        self.pending = {"step": done, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        self.pending = {"step": done, **means, "grad_norm": grad_norm, "lr": lr, **figures}
         if self.device.type == "cpu":  # the step is over when its loss is there
             self.flush()
 
@@ -150,14 +154,14 @@ class Monitor:
         self.pending = None
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        rate = self.tokens / seconds
+        tokens, self.tokens = row["tokens"] - self.tokens, row["tokens"]
+        rate = tokens / seconds
         row |= {
-            "tokens": row["step"] * self.tokens,
             "tokens_per_s": rate,
             "share_of_peak": rate * self.flops / self.peak,
             "peak_gib": peak_gib(self.device),
             "seconds": seconds,
-        } | self.power.read(self.tokens)
+        } | self.power.read(tokens)
         self.losses.append(row["loss"])
         self.write(row)
         if not row["loss"] - row["loss"] == 0:
@@ -175,12 +179,14 @@ class Monitor:
             raise UserError(f"could not write {self.path}: {e.strerror}; free some space, then --resume") from None
         if self.events is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and isinstance(value, float | int):
                     self.events.add_scalar(name, value, row["step"])
 
     def show(self, row: dict[str, Any], now: float) -> None:
         text = (
-            f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
+            f"loss {row['loss']:.3f}  "
+            + (f"accuracy {row['accuracy']:.0%}  " if "accuracy" in row else "")
+            + f"lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
             f"{row['share_of_peak']:.0%} {self.peak_name}  {row['peak_gib']:.1f} GiB"
         )
         if "watts" in row:
@@ -199,16 +205,15 @@ class Monitor:
         """What has happened since the last step (a validation, a checkpoint) does not count in the next one's speed."""
         self.clock = time.perf_counter()
 
-    def validation(self, done: int, nats: float) -> None:
-        """Record a validation; its time does not count in the next step's speed."""
+    def validation(self, done: int, means: dict[str, float]) -> None:
+        """Record a validation, if there was anything to score; its time does not count in the next step's speed."""
         self.restart_clock()
-        self.validations.append(nats)
-        self.write({"step": done, "validation_nats": nats, "validation_perplexity": perplexity(nats)})
-        self.console.print(
-            f"step {done}/{self.steps}  validation {nats:.4f} nats/token, perplexity {perplexity(nats):.2f}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        if not means:
+            return
+        self.validations.append(means)
+        self.write({"step": done} | {f"validation_{name}": value for name, value in means.items()})
+        text = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        self.console.print(f"step {done}/{self.steps}  validation {text}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Monitor:
         return self

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 from fastlm.config import PRESETS, ModelConfig, check
 from fastlm.errors import UserError
 
+TEXTS = tuple[str, ...]  # an option that may be given several times
+
 RECIPES = Path(__file__).parent / "train" / "recipes"
 
 T = TypeVar("T")
@@ -39,11 +41,15 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def coerce(key: str, kind: Any, value: Any) -> Any:
-    """value as kind (int, float, bool, str or a Literal of strings), from TOML or from a command-line word."""
+    """value as kind (int, float, bool, str, tuple[str, ...] or a Literal of strings), from TOML or a command-line word."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         check(value in choices, f"{key} is {value!r}; {nearest(str(value), choices)}")
         return value
+    if kind == TEXTS:
+        value = [value] if isinstance(value, str) else value
+        check(isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value), f"{key} is {value!r}; it must be texts")
+        return tuple(value)
     if isinstance(value, str) and kind in (int, float):
         try:
             value = kind(value.replace("_", ""))
@@ -74,8 +80,9 @@ def override(config: T, values: dict[str, Any], where: str, prefix: str = "") ->
 
 def load_recipe(cls: type[T], name: str) -> T:
     """The configuration of a shipped recipe (by name) or of a TOML file (by path)."""
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    shipped = [p.stem for p in RECIPES.glob("*.toml")]
+    folder = RECIPES / cls.__name__.removesuffix("Config").lower()
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    shipped = [p.stem for p in folder.glob("*.toml")]
     check(path.is_file(), f"unknown recipe {name!r}; {nearest(name, shipped)} (or give the path of a .toml file)")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +117,8 @@ def given(cls: type, argv: Sequence[str]) -> dict[str, Any]:
         if not equals:
             check(bool(words), f"{flag} needs a value")
             value = words.pop(0)
-        values[positive] = coerce(flag, known[positive], value)
+        more = coerce(flag, known[positive], value)
+        values[positive] = values.get(positive, ()) + more if known[positive] == TEXTS else more
     return values
 
 
@@ -137,7 +145,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, positional: str = "") ->
     if {"-h", "--help"} & set(argv):
         import tyro
 
-        tyro.cli(cls, prog=prog, args=["--help"], default=load_recipe(cls, "demo") if "recipe" in names else cls())
+        tyro.cli(cls, prog=prog, args=["--help"], default=load_recipe(cls, cls().recipe) if getattr(cls(), "recipe", "") else cls())
     if positional and argv and not argv[0].startswith("-"):
         words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
         argv = [f"--{positional}", ",".join(words), *argv[len(words) :]]
@@ -147,7 +155,8 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, positional: str = "") ->
         for flag in asked:
             check(flag in RESUMABLE, f"{flag} cannot change when a run is resumed; only {', '.join(RESUMABLE[1:])} can")
     else:
-        base = load_recipe(cls, asked.get("--recipe", "demo")) if "recipe" in names else cls()
+        recipe = asked.get("--recipe", getattr(cls(), "recipe", ""))
+        base = load_recipe(cls, recipe) if recipe else cls()
     values: dict[str, Any] = {}
     for flag, value in asked.items():
         *tables, name = flag.removeprefix("--").replace("-", "_").split(".")

@@ -37,7 +37,7 @@ def advance(model, optimizers) -> None:
 
 def save(folder, step: int = 2, nats: float | None = None, **made):
     model, optimizers = trained(**made)
-    state = {"step": step, "position": 16 * step, "validation_nats": nats, "model": asdict(model.config)}
+    state = {"step": step, "position": 16 * step, "validation_loss": nats, "model": asdict(model.config)}
     return checkpoint.save(folder, model, optimizers, state), model, optimizers
 
 

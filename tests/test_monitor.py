@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def make(tmp_path, **changes) -> Monitor:
-    arguments = {"steps": 3, "start": 0, "tokens": 100, "flops_per_token": 1e6, "device": CPU, "console": Console(quiet=True)}
+    arguments = {"steps": 3, "start": 0, "tokens": 0, "flops_per_token": 1e6, "device": CPU, "console": Console(quiet=True)}
     return Monitor(tmp_path, **(arguments | changes))
 
 
@@ -30,7 +30,7 @@ def test_speed_counts_the_step_and_not_what_happens_between_steps(tmp_path, monk
     m = make(tmp_path)
     for step in (1, 2, 3):
         clock.now += 0.25
-        m.step(step, torch.tensor(2.0), torch.tensor(1.0), 0.1)
+        m.step(step, {"loss": torch.tensor(2.0)}, torch.tensor(1.0), 0.1, {"tokens": 100 * step})
         clock.now += 7.0  # a validation
         m.restart_clock()
     m.close()
@@ -49,7 +49,7 @@ def test_on_a_gpu_a_step_is_read_when_the_next_is_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "peak_gib", lambda device: 1.0)
     lines = lambda: (tmp_path / "metrics.jsonl").read_text().count("\n")  # noqa: E731
     for step in (1, 2):
-        m.step(step, torch.tensor(2.0), torch.tensor(1.0), 0.1)
+        m.step(step, {"loss": torch.tensor(2.0)}, torch.tensor(1.0), 0.1, {"tokens": 100 * step})
         assert lines() == step - 1
     m.flush()
     assert lines() == 2
@@ -60,13 +60,13 @@ def test_on_a_gpu_a_step_is_read_when_the_next_is_noted(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     m = make(tmp_path)
     with pytest.raises(UserError, match="training has diverged"):
-        m.step(1, torch.tensor(value), torch.tensor(1.0), 0.1)
+        m.step(1, {"loss": torch.tensor(value)}, torch.tensor(1.0), 0.1, {"tokens": 100})
     m.close()
 
 
 def test_lines_after_the_checkpoint_and_a_line_cut_short_go(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 2, "validation_nats": 1}\n{"step": 3, "lo')
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 2, "validation_loss": 1}\n{"step": 3, "lo')
     assert keep_lines(path, 2) == [3.0, 2.5]
     assert path.read_text().count("\n") == 3
     assert keep_lines(path, 1) == [3.0]

@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastlm import checkpoint
-from fastlm.config import OptimConfig, PretrainConfig
+from fastlm.config import OptimConfig, StageConfig
+from fastlm.data.prefetch import move
 from fastlm.errors import UserError
-from fastlm.monitor import Monitor
+from fastlm.monitor import Monitor, perplexity
 from fastlm.train.optim import schedule
 
 IGNORE = -100  # target of a position that is not counted
+
+# A micro-batch to sums over what is counted in it (targets, or pairs): "loss", and whatever else is worth logging.
+Loss = Callable[..., dict[str, Tensor]]
+# A step's micro-batches, what is counted in all of them, and figures for the log: "tokens" (real ones), and more.
+Step = tuple[list[tuple], int, dict[str, Any]]
 
 
 def choose_run(out: str, name: str) -> Path:
@@ -53,19 +59,19 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def accumulate(loss: Callable[..., Tensor], micro_batches: Iterable[tuple], n_counted: int) -> Tensor:
-    """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns that mean.
+def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:
+    """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
 
-    loss: a micro-batch (tokens, targets and whatever else) -> sum over the counted targets. n_counted: counted targets of
-    the whole step, so that a micro-batch with few of them weighs little and one with none weighs nothing.
+    n_counted: what is counted in the whole step, so that a micro-batch with few of them weighs little and one with none
+    weighs nothing.
     """
-    total = None
+    totals: dict[str, Tensor] = {}
     for micro_batch in micro_batches:
-        part = loss(*micro_batch) / max(1, n_counted)
-        part.backward()
-        total = part.detach() if total is None else total + part.detach()
-    assert total is not None, "a step has at least one micro-batch"
-    return total
+        means = {name: part / max(1, n_counted) for name, part in loss(*micro_batch).items()}
+        means["loss"].backward()
+        totals = {name: part.detach() + totals.get(name, 0) for name, part in means.items()}
+    assert totals, "a step has at least one micro-batch"
+    return totals
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
@@ -85,14 +91,20 @@ def step_all(optimizers: list[Optimizer], step: int, steps: int, o: OptimConfig)
 
 
 @torch.no_grad()
-def validate(loss: Callable[..., Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Mean -log p over all counted targets, nats per token (added up in fp64, read back once)."""
-    total, counted = torch.zeros((), dtype=torch.float64, device=device), 0
-    for tokens, targets in batches:
-        counted += int((targets != IGNORE).sum())
-        with autocast(device):
-            total += loss(tokens.to(device), targets.to(device)).double()
-    return total.item() / max(1, counted)
+def validate(loss: Loss, batches: Iterable[tuple[tuple, int]], device: torch.device) -> dict[str, float]:
+    """Means over everything counted in the batches, each with its number of those (added up in fp64, read back once)."""
+    totals: dict[str, Tensor] = {}
+    counted = 0
+    for micro_batch, n_counted in batches:
+        counted += n_counted
+        sums = loss(*move(micro_batch, device))
+        totals = {name: part.double() + totals.get(name, 0) for name, part in sums.items()}
+    return {name: total.item() / max(1, counted) for name, total in totals.items()}
+
+
+def with_perplexity(means: dict[str, float]) -> dict[str, float]:
+    """The means and exp(loss), where the loss is nats per token."""
+    return means | {"perplexity": perplexity(means["loss"])} if means else means
 
 
 def resume(place: Path, model: nn.Module, optimizers: list[Optimizer], fresh: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -106,43 +118,45 @@ def resume(place: Path, model: nn.Module, optimizers: list[Optimizer], fresh: di
             )
     if state["step"] >= steps:
         raise UserError(f"{place} has done its {state['step']} steps; pass --steps with a larger number")
-    return state
+    return fresh | state
 
 
 def train(
-    cfg: PretrainConfig,
+    cfg: StageConfig,
     run: Path,
     model: nn.Module,
     optimizers: list[Optimizer],
     state: dict[str, Any],
-    batches: Iterator[tuple[list[tuple[Tensor, ...]], int]],
-    loss: Callable[..., Tensor],
-    validate: Callable[[], float],
+    batches: Iterator[Step],
+    loss: Loss,
+    validate: Callable[[], dict[str, float]],
     monitor: Monitor,
 ) -> int:
     """The steps of a stage, from state["step"] to cfg.steps: train, log, validate, save. state is kept up to date.
 
-    batches: each step's micro-batches and number of counted tokens. Returns the number of the signal that stopped it, or 0;
-    everything is saved then.
+    validate: the means over the held-out data, of which "loss" tells the best checkpoint (empty: nothing is held out).
+    Returns the number of the signal that stopped it, or 0; everything is saved then.
     """
     folder = run / "checkpoints"
     with stop_signals() as stopped:
         if state["step"] == 0 and cfg.validate_every:
-            monitor.validation(0, validate())  # what the initialisation alone is worth
+            monitor.validation(0, validate())  # what the start alone is worth
         for step in range(state["step"], cfg.steps):
-            micro_batches, n_counted = next(batches)
-            value = accumulate(loss, micro_batches, n_counted)
+            micro_batches, n_counted, figures = next(batches)
+            means = accumulate(loss, micro_batches, n_counted)
             norm = clip(model, cfg.optim.clip_norm)
             share = step_all(optimizers, step, cfg.steps, cfg.optim)
             done = step + 1
-            state |= {"step": done, "position": state["position"] + cfg.batch_rows, "validation_nats": None}
-            monitor.step(done, value, norm, share * cfg.optim.lr)
+            state |= {"step": done, "position": state["position"] + cfg.batch_rows, "validation_loss": None}
+            state["tokens"] += figures["tokens"]
+            monitor.step(done, means, norm, share * cfg.optim.lr, figures | {"tokens": state["tokens"]})
 
             if due(done, cfg.validate_every, cfg.steps):
                 monitor.flush()
-                state["validation_nats"] = validate()
-                monitor.validation(done, state["validation_nats"])
-            improved = state["validation_nats"] is not None and state["validation_nats"] < checkpoint.best(folder)[1]
+                found = validate()
+                monitor.validation(done, found)
+                state["validation_loss"] = found.get("loss")
+            improved = state["validation_loss"] is not None and state["validation_loss"] < checkpoint.best(folder)[1]
             if due(done, cfg.checkpoint_every, cfg.steps) or improved or stopped():
                 monitor.flush()
                 checkpoint.save(folder, model, optimizers, state)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from fastlm import checkpoint
 from fastlm.bigram import MOST
-from fastlm.config import PretrainConfig, check
-from fastlm.data.batches import row_batch, validation_batches
+from fastlm.config import PretrainConfig, Sampling, check
+from fastlm.data.batches import isolate_documents, row_batch, validation_batches
 from fastlm.data.mixture import Mixture
 from fastlm.data.prefetch import prefetch
 from fastlm.data.shards import prepare
@@ -25,7 +26,7 @@ from fastlm.data.tokens import Tokens, unigram_perplexity
 from fastlm.generate import generate
 from fastlm.kernels import cpu
 from fastlm.model import Transformer, build, count_parameters, pick_device, training_flops_per_token
-from fastlm.monitor import Monitor, peak_gib, perplexity, showing_bytes, sparkline
+from fastlm.monitor import Monitor, peak_gib, showing_bytes, sparkline
 from fastlm.options import to_toml
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 from fastlm.train import loop
@@ -59,7 +60,7 @@ def pretrain(cfg: PretrainConfig) -> int:
                   checkpoint_activations=cfg.checkpoint_activations, attention_backend=cfg.attention)  # fmt: skip
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {
-        "step": 0, "position": 0, "train_tokens": len(train), "validation_nats": None,
+        "step": 0, "position": 0, "tokens": 0, "train_tokens": len(train), "validation_loss": None,
         "model": dataclasses.asdict(cfg.model), "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
     }  # fmt: skip
     if resumed is not None:
@@ -70,18 +71,23 @@ def pretrain(cfg: PretrainConfig) -> int:
 
     model_loss = loop.compiled(model.loss, device) if cfg.compile else model.loss
 
-    def loss(tokens: Tensor, targets: Tensor, ids: Tensor | None = None, raised: Tensor | None = None) -> Tensor:
+    def loss(tokens: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
         with loop.autocast(device):
-            return model_loss(tokens, targets, cfg.z_loss, ids, raised)
+            return {"loss": model_loss(tokens, targets, cfg.z_loss, **options)}
 
-    def validate() -> float:
-        return loop.validate(model.loss, validation_batches(held_out, cfg.seq_len, cfg.batch_rows), device)
+    def plain_loss(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        with loop.autocast(device):
+            return {"loss": model.loss(tokens, targets)}
+
+    def validate() -> dict[str, float]:
+        rows = validation_batches(held_out, cfg.seq_len, cfg.batch_rows)
+        return loop.with_perplexity(loop.validate(plain_loss, (((x, y), count(y)) for x, y in rows), device))
 
     ranked = by_frequency(sample, cfg.model.vocab_size) if short and sample is not None else None
     started = time.perf_counter()
-    with Monitor(run, cfg.steps, state["step"], cfg.batch_rows * cfg.seq_len, flops_per_token(cfg), device, console,
+    with Monitor(run, cfg.steps, state["step"], state["tokens"], flops_per_token(cfg), device, console,
                  cfg.tensorboard) as monitor:  # fmt: skip
-        stopped = loop.train(cfg, run, model, optimizers, state, batches(cfg, train, state["position"], ranked, device),
+        stopped = loop.train(cfg, run, model, optimizers, state, batches(cfg, train, state["position"], ranked, tokenizer.eos_id, device),
                              loss, validate, monitor)  # fmt: skip
     if stopped:
         name = signal.Signals(stopped).name
@@ -93,28 +99,38 @@ def pretrain(cfg: PretrainConfig) -> int:
 
 
 def batches(
-    cfg: PretrainConfig, train: Tokens | Mixture, position: int, ranked: Tensor | None, device: torch.device
-) -> Iterator[tuple[list[tuple[Tensor, ...]], int]]:
-    """Each step's micro-batches on the device and its number of counted tokens: all of them, every slot is real."""
-    rows = cfg.micro_batch_rows or cfg.batch_rows
+    cfg: PretrainConfig, train: Tokens | Mixture, position: int, ranked: Tensor | None, eos_id: int, device: torch.device
+) -> Iterator[loop.Step]:
+    """Each step's micro-batches on the device, with what is counted in them."""
 
-    def on_the_host(position: int) -> Iterator[tuple[Tensor, ...]]:
-        while True:
-            tokens, targets = row_batch(train, position, cfg.batch_rows, cfg.seq_len, cfg.seed)
-            parts: list[Iterable[Tensor]] = [tokens.split(rows), targets.split(rows)]
-            if ranked is not None:
-                draws = [draw(ranked, t, cfg.shortlist, cfg.seed, position + i) for i, t in enumerate(parts[1])]
-                parts[1:] = [[d[2] for d in draws], [d[0] for d in draws], [d[1] for d in draws]]
-            yield tuple(torch.stack(tuple(part)) for part in parts)
-            position += cfg.batch_rows
+    def on_the_host() -> Iterator[loop.Step]:
+        for start in itertools.count(position, cfg.batch_rows):
+            tokens, targets = row_batch(train, start, cfg.batch_rows, cfg.seq_len, cfg.seed)
+            counted, parts = 0, []
+            for i, (x, y) in enumerate(zip(tokens.split(cfg.micro_rows), targets.split(cfg.micro_rows), strict=True)):
+                options: dict[str, Any] = {}
+                if cfg.isolate_documents:
+                    y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id)
+                    options |= {"positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
+                counted += count(y)
+                if ranked is not None:
+                    options["shortlist"], options["raised"], y = draw(ranked, y, cfg.shortlist, cfg.seed, start + i)
+                parts.append((x, y, options))
+            figures: dict[str, Any] = {"tokens": tokens.numel()}
+            if isinstance(train, Mixture):
+                figures["tokens_by_source"] = train.tokens_drawn(start + cfg.batch_rows, cfg.seq_len)
+            yield parts, counted, figures
 
-    for stacked in prefetch(on_the_host(position), device):
-        yield list(zip(*stacked, strict=True)), cfg.batch_rows * cfg.seq_len
+    return prefetch(on_the_host(), device)
+
+
+def count(targets: Tensor) -> int:
+    return int((targets != loop.IGNORE).sum())
 
 
 def candidates(cfg: PretrainConfig) -> int:
     """Tokens that the training softmax is over: the shortlist and a micro-batch's targets, or the whole vocabulary."""
-    size = cfg.shortlist + (cfg.micro_batch_rows or cfg.batch_rows) * cfg.seq_len
+    size = cfg.shortlist + cfg.micro_rows * cfg.seq_len
     return min(size, cfg.model.vocab_size) if cfg.shortlist else cfg.model.vocab_size
 
 
@@ -142,21 +158,21 @@ def report(
 ) -> None:  # fmt: skip
     """The end of a run: what it reached, beside what counting alone reaches, and what to do next."""
     baseline = unigram_perplexity(train[:MOST], held_out, tokenizer.vocab_size)
-    prompt = torch.as_tensor(held_out[None, : min(32, cfg.seq_len // 2)].astype("int64"))
-    sample = generate(model, prompt, 64, temperature=1.0, top_p=0.95, seed=cfg.seed)[0].tolist()
+    prompt = held_out[: min(32, cfg.seq_len // 2)].tolist()
+    sample = generate(model, [prompt], 64, Sampling(temperature=1.0, top_p=0.95), cfg.seed)[0]
     say("")
     say(f"Training loss   {sparkline(monitor.losses)}")
     first = (
-        f"{perplexity(monitor.validations[0]):.1f} before training, "
+        f"{monitor.validations[0]['perplexity']:.1f} before training, "
         if monitor.start == 0 and len(monitor.validations) > 1
         else ""
     )
-    say(f"Validation perplexity {perplexity(monitor.validations[-1]):.2f} on {len(held_out):,} held-out tokens "
+    say(f"Validation perplexity {monitor.validations[-1]['perplexity']:.2f} on {len(held_out):,} held-out tokens "
         f"({first}{baseline:.1f} by counting single tokens)")  # fmt: skip
     say(f"Time {seconds:.0f} s, peak memory {peak_gib(model.embedding.device):.1f} GiB")
     say("\nSample (the start of the held-out text, then the model's words):")
-    say(tokenizer.decode(sample[: prompt.shape[1]]), style="dim", end="")
-    say(tokenizer.decode(sample[prompt.shape[1] :]))
+    say(tokenizer.decode(prompt), style="dim", end="")
+    say(tokenizer.decode(sample))
     say(f"\nCheckpoint: {checkpoint.locate(run)}\nNext:")
     for command, purpose in {
         f'fastlm generate {run} --prompt "def main("': "write with this model",

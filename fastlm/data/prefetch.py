@@ -18,7 +18,7 @@ _END = object()
 
 
 def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2) -> Iterator[Any]:
-    """The same batches, in order, on the device; each tensors in tuples, named tuples and lists, beside plain values.
+    """The same batches, in order, on the device; each tensors in tuples, lists and dicts, beside plain values.
 
     On a GPU up to `depth` batches are made ahead in a thread, in pinned memory, and one more is being copied. On a CPU they
     are passed through: making one costs less than a thread. An error in making a batch is raised where it would be used.
@@ -89,13 +89,15 @@ def in_thread(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 
 def apply(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The batch (tensors in tuples, named tuples and lists, beside plain values) with the function applied to each tensor."""
+    """The batch (tensors in tuples, lists and dicts, beside plain values) with the function applied to each tensor."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(apply(function, part) for part in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(apply(function, part) for part in batch)
+    if isinstance(batch, dict):
+        return {name: apply(function, part) for name, part in batch.items()}
     return batch
 
 

@@ -33,7 +33,8 @@ def model_and_batch():
 def gradients(model, tokens, targets, rows: int):
     model = copy.deepcopy(model)
     n_counted = int((targets != loop.IGNORE).sum())
-    value = loop.accumulate(model.loss, zip(tokens.split(rows), targets.split(rows), strict=True), n_counted)
+    micro_batches = zip(tokens.split(rows), targets.split(rows), strict=True)
+    value = loop.accumulate(lambda *batch: {"loss": model.loss(*batch)}, micro_batches, n_counted)["loss"]
     return value, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -88,8 +89,11 @@ def test_validation_is_the_mean_over_all_counted_tokens_whatever_the_batches():
         model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100
     ).item()
     for rows in (1, 3, 8):
-        nats = loop.validate(model.loss, zip(tokens.split(rows), targets.split(rows), strict=True), torch.device("cpu"))
-        assert nats == pytest.approx(expected, rel=1e-6)
+        batches = (
+            ((x, y), int((y != loop.IGNORE).sum())) for x, y in zip(tokens.split(rows), targets.split(rows), strict=True)
+        )
+        means = loop.validate(lambda *batch: {"loss": model.loss(*batch)}, batches, torch.device("cpu"))
+        assert means["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_due_every_so_often_and_at_the_end():

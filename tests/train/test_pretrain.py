@@ -59,7 +59,7 @@ def test_a_run_learns_records_and_ends_with_what_to_do_next(small_run, tmp_path,
     seen = losses(run)
     assert sorted(seen) == list(range(1, 41))
     assert seen[1] == pytest.approx(5.95, abs=0.1)  # ln 384: a fresh model is uniform
-    validations = [r["validation_nats"] for r in rows(run) if "validation_nats" in r]
+    validations = [r["validation_loss"] for r in rows(run) if "validation_loss" in r]
     assert validations == sorted(validations, reverse=True)
     assert validations[-1] < 4.6  # ln 119 = 4.78 by counting single tokens
     assert {"lr", "grad_norm", "tokens", "tokens_per_s", "share_of_peak", "peak_gib", "seconds"} <= rows(run)[1].keys()
@@ -255,7 +255,7 @@ def test_a_shortlist_learns_what_the_whole_softmax_learns_and_resumes_bit_for_bi
     for name, extra in (("whole", []), ("short", ["--shortlist", "100"])):
         assert main(["pretrain", *common, *extra, "--out", str(tmp_path / name)]) == 0
     whole, short = (
-        next(r["validation_nats"] for r in rows(tmp_path / n) if "validation_nats" in r) for n in ("whole", "short")
+        next(r["validation_loss"] for r in rows(tmp_path / n) if "validation_loss" in r) for n in ("whole", "short")
     )
     assert short == pytest.approx(whole, abs=0.2)  # the whole vocabulary in both validations
     before = losses(tmp_path / "short")
