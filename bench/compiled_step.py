@@ -46,8 +46,8 @@ def plain_operations():
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
-    def loss(h, weight, targets, *, reduction, z_loss, vocab_size):
-        return F.cross_entropy((h @ weight.T)[:, :vocab_size].float(), targets, reduction=reduction)
+    def loss(h, weight, targets, *, bias, reduction, z_loss, vocab_size, max_counted):
+        return F.cross_entropy(F.linear(h, weight, bias)[:, :vocab_size].float(), targets, reduction=reduction)
 
     return {
         "rms_norm": norm,

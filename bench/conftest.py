@@ -1,25 +1,94 @@
 """Benchmarks: `pytest bench/` runs every case once, small, as a smoke test; `pytest bench/ --benchmark` measures.
 
 Contenders take turns within every round, so that a machine that slows down slows all of them, and ratios are taken round by
-round. Results are printed as they come; `--benchmark-json FILE` (pytest-benchmark) keeps them, under extra_info.
+round. Results are printed as they come and kept in bench/results/<device>-<date>.json (results.py), after every case;
+`--compare FILE` fails where a ratio fell since that file was written. `--benchmark-json FILE` is pytest-benchmark's own file.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import results
 from measure import Contender
+
+ROWS, PATH, ABOUT, ENDS = (pytest.StashKey() for _ in range(4))
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="measure at full size (default: run each case once, small)")
+    parser.addoption("--results", metavar="FILE", help="where the results go (default: bench/results/<device>-<date>.json)")
+    parser.addoption("--compare", metavar="FILE", help="fail where a ratio fell since this result file was written")
+    parser.addoption("--seconds", type=float, default=float("inf"), help="begin no further case after so many seconds")
 
 
 def pytest_configure(config) -> None:
-    if not config.getoption("--benchmark"):
+    measuring = config.getoption("--benchmark")
+    if not measuring:
         config.option.benchmark_disable = True
+    config.stash[ROWS] = []
+    config.stash[ENDS] = time.monotonic() + config.getoption("--seconds")
+    config.stash[ABOUT] = results.machine() | ({} if measuring else {"kind": "rehearsal"})
+    given, default = config.getoption("--results"), results.default_path(config.stash[ABOUT])
+    config.stash[PATH] = Path(given) if given else default if measuring else None
+    if (old := config.getoption("--compare")) and not Path(old).is_file():
+        raise pytest.UsageError(f"--compare: no file {old}")
+
+
+def command(config) -> str:
+    return f"python -m pytest {shlex.join(config.invocation_params.args)}"
+
+
+def keep(config, rows: list[dict]) -> None:
+    """Note the rows, and write them at once: a later case may bring the process down."""
+    rows = [row | {"command": command(config), "date": config.stash[ABOUT]["date"]} for row in rows]
+    config.stash[ROWS] = results.merged(config.stash[ROWS], rows)
+    if config.stash[PATH]:
+        results.save(config.stash[PATH], config.stash[ABOUT], rows)
+
+
+def place(item) -> dict[str, str]:
+    """Group and case of a test: its file's and its own name."""
+    group, name = item.path.stem.removeprefix("test_"), item.name.removeprefix("test_")
+    case = name.replace("[", " ").replace("-", " ").rstrip("]")
+    return {"group": group, "case": case.removeprefix(group.rstrip("s") + " ")}
+
+
+def pytest_runtest_setup(item) -> None:
+    if time.monotonic() > item.config.stash[ENDS]:
+        pytest.skip(f"not run: {item.config.getoption('--seconds'):g} seconds were over")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A case that fails or does not run is a row too."""
+    report = yield
+    if report.failed:
+        keep(item.config, [place(item) | {"peer": "case", "failed": call.excinfo.exconly().splitlines()[0][:300]}])
+    elif report.skipped:
+        keep(item.config, [place(item) | {"peer": "case", "missing": str(call.excinfo.value)[:300]}])
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session) -> None:
+    old = session.config.getoption("--compare")
+    if not old or not session.config.getoption("--benchmark"):
+        return
+    before, now = results.read(Path(old))["rows"], session.config.stash[ROWS]
+    found, known = results.falls(before, now), {results.key(row) for row in before if "ratio" in row}
+    compared = sum(results.key(row) in known for row in now if "ratio" in row)
+    lines = [f"{compared} ratios compared with {old}, {len(known) - compared} of its ratios not taken this time", *found]
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.ensure_newline()
+    for line in lines:
+        terminal.write_line(line)
+    if found or not compared:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +97,55 @@ def measuring(request) -> bool:
 
 
 @pytest.fixture
-def report(request, benchmark):
-    """Notes a row of results: printed at once, kept in the benchmark's extra_info."""
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+def record(request, benchmark):
+    """record(values, unit): rows of contenders that took turns; record(peer="liger", missing=why) or failed=why.
+
+    measures: {contender: {name: number}}, such as tokens per second and GB/s, kept beside its row; notes: {contender: words}.
+    case: a name beside the test's own. Printed at once when measuring.
+    """
+
+    def add(
+        values: dict[str, list[float]] | None = None, unit: str = "s", case: str = "", peer: str = "ours",
+        measures: dict[str, dict[str, float]] | None = None, notes: dict[str, str] | None = None, **why: str,
+    ) -> None:  # fmt: skip
+        where = place(request.node)
+        where["case"] = " / ".join(filter(None, (where["case"], case)))
+        rows = results.timed_rows(**where, unit=unit, values=values or {})
+        if why or not values:
+            rows.append(where | {"peer": peer} | why)
+        for row in rows:
+            row["measures"] = (measures or {}).get(row["peer"], {})
+            if note := (notes or {}).get(row["peer"]):
+                row["note"] = note
+        benchmark.extra_info.setdefault("rows", []).extend(rows)
+        keep(request.config, rows)
+        if not request.config.getoption("--benchmark"):
+            return
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            for row in rows:
+                print(f"\n{where['case']}: {results.line(row)}", end="", flush=True)
+
+    return add
+
+
+@pytest.fixture
+def report(request, record):
+    """report(name=number, ...): figures that belong to the case's own row, as tokens per second."""
 
     def note(**values: float) -> None:
-        benchmark.extra_info.update(values)
-        terminal.ensure_newline()
-        terminal.write_line(f"{request.node.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        where = place(request.node)
+        ours = [r for r in request.config.stash[ROWS] if r["group"] == where["group"] and r["case"] == where["case"]]
+        mine = [r for r in ours if r["peer"] == "ours" and "median" in r]
+        if mine:
+            keep(request.config, [mine[0] | {"measures": mine[0].get("measures", {}) | values}])
+        else:
+            record(measures={"ours": values})
 
     return note
 
 
 @pytest.fixture
-def take_turns(benchmark, measuring):
+def take_turns(benchmark, measuring, record):
     """take_turns(ours, rivals, rounds): seconds of each round, by name ("ours" and the rivals'), or None when not measuring."""
 
     def run(ours: Callable, rivals: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list[float]] | None:
@@ -64,7 +168,9 @@ def take_turns(benchmark, measuring):
         for rounds_of_rival in times.values():
             rounds_of_rival.clear()
         benchmark.pedantic(ours, setup=let_rivals_run, rounds=rounds)
-        return {"ours": list(benchmark.stats.stats.data), **times}
+        found = {"ours": list(benchmark.stats.stats.data), **times}
+        record(found)
+        return found
 
     return run
 
@@ -80,5 +186,18 @@ def contender(measuring):
 
     yield start
     for one in started:
-        one.process.stdin.close()
-        one.process.wait()
+        one.end()
+
+
+@pytest.fixture
+def kernels_on_device():
+    """On a machine without a GPU, CPU tensors take the Triton kernels, which Triton's interpreter then runs."""
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+        return
+    from fastlm.kernels.launches import triton_on_cpu
+
+    with triton_on_cpu():
+        yield

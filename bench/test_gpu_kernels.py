@@ -1,0 +1,62 @@
+"""Each fused operation on a GPU: forward, backward and both, against eager PyTorch, torch.compile, Liger-Kernel and a copy.
+
+bf16, random inputs, cold caches (gpu_timing.py). Without a GPU every case runs once, small, with Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import cache, partial
+
+import pytest
+import torch
+from gpu_peers import absent, liger
+from gpu_timing import FAILURES, copies, device, in_turns, on_gpu, recorded, say
+from operations import OURS, PLAIN, a_copy, inputs, moved, part_of
+
+SHAPES = {
+    "rms_norm": [(4096, 1024), (32768, 1024), (8192, 4096)],
+    "add_rms_norm": [(4096, 1024), (32768, 1024)],
+    "swiglu": [(4096, 4096), (32768, 4096)],
+    "rope": [(4096, 1024), (32768, 1024)],
+    "cross_entropy": [(8192, 50257)],
+}
+CASES = [pytest.param(op, shape, id=f"{op}-{shape[0]}x{shape[1]}") for op, shapes in SHAPES.items() for shape in shapes]
+OPTIONS = {"dtype": torch.bfloat16}
+
+
+@cache
+def compiled(op: str):
+    """One compiled function for all parts and shapes of an operation; the rehearsal leaves the code generation out."""
+    return torch.compile(PLAIN[op], dynamic=False, fullgraph=True, backend="inductor" if on_gpu() else "eager")
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "both"])
+@pytest.mark.parametrize(("op", "shape"), CASES)
+def test_gpu_kernel(op, shape, part, measuring, record, benchmark, kernels_on_device):
+    rows, width = shape if measuring and on_gpu() else (3, 128)
+    size = moved(op, rows, width, part)
+    options = OPTIONS | {"device": device()}
+    builds = {
+        "ours": lambda: part_of(OURS[op], inputs(op, rows, width, **options), part),
+        "eager": lambda: part_of(PLAIN[op], inputs(op, rows, width, **options), part),
+        "inductor": lambda: part_of(compiled(op), inputs(op, rows, width, **options), part),
+        "liger": lambda: part_of(*liger(op, inputs(op, rows, width, **options)), part),
+        "copy": partial(a_copy, size, **options),
+    }
+    if why := absent("liger-kernel", "liger_kernel"):
+        record(peer="liger", missing=why)
+        del builds["liger"]
+    sets = copies(2 * size)
+    turns, methods, failed = {}, {}, []
+    for name, build in builds.items():
+        try:
+            turns[name], methods[name] = recorded(build, sets)
+        except FAILURES as error:
+            record(peer=name, failed=say(error))
+            failed.append(name)
+    times = {}
+    benchmark.pedantic(lambda: times.update(in_turns(turns, 20, sets)))
+    speed = {name: {"gb_per_second": 2 * size / 1e6 / statistics.median(ms)} for name, ms in times.items()}
+    record(times, unit="ms", measures=speed, notes=methods)
+    assert not failed, f"failed: {', '.join(failed)}"

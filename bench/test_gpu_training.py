@@ -1,0 +1,113 @@
+"""The training step of modern-253m on a GPU: eager, compiled, the same model in plain PyTorch compiled, and the matmul bound.
+
+Forward, backward, clipping and fused AdamW; bf16 autocast over fp32 weights; random tokens, all counted. The bound is the
+step's counted FLOPs at the rate of a large matmul measured in the same rounds. Without a GPU: one step of one layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from compiled_step import plain_operations
+from gpu_timing import FAILURES, device, in_turns, joules, on_gpu, on_stream, peak_bytes, say
+
+import fastlm.model
+from fastlm.config import PRESETS, ModelConfig
+from fastlm.model import build, training_flops_per_token
+
+DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16 FLOP/s, of MFU
+
+REHEARSED = ModelConfig(vocab_size=100, dim=32, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=64, max_seq_len=8)
+
+
+@dataclass(frozen=True)
+class Size:
+    preset: str
+    rows: int
+    seq_len: int
+    matmul: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+
+def size(measuring: bool) -> Size:
+    if not (measuring and on_gpu()):
+        return Size("", 1, 8, 64)
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Size("modern-253m", 32 if gib > 70 else 8 if gib > 20 else 2, 1024, 8192)
+
+
+def training_step(config: ModelConfig, s: Size, compiled: bool, plain: bool) -> Callable[[], None]:
+    """A step as the trainer does it: autocast, backward, clip, optimizer; with plain, the fused operations in plain PyTorch."""
+    model = build(config, 0, device())
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
+    tokens = torch.randint(config.vocab_size, (2, s.rows, s.seq_len), device=device())
+    loss = model.loss
+    if compiled:
+        loss = torch.compile(loss, fullgraph=True, dynamic=False, backend="inductor" if on_gpu() else "eager")
+
+    def step() -> None:
+        fused = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
+        with fused, torch.autocast(device().type, torch.bfloat16, enabled=on_gpu()):
+            total = loss(tokens[0], tokens[1])
+        (total / s.tokens).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def matmul(n: int) -> Callable[[], object]:
+    a, b = (torch.randn(n, n, device=device(), dtype=torch.bfloat16 if on_gpu() else torch.float32) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if on_gpu() else 0
+
+
+def test_gpu_training_step(measuring, record, benchmark, kernels_on_device):
+    s = size(measuring)
+    config = PRESETS[s.preset] if s.preset else REHEARSED
+    builds = {"ours": (True, False), "ours eager": (False, False), "plain PyTorch compiled": (True, True)}
+    turns, memory, failed = {}, {}, []
+    for name, options in builds.items():
+        try:
+            before = allocated()
+            with on_stream():
+                step = training_step(config, s, *options)
+                step()
+            memory[name] = [(allocated() - before + peak_bytes(step)) / 2**30]
+            turns[name] = step
+        except FAILURES as error:
+            record(peer=name, failed=say(error))
+            failed.append(name)
+    with on_stream():
+        turns["matmul"] = matmul(s.matmul)
+    times = {}
+    benchmark.pedantic(lambda: times.update(in_turns(turns, 8)))
+    flops = training_flops_per_token(config, s.seq_len) * s.tokens
+    rate = [2 * s.matmul**3 / ms for ms in times["matmul"]]  # FLOP a millisecond
+    times["matmul"] = [flops / r for r in rate]
+    measures = {name: {"tokens_per_second": 1e3 * s.tokens / statistics.median(ms)} for name, ms in times.items()}
+    measures["matmul"]["tflop_per_second"] = statistics.median(rate) / 1e9
+    peak = next((p for key, p in DATA_SHEET.items() if on_gpu() and key in torch.cuda.get_device_name()), None)
+    for name, ms in times.items():
+        if peak:
+            measures[name]["mfu"] = 1e3 * flops / statistics.median(ms) / peak
+        if name in builds and on_gpu() and (spent := joules(turns[name], 3.0)):
+            measures[name]["joules_per_token"] = spent[0] / spent[1] / s.tokens
+    record(times, unit="ms", measures=measures)
+    if on_gpu():
+        record(memory, unit="peak GiB")
+    assert not failed, f"failed: {', '.join(failed)}"
