@@ -1,57 +1,163 @@
-"""Sampling text from a model."""
+"""Writing with a model: the loop over new tokens, the text as it comes, and `fastlm generate`."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor
 
-from fastlm.config import GenerateConfig
-from fastlm.load import open_model
+from fastlm.config import GenerateConfig, Sampling, check
+from fastlm.decode import feed, prefill
+from fastlm.load import open_model, stop_tokens
 from fastlm.model import Transformer, pick_device
+from fastlm.sampling import choose
+from fastlm.tokenizer import Tokenizer
+
+PARTIAL = "\ufffd"  # what the first bytes of a character decode to
+CHARACTER_TOKENS = 4  # a character has at most four bytes, and a token at least one
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Transformer,
-    tokens: Tensor,
+    prompts: Sequence[Sequence[int]],
     n_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     seed: int = 0,
-) -> Tensor:
-    """Continue tokens (B, T) by n_tokens sampled ones; returns (B, T + n_tokens) int64 on the CPU.
+    stop: Collection[int] = (),
+    each: Callable[[int, int], bool] = lambda row, token: False,
+) -> list[list[int]]:
+    """Continuations of the prompts, each at most n_tokens long or up to the first token of `stop`, which is left out.
 
-    temperature 0 takes the likeliest token; top_p keeps the smallest set of tokens whose probability reaches it
-    (Holtzman et al. 2020). The model sees the last max_seq_len tokens. The same seed gives the same text.
+    each(row, token) is called with every new token; a row for which it returns True ends there, that token included. Row
+    i draws with seed + i: the same seed writes the same text, whatever the other prompts are. The model sees the last
+    max_seq_len tokens; where they are used up, it goes on from the last half of them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    device = model.embedding.device
-    for _ in range(n_tokens):
-        seen = tokens[:, -model.config.max_seq_len :].to(device)
-        logits = model.logits(seen)[:, -1].float().cpu()  # (B, V)
-        tokens = torch.cat([tokens, choose(logits, temperature, top_p, generator)], dim=1)
-    return tokens
+    device, window = model.embedding.device, model.config.max_seq_len
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    new: list[list[int]] = [[] for _ in prompts]
+    active = set(range(len(prompts)))
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+    capacity = min(window, max(map(len, prompts)) + n_tokens)
+    cache, logits = prefill(model, [p[-window:] for p in prompts], capacity)
+    for made in range(1, n_tokens + 1):
+        tokens = choose(logits, sampling, generators, seen)
+        for row, token in enumerate(tokens.tolist()):
+            if row in active:
+                if token not in stop:
+                    new[row].append(token)
+                if token in stop or each(row, token):
+                    active.remove(row)
+        if not active or made == n_tokens:
+            break
+        if seen is not None:
+            seen[torch.arange(len(prompts)), tokens] = True
+        if cache.filled < capacity:
+            logits = feed(model, cache, tokens[:, None].to(device))
+        else:
+            recent = [[*prompt, *more][-max(1, window // 2) :] for prompt, more in zip(prompts, new, strict=True)]
+            cache, logits = prefill(model, recent, capacity)
+    return new
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token (B, 1) from logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities[before >= top_p] = 0
-    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
+class TextStream:
+    """New ids to text as they come: whole characters only, and nothing that may be the beginning of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
+        self.ids = list(prompt[-CHARACTER_TOKENS:])  # some tokenizers write a word differently where a text begins
+        self.shown = tokenizer.decode(self.ids)
+        self.held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain; `stopped` is set where it completes a stop string."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith(PARTIAL) and not text.endswith(PARTIAL * CHARACTER_TOKENS):
+            return ""
+        self.held += text[len(self.shown) :]
+        self.ids = self.ids[-CHARACTER_TOKENS:]
+        self.shown = self.tokenizer.decode(self.ids)
+        found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
+        self.stopped = bool(found)
+        certain = min(found) if found else len(self.held) - self.undecided()
+        out, self.held = self.held[:certain], "" if found else self.held[certain:]
+        return out
+
+    def undecided(self) -> int:
+        """Characters at the end of the held text that may begin a stop string."""
+        lengths = (n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n]))
+        return max(lengths, default=0)
+
+    def rest(self) -> str:
+        """What is still held when no more tokens come."""
+        tail = self.tokenizer.decode(self.ids)[len(self.shown) :]
+        return "" if self.stopped else self.held + tail
+
+
+def write_texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    stop: Collection[int] = (),
+    stop_texts: Sequence[str] = (),
+    show: Callable[[int, str], None] = lambda row, text: None,
+) -> list[str]:
+    """The continuations of generate() as texts, each ended before the first of stop_texts; show(row, text) as they come."""
+    streams = [TextStream(tokenizer, prompt, stop_texts) for prompt in prompts]
+    texts = [""] * len(prompts)
+
+    def add(row: int, text: str) -> None:
+        texts[row] += text
+        show(row, text)
+
+    def each(row: int, token: int) -> bool:
+        add(row, streams[row].push(token))
+        return streams[row].stopped
+
+    generate(model, prompts, n_tokens, sampling, seed, stop, each)
+    for row, stream in enumerate(streams):
+        add(row, stream.rest())
+    return texts
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
+    """Ids of a prompt; an empty one starts with end-of-text. Ids that the model does not know raise UserError."""
+    ids = tokenizer.encode(text) or [tokenizer.eos_id]
+    check(max(ids) < vocab_size, f"the prompt has token {max(ids)}, but the model knows {vocab_size}; pass another --tokenizer")
+    return ids
 
 
 def write(cfg: GenerateConfig) -> int:
-    """fastlm generate: print the prompt and its continuation."""
-    model, tokenizer = open_model(cfg.model, pick_device(cfg.device))
-    ids = tokenizer.encode(cfg.prompt) or [tokenizer.eos_id]
-    out = generate(model, torch.tensor([ids]), cfg.tokens, cfg.temperature, cfg.top_p, cfg.seed)[0].tolist()
-    new = out[len(ids) :]
-    if tokenizer.eos_id in new:
-        new = new[: new.index(tokenizer.eos_id)]
-    sys.stdout.write(tokenizer.decode(ids + new) + "\n")
+    """fastlm generate: print each prompt and its continuation; a single one as it is written."""
+    model, tokenizer = open_model(cfg.model, pick_device(cfg.device), cfg.tokenizer)
+    prompts = [encode_prompt(tokenizer, text, model.config.vocab_size) for text in cfg.prompt]
+    alone = len(prompts) == 1 and not cfg.json
+
+    def show(row: int, text: str) -> None:
+        if alone:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    if alone:
+        show(0, cfg.prompt[0])
+    texts = write_texts(model, tokenizer, prompts, cfg.tokens, cfg.sampling, cfg.seed, stop_tokens(cfg.model, tokenizer),
+                        cfg.stop, show)  # fmt: skip
+    if cfg.json:
+        rows = [{"prompt": prompt, "text": text} for prompt, text in zip(cfg.prompt, texts, strict=True)]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif alone:
+        print()
+    else:
+        print("\n\n".join(prompt + text for prompt, text in zip(cfg.prompt, texts, strict=True)))
     return 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from fastlm.checkpoint import load_model
 from fastlm.config import check
+from fastlm.errors import UserError
 from fastlm.interop import is_hugging_face, load_hugging_face
 from fastlm.model import Transformer
 from fastlm.tokenizer import Tokenizer, load_tokenizer
@@ -28,3 +30,14 @@ def open_model(place: str, device: torch.device, tokenizer: str = "") -> tuple[T
         f"pass the model's own with --tokenizer",
     )
     return model, loaded
+
+
+def stop_tokens(place: str, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a model's text: end-of-text, and what a Hugging Face folder's generation_config.json adds."""
+    file = Path(place) / "generation_config.json"
+    try:
+        noted = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"could not read {file}: expected a JSON object; fetch the file again, or remove it") from None
+    more = noted if isinstance(noted, list) else [noted]
+    return {tokenizer.eos_id, *(token for token in more if isinstance(token, int))}

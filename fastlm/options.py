@@ -48,7 +48,8 @@ def coerce(key: str, kind: Any, value: Any) -> Any:
         return value
     if kind == TEXTS:
         value = [value] if isinstance(value, str) else value
-        check(isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value), f"{key} is {value!r}; it must be texts")
+        texts = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        check(texts, f"{key} is {value!r}; it must be texts")
         return tuple(value)
     if isinstance(value, str) and kind in (int, float):
         try:

@@ -115,6 +115,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return y
 
 
+def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T (..., O) of a few rows x (..., D) and contiguous weight (O, D), as fast as the weight can be read."""
+    bf16, threads = _common(x)
+    rows = as_rows(x).contiguous()
+    y = _empty(x, *x.shape[:-1], len(weight))
+    _native.few_rows_linear(
+        bf16, rows.data_ptr(), len(rows), weight.data_ptr(), weight.shape[1], y.data_ptr(), len(weight), threads
+    )
+    return y
+
+
 def swiglu_backward(dy: Tensor, gate_up: Tensor, emit_y: bool) -> tuple[Tensor, Tensor]:
     """(dgate_up, y or nothing) as swiglu.py defines them."""
     bf16, threads = _common(gate_up)

@@ -112,6 +112,13 @@ def test_generate_takes_the_model_as_its_first_word():
     assert (config.model, config.temperature) == ("runs/x", 0.0)
 
 
+def test_an_option_may_be_given_several_times(tmp_path):
+    config = parse(GenerateConfig, ["runs/x", "--stop", "a, b", "--stop=c"], "fastlm generate", positional="model")
+    assert config.stop == ("a, b", "c")
+    assert config.prompt == GenerateConfig().prompt
+    assert 'stop = ["a, b", "c"]' in to_toml(config).splitlines()
+
+
 def test_help_names_every_field_with_its_meaning(capsys):
     with pytest.raises(SystemExit) as exit_:
         pretrain("--help")

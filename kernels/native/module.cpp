@@ -42,10 +42,12 @@ struct Ops {
     decltype(&baseline::swiglu) swiglu;
     decltype(&baseline::swiglu_backward) swiglu_backward;
     decltype(&baseline::cross_entropy) cross_entropy;
+    decltype(&baseline::few_rows_linear) few_rows_linear;
 };
-#define FASTLM_OPS(isa)                                                                                       \
-    Ops {                                                                                                     \
-        #isa, isa::rms_norm, isa::rms_norm_backward, isa::rope, isa::swiglu, isa::swiglu_backward, isa::cross_entropy \
+#define FASTLM_OPS(isa)                                                                                     \
+    Ops {                                                                                                   \
+        #isa, isa::rms_norm, isa::rms_norm_backward, isa::rope, isa::swiglu, isa::swiglu_backward,          \
+            isa::cross_entropy, isa::few_rows_linear                                                        \
     }
 
 // The sets this machine can run, widest last.
@@ -155,5 +157,9 @@ NB_MODULE(_native, m) {
         ops.cross_entropy(is_bf16, at<void>(logits), stride, at<int64_t>(targets), at<float>(loss), at<float>(lse),
                           at<float>(dloss), at<void>(grad), grad_stride, rows, width,
                           Loss{vocab, ignore_index, z_loss, smoothing, softcap}, threads);
+    }, Gil());
+    m.def("few_rows_linear", [](bool is_bf16, Address x, int64_t rows, Address w, int64_t dim, Address y, int64_t out,
+                                int threads) {
+        ops.few_rows_linear(is_bf16, at<void>(x), rows, at<void>(w), dim, at<void>(y), out, threads);
     }, Gil());
 }

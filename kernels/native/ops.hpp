@@ -44,4 +44,8 @@ void cross_entropy(bool is_bf16, const void* logits, int64_t stride, const int64
                    const float* dloss, void* grad, int64_t grad_stride, int64_t rows, int64_t width, const Loss& options,
                    int threads);
 
+// y = x w^T: x (rows, dim), w (out, dim), y (rows, out), all contiguous
+void few_rows_linear(bool is_bf16, const void* x, int64_t rows, const void* w, int64_t dim, void* y, int64_t out,
+                     int threads);
+
 }  // namespace fastlm::FASTLM_ISA

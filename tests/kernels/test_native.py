@@ -80,6 +80,22 @@ def test_loss_on_every_instruction_set(vocab, softcap, dtype, instruction_set):
     check(ours, plain, [logits], [torch.rand(3)], scale=4 if vocab > 1 else 1000)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 4, 7, 8, 16, 31, 33, 67, 576])
+def test_few_rows_times_a_matrix_on_every_instruction_set(width, dtype, instruction_set):
+    """Every number of rows, and of outputs, that strips of three and tiles of four leave over; inputs of any strides."""
+    torch.manual_seed(width)
+    for rows, out in ((1, 1), (2, 2), (3, 3), (4, 7), (5, 64), (8, 50), (17, 5), (0, 3)):
+        x, w = torch.randn(rows, 2 * width).to(dtype)[:, ::2], torch.randn(out, width).to(dtype)
+        expected = x.double() @ w.double().t()
+        bound = (x.double().abs() @ w.double().abs().t()) * (1e-6 if dtype == torch.float32 else 0) + 1e-12
+        found = cpu.few_rows_linear(x, w)
+        assert found.shape == (rows, out)
+        rounding = expected.abs() * 2**-8 if dtype == torch.bfloat16 else 0
+        assert ((found.double() - expected).abs() <= bound + rounding + (1e-5 if dtype == torch.bfloat16 else 0)).all()
+    assert cpu.few_rows_linear(torch.ones(2, 3, 4), torch.ones(5, 4)).shape == (2, 3, 5)
+
+
 def test_numbers_at_the_edge(instruction_set):
     """Saturated gates, masked and enormous logits: no overflow, no loss of the exact zeros."""
     gates = torch.tensor([-1e4, -200.0, -88.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 200.0, 1e4])

@@ -1,0 +1,60 @@
+"""From logits to the next token: penalty, temperature, top-k, top-p, min-p, then one draw a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlm.config import Sampling
+
+FEW = 256  # the nucleus is nearly always among so many tokens: sorting these is 100 times cheaper than the vocabulary
+
+
+def restrict(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Logits (B, V) of the distribution to draw from; -inf where a token is excluded.
+
+    In this order: the logits of seen tokens (B, V) bool are divided by repetition_penalty where positive and multiplied
+    where negative (Keskar et al. 2019); all are divided by the temperature; top_k keeps so many of the likeliest; top_p
+    the smallest set that reaches this probability (Holtzman et al. 2020); min_p those at least this share as likely as
+    the likeliest (Nguyen et al. 2024). The likeliest token always stays. temperature 0 is left to choose().
+    """
+    if s.repetition_penalty != 1 and seen is not None:
+        penalised = torch.where(logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if s.temperature == 0:
+        return logits
+    logits = logits / s.temperature
+    if 0 < s.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], -torch.inf)
+    if s.top_p < 1:
+        logits = logits.masked_fill(logits < least_of_nucleus(logits, s.top_p), -torch.inf)
+    if s.min_p > 0:
+        logits = logits.masked_fill(logits.softmax(-1) < s.min_p * logits.softmax(-1).amax(-1, keepdim=True), -torch.inf)
+    return logits
+
+
+def least_of_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The smallest logit (B, 1) of each row's nucleus: the likeliest tokens whose probability reaches top_p."""
+    total = logits.logsumexp(-1, keepdim=True)
+    for k in (min(FEW, logits.shape[-1]), logits.shape[-1]):
+        top = logits.topk(k).values
+        mass = (top - total).exp().cumsum(-1)
+        if bool((mass[:, -1] >= top_p).all()):
+            break
+    inside = (mass - (top - total).exp() < top_p).sum(-1, keepdim=True)
+    return top.gather(-1, inside.clamp(min=1) - 1)
+
+
+def choose(logits: Tensor, s: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None) -> Tensor:
+    """One token a row, (B,) int64 on the CPU, of logits (B, V): the likeliest at temperature 0, else one draw.
+
+    Each row draws from a generator of its own, so that its text does not depend on its neighbours.
+    """
+    logits = restrict(logits.float(), s, seen)
+    if s.temperature == 0:
+        return logits.argmax(-1).cpu()
+    below = logits.cpu().softmax(-1).double().cumsum(-1)
+    draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    return torch.searchsorted(below, draws * below[:, -1:], right=True).squeeze(-1)
