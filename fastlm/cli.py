@@ -22,6 +22,32 @@ def pretrain(argv: list[str]) -> int:
     return run(config)
 
 
+def sft(argv: list[str]) -> int:
+    """teach a model to answer: supervised fine-tuning on instructions"""
+    from fastlm.config import SftConfig
+    from fastlm.options import parse
+
+    config = parse(SftConfig, argv, "fastlm sft MODEL", positional="model")
+    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.train.sft import sft as run
+
+    keep_large_blocks()
+    return run(config)
+
+
+def dpo(argv: list[str]) -> int:
+    """teach a model which of two answers is preferred: DPO, IPO, SimPO"""
+    from fastlm.config import DpoConfig
+    from fastlm.options import parse
+
+    config = parse(DpoConfig, argv, "fastlm dpo MODEL", positional="model")
+    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.train.dpo import dpo as run
+
+    keep_large_blocks()
+    return run(config)
+
+
 def generate(argv: list[str]) -> int:
     """continue a prompt with a trained model"""
     from fastlm.config import GenerateConfig
@@ -33,6 +59,45 @@ def generate(argv: list[str]) -> int:
     from fastlm.generate import write
 
     return write(config)
+
+
+def chat(argv: list[str]) -> int:
+    """talk to a model in the terminal"""
+    from fastlm.config import ChatConfig
+    from fastlm.options import parse
+
+    config = parse(ChatConfig, argv, "fastlm chat MODEL", positional="model")
+    if not config.model:
+        raise UserError("which model? give a run or a Hugging Face folder: fastlm chat runs/sft-demo")
+    from fastlm.chat import chat as run
+
+    return run(config)
+
+
+def export(argv: list[str]) -> int:
+    """write a model as a Hugging Face folder"""
+    from fastlm.config import ExportConfig
+    from fastlm.options import parse
+
+    config = parse(ExportConfig, argv, "fastlm export RUN", positional="model")
+    if not config.model:
+        raise UserError("which model? give a run folder: fastlm export runs/pretrain-demo --to DIR")
+    from fastlm.exchange import export_run
+
+    return export_run(config)
+
+
+def import_(argv: list[str]) -> int:
+    """make a Hugging Face folder of the Llama family a run"""
+    from fastlm.config import ImportConfig
+    from fastlm.options import parse
+
+    config = parse(ImportConfig, argv, "fastlm import DIR", positional="model")
+    if not config.model:
+        raise UserError("which model? give a Hugging Face folder: fastlm import DIR --to runs/NAME")
+    from fastlm.exchange import import_folder
+
+    return import_folder(config)
 
 
 def data(argv: list[str]) -> int:
@@ -75,6 +140,22 @@ def kernels(argv: list[str]) -> int:
     return 0
 
 
+def bench(argv: list[str]) -> int:
+    """tables and charts from the benchmarks' results (bench report)"""
+    from pathlib import Path
+
+    from fastlm.bench_report import write
+    from fastlm.config import BenchConfig
+    from fastlm.options import parse
+
+    if argv[:1] != ["report"] and "--help" not in argv:
+        raise UserError("fastlm bench has one command: fastlm bench report; to measure, run pytest bench/ --benchmark")
+    config = parse(BenchConfig, argv[1:], "fastlm bench report")
+    written = write(Path(config.results), Path(config.out))
+    print(f"{written[0]} and {len(written) - 1} charts")
+    return 0
+
+
 def doctor(argv: list[str]) -> int:
     """show what runs on this machine, for every operation, and why"""
     if argv:
@@ -86,10 +167,16 @@ def doctor(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
+    "sft": sft,
+    "dpo": dpo,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
+    "export": export,
+    "import": import_,
     "data": data,
     "kernels": kernels,
+    "bench": bench,
     "doctor": doctor,
 }
 

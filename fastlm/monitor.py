@@ -21,6 +21,7 @@ from fastlm.errors import UserError
 # Dense bf16 matmul peaks, FLOP/s, from NVIDIA's and AMD's data sheets; other devices are measured.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "RTX 4090": 165e12, "MI300X": 1307e12}
 BARS = " ▁▂▃▄▅▆▇█"
+SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "kl")  # of a validation; the file has all
 PLAIN_SECONDS = 10.0  # between two lines where the output is not a terminal
 
 
@@ -154,7 +155,7 @@ class Monitor:
         self.pending = None
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        tokens, self.tokens = row["tokens"] - self.tokens, row["tokens"]
+        tokens, self.tokens = int(row["tokens"]) - self.tokens, int(row["tokens"])
         rate = tokens / seconds
         row |= {
             "tokens_per_s": rate,
@@ -185,7 +186,7 @@ class Monitor:
     def show(self, row: dict[str, Any], now: float) -> None:
         text = (
             f"loss {row['loss']:.3f}  "
-            + (f"accuracy {row['accuracy']:.0%}  " if "accuracy" in row else "")
+            + (f"accuracy {row['rewards/accuracies']:.0%}  " if "rewards/accuracies" in row else "")
             + f"lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
             f"{row['share_of_peak']:.0%} {self.peak_name}  {row['peak_gib']:.1f} GiB"
         )
@@ -212,7 +213,7 @@ class Monitor:
             return
         self.validations.append(means)
         self.write({"step": done} | {f"validation_{name}": value for name, value in means.items()})
-        text = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        text = ", ".join(f"{name} {value:.4f}" for name, value in means.items() if name in SHOWN)
         self.console.print(f"step {done}/{self.steps}  validation {text}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Monitor:

@@ -142,11 +142,11 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, positional: str = "") ->
 
     positional: the field that the first words without dashes set, joined by commas. Prints the help and exits on --help.
     """
-    names = field_types(cls)
+    recipe = getattr(cls(), "recipe", "")
     if {"-h", "--help"} & set(argv):
         import tyro
 
-        tyro.cli(cls, prog=prog, args=["--help"], default=load_recipe(cls, cls().recipe) if getattr(cls(), "recipe", "") else cls())
+        tyro.cli(cls, prog=prog, args=["--help"], default=load_recipe(cls, recipe) if recipe else cls())
     if positional and argv and not argv[0].startswith("-"):
         words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
         argv = [f"--{positional}", ",".join(words), *argv[len(words) :]]
@@ -156,7 +156,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, positional: str = "") ->
         for flag in asked:
             check(flag in RESUMABLE, f"{flag} cannot change when a run is resumed; only {', '.join(RESUMABLE[1:])} can")
     else:
-        recipe = asked.get("--recipe", getattr(cls(), "recipe", ""))
+        recipe = asked.get("--recipe", recipe)
         base = load_recipe(cls, recipe) if recipe else cls()
     values: dict[str, Any] = {}
     for flag, value in asked.items():

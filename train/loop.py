@@ -110,11 +110,11 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
 def resume(place: Path, model: nn.Module, optimizers: list[Optimizer], fresh: dict[str, Any], steps: int) -> dict[str, Any]:
     """Load a checkpoint for going on with the run it belongs to; `fresh` is the state that a new run would start with."""
     state = checkpoint.load(place, model, optimizers)
-    for key in ("tokenizer_hash", "train_tokens"):
-        if state.get(key) != fresh[key]:
+    for key in ("tokenizer_hash", "train_tokens", "start_hash"):
+        if state.get(key) != fresh.get(key):
             raise UserError(
-                f"the data has changed since {place} was written ({key} was {state.get(key)} and is {fresh[key]}); "
-                f"restore it, or start a new run"
+                f"what the run started from has changed since {place} was written "
+                f"({key} was {state.get(key)} and is {fresh.get(key)}); restore it, or start a new run"
             )
     if state["step"] >= steps:
         raise UserError(f"{place} has done its {state['step']} steps; pass --steps with a larger number")

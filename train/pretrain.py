@@ -87,8 +87,8 @@ def pretrain(cfg: PretrainConfig) -> int:
     started = time.perf_counter()
     with Monitor(run, cfg.steps, state["step"], state["tokens"], flops_per_token(cfg), device, console,
                  cfg.tensorboard) as monitor:  # fmt: skip
-        stopped = loop.train(cfg, run, model, optimizers, state, batches(cfg, train, state["position"], ranked, tokenizer.eos_id, device),
-                             loss, validate, monitor)  # fmt: skip
+        steps = batches(cfg, train, state["position"], ranked, tokenizer.eos_id, device)
+        stopped = loop.train(cfg, run, model, optimizers, state, steps, loss, validate, monitor)
     if stopped:
         name = signal.Signals(stopped).name
         say(f"Stopped by {name} after step {state['step']}; saved {checkpoint.locate(run)}. Go on with:")

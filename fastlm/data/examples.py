@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlm.data.formats import RowProblem, read_dialogue, read_preference
+from fastlm.data.functions import function_rows
 from fastlm.data.packing import PackedRows, pack
 from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
 from fastlm.data.templates import Encoded, encode_dialogue, template_source
@@ -260,6 +261,9 @@ def _is_held_out(example: Encoded, share: float) -> bool:
 
 def open_rows(source: str) -> Splits:
     """The rows of each split of a source, each with its place, and what identifies the source."""
+    if source == "python-functions":
+        made = function_rows()
+        return Splits(json.dumps(made), {split: partial(_made_rows, split, made[split]) for split in made})
     path = Path(source).expanduser()
     if path.exists():
         suffixes = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -282,6 +286,10 @@ def open_rows(source: str) -> Splits:
     from fastlm.data.hub import open_hub_rows
 
     return Splits(*open_hub_rows(source, EXAMPLE_HUB_NAMES.get(source, source)))
+
+
+def _made_rows(split: str, rows: list[dict[str, str]], bad: BadRows) -> Rows:
+    yield from ((f"python-functions {split} row {number}", row) for number, row in enumerate(rows))
 
 
 def _part(file: Path, root: Path) -> str:

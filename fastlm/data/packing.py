@@ -1,7 +1,8 @@
 """Packing examples into rows: best fit decreasing, then rows in a seeded order, with the boundaries attention needs.
 
 An example of n ids takes n - 1 slots (its last id, the end-of-text, is a target and never an input). Examples lie end to end
-in a row, each with positions from 0; what is left of a row is padding, a document of its own, which nothing is counted in.
+in a row, each with positions from 0; what is left of a row is padding, a document of its own, at position 0, which
+nothing is counted in.
 
 The answers of a preference pair may share their prompt: the row then holds three segments, the prompt but its last id once,
 then each answer, which starts at the prompt's last id, with positions that go on from the shared part. An answer sees the
@@ -220,7 +221,6 @@ def lay_out(packed: PackedRows, numbers: Sequence[int]) -> PackedBatch:
                 units += 1
         real += at
         if at < length:
-            positions[row, at:] = np.arange(length - at)
             segment(row, at, length - at, range(0))
     sharing = None
     if packed.shared.any():

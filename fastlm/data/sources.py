@@ -85,7 +85,7 @@ def open_source(name: str, text_field: str = "text", on_bad_row: str = "fail") -
 def _open_stdlib() -> Source:
     """The Python sources of the standard library that runs this process, without its tests: about 12 MB."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = _stdlib_files(root)
+    paths = stdlib_files(root)
     if not paths:
         raise UserError(f"data source python-stdlib: no .py files under {root}; name a text file instead")
     stats = [(name, path.stat()) for name, path in paths.items()]
@@ -102,7 +102,7 @@ def _open_stdlib() -> Source:
     return Source("python-stdlib", fingerprint, ("train", "validation"), pieces, sum(s.st_size for _, s in stats))
 
 
-def _stdlib_files(root: Path) -> dict[str, Path]:
+def stdlib_files(root: Path) -> dict[str, Path]:
     """Relative name -> file, sorted by name; tests and installed packages are left out."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     found = {}

@@ -1,0 +1,104 @@
+"""python-functions: instructions and preferences made from the standard library, for runs without any download.
+
+Each function with a docstring and a body of some lines gives one row:
+
+    prompt       "Complete this function." and its source up to the end of the docstring
+    completion   the true body (also `chosen`)
+    rejected     in turn: the body of another function; the true body with one operator, constant or name replaced
+
+Functions of the files that python-stdlib holds out are the validation split, so a model pretrained on it has not seen them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from fastlm.data.sources import stdlib_files, stdlib_held_out
+
+MOST_CHARACTERS = 700  # of a whole function
+LEAST_CHARACTERS = 40  # of a body
+SWAPS = {
+    "==": "!=", "!=": "==", "<=": ">", ">=": "<", " < ": " >= ", " > ": " <= ", " + ": " - ", " - ": " + ", " and ": " or ",
+    " or ": " and ", "True": "False", "False": "True", "is None": "is not None", "is not None": "is None", "not in": "in",
+    "if not ": "if ", "[0]": "[1]", "[-1]": "[0]", "append": "remove", "return self": "return None",
+}  # fmt: skip
+
+
+class Function(NamedTuple):
+    """The source of one function, cut after its docstring; both parts end with a line end."""
+
+    head: str
+    body: str
+
+
+def function_rows() -> dict[str, list[dict[str, str]]]:
+    """The rows of each split, in the order of file and line."""
+    return {split: make_rows(functions) for split, functions in stdlib_functions().items()}
+
+
+@cache
+def stdlib_functions() -> dict[str, list[Function]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = {name: path.read_text("utf-8", errors="replace") for name, path in stdlib_files(root).items()}
+    held_out = stdlib_held_out(files)
+    found: dict[str, list[Function]] = {"train": [], "validation": []}
+    seen: set[str] = set()
+    for name, text in files.items():
+        for function in cut_functions(text):
+            if function.body not in seen:
+                seen.add(function.body)
+                found["validation" if name in held_out else "train"].append(function)
+    return found
+
+
+def cut_functions(text: str) -> Iterator[Function]:
+    """The functions of a file that have a docstring, a body after it, and no function inside."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or ast.get_docstring(node) is None:
+            continue
+        cut, end = node.body[0].end_lineno, node.end_lineno
+        assert cut is not None
+        assert end is not None
+        whole = lines[node.lineno - 1 : end]
+        indent = len(whole[0]) - len(whole[0].lstrip())
+        straight = [line[indent:] if line[:indent].strip() == "" else line for line in whole]
+        head, body = "".join(straight[: cut - node.lineno + 1]), "".join(straight[cut - node.lineno + 1 :])
+        fits = len(head) + len(body) <= MOST_CHARACTERS and len(body) >= LEAST_CHARACTERS and body.endswith("\n")
+        if fits and "def " not in body and "class " not in body:
+            yield Function(head, body)
+
+
+def make_rows(functions: list[Function]) -> list[dict[str, str]]:
+    rows = []
+    for number, (head, body) in enumerate(functions):
+        other = functions[number_of(head, len(functions))].body
+        rejected = (mutate(body) if number % 2 else "") or other
+        if rejected != body:
+            prompt = f"Complete this function.\n\n{head}"
+            rows.append({"prompt": prompt, "completion": body, "chosen": body, "rejected": rejected})
+    return rows
+
+
+def mutate(body: str) -> str:
+    """The body with the one swap that a hash of it chooses among those possible; empty where there is none."""
+    possible = [word for word in SWAPS if word in body]
+    if not possible:
+        return ""
+    word = possible[number_of(body, len(possible))]
+    return body.replace(word, SWAPS[word], 1)
+
+
+def number_of(text: str, below: int) -> int:
+    """A number below `below` that follows from the text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % below

@@ -1,0 +1,155 @@
+"""Direct preference optimization: pairs of answers in, a model that prefers the chosen ones out. The whole stage on one page.
+
+The reference, the model that the run starts from, is needed for its log-probabilities of the answers only. They are computed
+in one pass before training, kept in a file, and read back row by row, so that training holds one model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from fastlm.config import DpoConfig
+from fastlm.data.examples import load_preferences
+from fastlm.data.packing import PackedBatch, PackedRows
+from fastlm.data.prefetch import move
+from fastlm.errors import UserError
+from fastlm.train import loop, preference, tuning
+
+HEAD_PASSES = 4  # the backward pass of linear_logprobs makes the logits again
+
+
+def dpo(cfg: DpoConfig) -> int:
+    """Train a model on preferences as cfg says; returns the process's exit code (128 + signal number when interrupted)."""
+    run = tuning.begin("dpo", cfg, load_preferences, group=2, share=cfg.share_prompt)
+    model_logprobs = loop.compiled(run.model.logprobs, run.device) if run.cfg.compile else run.model.logprobs
+
+    def logprobs(batch: PackedBatch) -> Tensor:
+        with loop.autocast(run.device):
+            return model_logprobs(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())
+
+    used = itertools.islice(run.layouts(0), run.cfg.steps)
+    training = reference_logprobs(run, logprobs, run.train, itertools.chain.from_iterable(used), "training")
+    held_out = reference_logprobs(run, logprobs, run.held_out, run.held_out_batches(), "held-out")
+    tuning.go_on(run)
+
+    def loss(batch: PackedBatch, reference: Tensor) -> dict[str, Tensor]:
+        return sums(run.cfg, batch, logprobs(batch), reference)
+
+    def validate() -> dict[str, float]:
+        pairs = ((with_reference(batch, held_out), batch.units // 2) for batch in run.held_out_batches())
+        return loop.validate(loss, pairs, run.device)
+
+    started = time.perf_counter()
+    stopped, monitor = tuning.train(run, batches(run, training), loss, validate, HEAD_PASSES)
+
+    def result() -> None:
+        if monitor.validations:
+            first, last = monitor.validations[0], monitor.validations[-1]
+            run.say(f"Held-out pairs: the chosen answer has the higher reward in {last['rewards/accuracies']:.1%}, "
+                    f"by {last['rewards/margins']:.3f} on average; loss {last['loss']:.4f} "
+                    f"({first['loss']:.4f} at the first validation)")  # fmt: skip
+
+    return tuning.end(run, "dpo", stopped, monitor, time.perf_counter() - started, result)
+
+
+def batches(run: tuning.Run, reference: np.ndarray | None) -> Iterator[loop.Step]:
+    """Each step's micro-batches and its number of pairs."""
+    for parts in run.layouts(run.state["position"]):
+        real, pairs = sum(part.real for part in parts), sum(part.units for part in parts) // 2
+        figures = {"tokens": real, "pairs": pairs, "real_share": real / sum(part.x.numel() for part in parts)}
+        yield [with_reference(part, reference) for part in parts], pairs, figures
+
+
+def with_reference(batch: PackedBatch, reference: np.ndarray | None) -> tuple[PackedBatch, Tensor]:
+    """The batch and the reference's log-probabilities of its targets, (rows, row_len) fp32 (zeros without a reference)."""
+    if reference is None:
+        return batch, torch.zeros(batch.y.shape)
+    rows = torch.from_numpy(reference[batch.numbers.numpy()])  # an empty row's number is -1; none of its slots is counted
+    return batch, torch.where(batch.y == loop.IGNORE, 0, rows)
+
+
+def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """The loss and the figures worth watching, each summed over the batch's pairs. logps, reference: (rows, row_len).
+
+    kl estimates KL(policy || reference) on the answers' tokens: their mean of e^d - 1 - d, d = reference - logps (Schulman
+    2020, Approximating KL divergence, k3); on text that the policy did not write it is a distance, not the true divergence.
+    """
+    member = preference.membership(batch.unit, batch.units)
+    policy, start = (preference.of_answers(x.flatten(), member) for x in (logps, reference))
+    lengths = member.sum(1).view(-1, 2)
+    if cfg.loss == "sigmoid":
+        losses, rewards = preference.dpo(policy, start, cfg.beta, cfg.label_smoothing)
+    elif cfg.loss == "ipo":
+        losses, rewards = preference.ipo(policy, start, cfg.beta)
+    elif cfg.loss == "length-normalised":
+        losses, rewards = preference.length_normalised(policy, start, lengths, cfg.beta, cfg.label_smoothing)
+    else:
+        losses, rewards = preference.simpo(policy, lengths, cfg.beta, cfg.margin)
+    policy, rewards = policy.detach(), rewards.detach()
+    found = {
+        "loss": losses.sum(),
+        "rewards/accuracies": (1 + (rewards[:, 0] - rewards[:, 1]).sign()).sum() / 2,  # a tie is half right
+        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
+    }
+    for side, name in enumerate(("chosen", "rejected")):
+        found |= {f"rewards/{name}": rewards[:, side].sum(), f"logps/{name}": policy[:, side].sum(),
+                  f"length/{name}": lengths[:, side].sum()}  # fmt: skip
+    if cfg.loss != "simpo":
+        d = reference - logps.detach()
+        found["kl"] = (preference.of_answers((d.expm1() - d).flatten(), member) / lengths).mean(1).sum()
+    return found
+
+
+@torch.no_grad()
+def reference_logprobs(
+    run: tuning.Run, logprobs: Callable[[PackedBatch], Tensor], rows: PackedRows | None, used: Iterable[PackedBatch], name: str
+) -> np.ndarray | None:
+    """log p of each target by the model that the run starts from, (n_rows, row_len) fp32, NaN in rows that are not used.
+
+    used: the batches of the run. They are scored as they come in training, so that the first step's rewards are exactly 0.
+    What the file for this model and these rows holds already is not computed again.
+    """
+    if rows is None or run.cfg.loss == "simpo":
+        return None
+    key = hashlib.sha256(f"{run.state['start_hash']} {rows.row_len} {rows.rows} {run.device.type}".encode())
+    for array in (rows.ids, rows.counted, rows.shared):
+        key.update(np.ascontiguousarray(array).data)
+    file = loop.cache_folder(run.cfg.cache) / f"reference-{key.hexdigest()[:16]}.npy"
+    found = np.load(file) if file.is_file() else np.full((len(rows), rows.row_len), np.nan, np.float32)
+    missing = []
+    for batch in used:
+        numbers = batch.numbers[batch.numbers >= 0].numpy()
+        if np.isnan(found[numbers]).any():
+            missing.append(batch)
+            found[numbers] = 0
+    for batch in track(missing, f"reference, {name} pairs", console=run.console, transient=True,
+                       disable=not run.console.is_terminal):  # fmt: skip
+        real = batch.numbers >= 0
+        found[batch.numbers[real].numpy()] = logprobs(move(batch, run.device)).cpu()[real].numpy()
+    if missing:
+        write_array(file, found)
+    return found
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """The array in the file, whole or not at all."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as stream:
+            np.save(stream, array)
+        os.replace(beside, file)
+    except OSError as e:
+        raise UserError(f"could not write {file}: {e.strerror}; free some space, or name another folder with --cache") from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""What SFT and DPO share: the model to start from, the examples in rows, and how a run begins and ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+from torch.optim import Optimizer
+
+from fastlm import checkpoint
+from fastlm.config import TuningConfig, check
+from fastlm.data.examples import Examples, pack_examples
+from fastlm.data.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
+from fastlm.data.prefetch import prefetch
+from fastlm.load import open_model
+from fastlm.model import Transformer, count_parameters, pick_device, training_flops_per_token
+from fastlm.monitor import Monitor, peak_gib, sparkline
+from fastlm.options import to_toml
+from fastlm.tokenizer import Tokenizer
+from fastlm.train import loop
+from fastlm.train.optim import make_optimizers
+
+C = TypeVar("C", bound=TuningConfig)
+
+
+@dataclass(frozen=True)
+class Run(Generic[C]):
+    """A run about to start: its options with the number of steps settled, and everything that the loop needs."""
+
+    cfg: C
+    device: torch.device
+    folder: Path
+    console: Console
+    model: Transformer
+    tokenizer: Tokenizer
+    train: PackedRows
+    held_out: PackedRows | None
+    optimizers: list[Optimizer]
+    state: dict[str, Any]
+
+    def say(self, text: str, **style: Any) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
+
+    @property
+    def max_counted(self) -> int:
+        """Targets that a micro-batch may have."""
+        return self.cfg.micro_rows * max(p.most_counted for p in (self.train, self.held_out) if p is not None)
+
+    def layouts(self, start: int) -> Iterator[list[PackedBatch]]:
+        """The micro-batches of each step from the row `start` on."""
+        for first in itertools.count(start, self.cfg.batch_rows):
+            rows = range(first, first + self.cfg.batch_rows, self.cfg.micro_rows)
+            yield [packed_batch(self.train, row, self.cfg.micro_rows, self.cfg.seed) for row in rows]
+
+    def held_out_batches(self) -> Iterator[PackedBatch]:
+        return packed_epoch(self.held_out, self.cfg.micro_rows) if self.held_out is not None else iter(())
+
+
+def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Run[C]:
+    """Open the model and the examples, pack them, settle the steps, load the checkpoint to go on from, and say so."""
+    check(bool(cfg.model), f"which model? give a run or a Hugging Face folder: fastlm {stage} runs/pretrain-demo --data FILE")
+    check(bool(cfg.data), f"which data? give a .jsonl file or a data set: fastlm {stage} {cfg.model} --data FILE.jsonl")
+    device = pick_device(cfg.device)
+    resumed = checkpoint.locate(cfg.resume) if cfg.resume else None
+    folder = Path(cfg.resume) if cfg.resume else loop.choose_run(cfg.out, f"{stage}-{Path(cfg.model).name}")
+    model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
+    longest = model.config.max_seq_len
+    check(cfg.max_len <= longest, f"max_len is {cfg.max_len}, but the model's texts end at {longest}; pass --max-len {longest}")
+    examples = load(cfg.data, tokenizer, cfg.max_len, cfg.template, cfg.bad_rows, cfg.held_out, loop.cache_folder(cfg.cache))
+    train, held_out = pack_examples(examples, cfg.row_len or cfg.max_len * (4 if group > 1 else 1), group, share)
+    cfg = dataclasses.replace(cfg, steps=cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_rows))
+
+    model.train()
+    model.checkpoint_activations, model.attention_backend = cfg.checkpoint_activations, cfg.attention
+    optimizers = make_optimizers(model, cfg.optim)
+    state: dict[str, Any] = {
+        "step": 0, "position": 0, "tokens": 0, "train_tokens": train.real_slots, "validation_loss": None,
+        "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
+        "start": cfg.model, "start_hash": model_hash(model), "template": cfg.template,
+    }  # fmt: skip
+    if resumed is None:
+        torch.manual_seed(cfg.seed)
+    run = Run(cfg, device, folder, Console(), model, tokenizer, train, held_out, optimizers, state)
+    what = "pairs" if group > 1 else "examples"
+    run.say(f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {device}")
+    run.say(f"Data:  {examples.report.line()}")
+    run.say(f"Rows:  {len(examples.train) // group:,} training {what} in {len(train):,} rows of {train.row_len}, "
+            f"{train.real_share:.1%} of the slots real; {len(examples.validation) // group:,} held out")  # fmt: skip
+    return run
+
+
+def go_on(run: Run) -> None:
+    """Make the run's folder, and load the checkpoint where a run is resumed: what the start alone is needed for is done."""
+    if run.cfg.resume:
+        place = checkpoint.locate(run.cfg.resume)
+        run.state.update(loop.resume(place, run.model, run.optimizers, run.state, run.cfg.steps))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(run.folder / "config.toml", to_toml(dataclasses.replace(run.cfg, resume="")))
+    epochs = run.cfg.steps * run.cfg.batch_rows / len(run.train)
+    run.say(f"Run:   {run.folder}, {run.cfg.steps} steps of {run.cfg.batch_rows} rows ({epochs:.2f} epochs)"
+            + (f", from step {run.state['step']}" if run.state["step"] else ""))  # fmt: skip
+
+
+def train(run: Run, batches: Iterator[loop.Step], loss: loop.Loss, validate: Callable[[], dict[str, float]],
+          head_passes: int = 3) -> tuple[int, Monitor]:  # fmt: skip
+    """The loop; head_passes: matmuls with the head for a counted target. Returns the stopping signal, or 0, and the monitor."""
+    cfg, state = run.cfg, run.state
+    with Monitor(run.folder, cfg.steps, state["step"], state["tokens"], flops_per_token(run, head_passes), run.device,
+                 run.console, cfg.tensorboard) as monitor:  # fmt: skip
+        prepared = prefetch(batches, run.device)
+        stopped = loop.train(cfg, run.folder, run.model, run.optimizers, state, prepared, loss, validate, monitor)
+    return stopped, monitor
+
+
+def flops_per_token(run: Run, head_passes: int) -> float:
+    """Of a real token, on average: the head is multiplied for counted targets only."""
+    share = float(run.train.counted.sum()) / max(1, run.train.real_slots) * head_passes / 3
+    shape = dataclasses.replace(run.model.config, vocab_size=max(1, round(run.model.config.vocab_size * share)))
+    return training_flops_per_token(shape, round(run.train.real_slots / max(1, len(run.train.ends))))
+
+
+def end(run: Run, stage: str, stopped: int, monitor: Monitor, seconds: float, result: Callable[[], None]) -> int:
+    """The last words: how to go on after a signal, else the result, the checkpoint and what to do next. The exit code."""
+    if stopped:
+        name = signal.Signals(stopped).name
+        run.say(f"Stopped by {name} after step {run.state['step']}; saved {checkpoint.locate(run.folder)}. Go on with:")
+        run.say(f"  fastlm {stage} --resume {run.folder}")
+        return 128 + stopped
+    run.say(f"\nTraining loss   {sparkline(monitor.losses)}")
+    result()
+    run.say(f"Time {seconds:.0f} s, peak memory {peak_gib(run.device):.1f} GiB")
+    run.say(f"\nCheckpoint: {checkpoint.locate(run.folder)}")
+    return 0
+
+
+def model_hash(model: Transformer) -> str:
+    """SHA-256 of the parameters, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
