@@ -6,7 +6,7 @@ BIN := .venv/bin
 CMAKE_PYTHON = -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint native sanitize mutate clean
+.PHONY: demo test gpu lint native sanitize mutate clean
 
 demo: .venv/user
 	$(BIN)/fastlm pretrain --compile
@@ -14,6 +14,11 @@ demo: .venv/user
 # Two at a time, one thread each; the tests of one file stay together, as they share what is slow to make.
 test: .venv/developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# On a machine with a GPU, torch, triton, numpy, pytest and pytest-benchmark: the kernels' tests, then every GPU benchmark, in
+# 9 minutes, into bench/results. Nothing is installed. Without a GPU: a rehearsal, small.
+gpu:
+	$(PYTHON) bench/gpu.py
 
 lint: .venv/developer
 	$(BIN)/ruff check .

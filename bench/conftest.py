@@ -79,15 +79,12 @@ def pytest_sessionfinish(session) -> None:
     old = session.config.getoption("--compare")
     if not old or not session.config.getoption("--benchmark"):
         return
-    before, now = results.read(Path(old))["rows"], session.config.stash[ROWS]
-    found, known = results.falls(before, now), {results.key(row) for row in before if "ratio" in row}
-    compared = sum(results.key(row) in known for row in now if "ratio" in row)
-    lines = [f"{compared} ratios compared with {old}, {len(known) - compared} of its ratios not taken this time", *found]
+    lines, failed = results.comparison(results.read(Path(old))["rows"], session.config.stash[ROWS])
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     terminal.ensure_newline()
     for line in lines:
-        terminal.write_line(line)
-    if found or not compared:
+        terminal.write_line(f"{old}: {line}")
+    if failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

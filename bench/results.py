@@ -99,6 +99,14 @@ def falls(old: list[dict], new: list[dict], band: float = NOISE) -> list[str]:
     return found
 
 
+def comparison(old: list[dict], new: list[dict]) -> tuple[list[str], bool]:
+    """(what to print, whether it is a failure): a ratio fell, or there was none to compare."""
+    found, known = falls(old, new), {key(row) for row in old if "ratio" in row}
+    compared = sum(key(row) in known for row in new if "ratio" in row)
+    first = f"{compared} ratios compared, {len(known) - compared} of the file's ratios were not taken this time"
+    return [first, *found], bool(found) or not compared
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

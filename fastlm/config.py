@@ -436,6 +436,16 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """Tables and charts from the results that the benchmarks wrote."""
+
+    results: str = "bench/results"
+    """Folder with the result files."""
+    out: str = "docs/benchmarks.md"
+    """The page to write; its charts go into a folder of the same name beside it."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Score models on a text: perplexity by every protocol people use."""
 

@@ -1,0 +1,225 @@
+"""The benchmarks' machinery: what they write and compare, what the report makes of it, and the rehearsal of `make gpu`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from fastlm import bench_report
+from fastlm.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+sys.path.insert(0, str(BENCH))
+
+import results  # noqa: E402
+
+SLEEPERS = """
+import time
+
+def test_sleepers(take_turns, measuring):
+    take_turns(lambda: time.sleep(0.002), {"slow": lambda: time.sleep(SLOW), "copy": lambda: time.sleep(0.001)}, rounds=5)
+
+def test_without_its_peer(record, benchmark):
+    record(peer="liger", missing="liger-kernel is not installed")
+"""
+
+ENOUGH = ("torch", "triton", "numpy", "pytest", "pytest-benchmark")
+
+
+def with_requirements(names: Iterable[str]) -> set[str]:
+    """The packages and all that they need themselves."""
+    found: set[str] = set()
+    for name in names:
+        if name not in found:
+            found.add(name)
+            needed = (Requirement(line) for line in metadata.requires(name) or [])
+            here = [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+            found |= with_requirements(n for n in here if n not in found)
+    return found
+
+
+def bare_python(folder: Path) -> Path:
+    """A Python whose only packages are those that `make gpu` may ask for."""
+    venv.create(folder, symlinks=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for package in with_requirements(ENOUGH):
+        distribution = metadata.distribution(package)
+        for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (site / name).exists():  # nvidia/, which many share
+                (site / name).symlink_to(Path(str(distribution.locate_file(name))))
+    return folder / "bin" / "python"
+
+
+def row(peer: str, median: float, ratio: float | None = None, **more) -> dict:
+    spread = {} if ratio is None else {"ratio": {"median": ratio, "q10": ratio, "q90": ratio}}
+    base = {"group": "g", "case": "c", "peer": peer, "unit": "s", "median": median, "q10": median, "q90": median, "rounds": 5}
+    return base | spread | {"command": "make", "date": "2026-01-01"} | more
+
+
+def python(
+    *arguments: str | Path, cwd: Path, executable: str | Path = sys.executable, **environment: str
+) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def bench(tmp_path) -> Path:
+    """A benchmark folder of its own whose one contender sleeps twice as long as ours."""
+    for name in ("conftest.py", "measure.py", "results.py"):
+        shutil.copy(BENCH / name, tmp_path)
+    (tmp_path / "test_sleepers.py").write_text(SLEEPERS.replace("SLOW", "0.004"), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_row_is_replaced_by_a_later_one_of_the_same_case_and_contender():
+    old = [row("ours", 1.0), row("liger", 2.0, 2.0), row("eager", 3.0, 3.0)]
+    new = [row("ours", 1.5), {"group": "g", "case": "c", "peer": "liger", "failed": "out of memory"}]
+    merged = {r["peer"]: r for r in results.merged(old, new)}
+    assert merged["ours"]["median"] == 1.5
+    assert merged["liger"]["failed"] == "out of memory"
+    assert merged["eager"]["median"] == 3.0
+    again = {r["peer"]: r for r in results.merged(list(merged.values()), [row("liger", 2.5, 2.5)])}
+    assert "failed" not in again["liger"]
+
+
+def test_ratios_are_taken_round_by_round():
+    rows = results.timed_rows("g", "c", "s", {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 4.0, 8.0]})
+    assert rows[1]["ratio"] == {"median": 2.0, "q10": 2.0, "q90": 2.0}
+    assert rows[0]["median"] == 2.0
+    assert "ratio" not in rows[0]
+
+
+def test_only_ratios_that_fall_beyond_the_noise_are_regressions():
+    old = [row("ours", 1.0), row("peer", 2.0, 2.0), row("gone", 1.0, 1.0)]
+    within = 2.0 * (1 - results.NOISE) + 0.01
+    assert not results.falls(old, [row("ours", 9.0), row("peer", 9.0, within)])
+    assert "from 2.00 to 1.60" in results.falls(old, [row("peer", 2.0, 1.6)])[0]
+    assert "out of memory" in results.falls(old, [{"group": "g", "case": "c", "peer": "peer", "failed": "out of memory"}])[0]
+    assert not results.falls(old, [{"group": "g", "case": "c", "peer": "never", "failed": "out of memory"}])
+
+
+def test_compare_fails_on_a_doctored_file(bench):
+    first = python("-m", "pytest", "-q", ".", "--benchmark", "--results", "now.json", cwd=bench)
+    assert first.returncode == 0, first.stdout
+    found = json.loads((bench / "now.json").read_text())
+    assert found["kind"] == "measured"
+    assert {"torch", "python"} <= set(found["versions"])
+    rows = {r["peer"]: r for r in found["rows"]}
+    assert 1.5 < rows["slow"]["ratio"]["median"] < 2.5
+    assert rows["liger"]["missing"] == "liger-kernel is not installed"
+    assert "median" not in rows["liger"]
+    assert rows["ours"]["command"] == "python -m pytest -q . --benchmark --results now.json"
+    rows["slow"]["ratio"]["median"] = 4.0
+    (bench / "old.json").write_text(json.dumps(found), encoding="utf-8")
+    arguments = ("-m", "pytest", "-q", ".", "--benchmark", "--results", "again.json", "--compare", "old.json")
+    doctored = python(*arguments, cwd=bench)
+    assert doctored.returncode == 1
+    assert "old.json: 2 ratios compared" in doctored.stdout
+    assert "slow, s: the ratio fell from 4.00" in doctored.stdout
+
+
+def test_a_comparison_passes_on_honest_ratios_and_fails_where_there_are_none():
+    old = [row("ours", 1.0), row("peer", 2.0, 2.0)]
+    assert results.comparison(old, [row("peer", 2.0, 1.9)]) == (
+        ["1 ratios compared, 0 of the file's ratios were not taken this time"], False
+    )  # fmt: skip
+    assert results.comparison(old, [row("ours", 1.0)])[1]
+
+
+def test_a_case_that_raises_and_one_that_was_not_reached_are_rows(bench):
+    (bench / "test_sleepers.py").write_text("def test_broken(benchmark):\n    benchmark(lambda: 1 / 0)\n", encoding="utf-8")
+    assert python("-m", "pytest", "-q", ".", "--results", "now.json", cwd=bench).returncode == 1
+    rows = json.loads((bench / "now.json").read_text())["rows"]
+    assert [r["failed"] for r in rows] == ["ZeroDivisionError: division by zero"]
+    assert python("-m", "pytest", "-q", ".", "--results", "late.json", "--seconds", "0", cwd=bench).returncode == 0
+    rows = json.loads((bench / "late.json").read_text())["rows"]
+    assert [r["missing"] for r in rows] == ["not run: 0 seconds were over"]
+
+
+@pytest.mark.slow
+def test_make_gpu_rehearsed_with_nothing_but_torch_triton_numpy_and_pytest(tmp_path):
+    """Tests, every part of the benchmarks and the table, in Triton's interpreter; other packages cannot be imported."""
+    out = tmp_path / "gpu.json"
+    done = python("bench/gpu.py", "--tests", "tests/kernels/test_embedding.py", "--results", out,
+                  "--only", "training or loss or (swiglu and 4096x4096)", cwd=ROOT,
+                  executable=bare_python(tmp_path / "bare"))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["kind"] == "rehearsal"
+    rows = {(r["group"], r["case"], r["peer"]): r for r in found["rows"]}
+    assert rows["correctness", "test_embedding.py", "ours"]["measures"]["failed"] == 0
+    for part in ("forward", "backward", "both"):
+        assert rows["gpu_kernels", f"swiglu 4096x4096 {part}", "inductor"]["ratio"]["median"] > 0
+        assert rows["gpu_kernels", f"swiglu 4096x4096 {part}", "liger"]["missing"] == "liger-kernel is not installed"
+    assert rows["gpu_head", "loss", "matmul"]["median"] > 0
+    plain, ours = (rows["gpu_training", "gpu_training_step", p]["median"] for p in ("plain PyTorch compiled", "ours"))
+    assert plain < ours / 5, "the plain model must not run our kernels, which take their time in the interpreter"
+    last = done.stdout.splitlines()
+    assert last[-1].startswith(str(out))
+    assert any(line.startswith("tests: 30 passed, 0 failed") for line in last[-5:])
+
+
+BROKEN = """
+import gpu_peers
+def broken(op, given):
+    raise RuntimeError("no such kernel image")
+gpu_peers.liger, gpu_peers.absent = broken, lambda package, module: ""
+"""
+
+
+def test_a_contender_that_fails_is_recorded_and_the_others_are_measured(tmp_path):
+    (tmp_path / "with_a_broken_peer.py").write_text(BROKEN, encoding="utf-8")
+    out = tmp_path / "now.json"
+    done = python("-m", "pytest", "-q", "-p", "with_a_broken_peer", "bench/test_gpu_kernels.py", "-k", "swiglu-4096x4096-both",
+                  "--results", out, cwd=ROOT, PYTHONPATH=os.pathsep.join([str(tmp_path), str(BENCH)]))  # fmt: skip
+    assert done.returncode == 1
+    rows = {r["peer"]: r for r in json.loads(out.read_text())["rows"]}
+    assert rows["liger"]["failed"] == "RuntimeError: no such kernel image"
+    assert rows["case"]["failed"].startswith("AssertionError: failed: liger")
+    assert {peer for peer, r in rows.items() if "median" in r} == {"ours", "eager", "inductor", "copy"}
+    assert "FAILED swiglu 4096x4096 both, liger: RuntimeError" in bench_report.short_table(list(rows.values()))
+
+
+def test_the_page_shows_measured_missing_failed_and_projected_each_for_what_it_is(tmp_path):
+    about = {"device": "a machine", "date": "2026-01-01", "hardware": {"cpus": 2}, "versions": {"torch": "2.13"}}
+    rows = [row("ours", 0.0123, measures={"gb_per_second": 1234.5}), row("eager", 0.02, 1.6), row("copy", 0.01, 0.82),
+            {"group": "g", "case": "c", "peer": "liger", "missing": "liger-kernel is not installed", "command": "make"},
+            {"group": "g", "case": "c", "peer": "cut", "failed": "Error: out | of memory", "command": "make"}]  # fmt: skip
+    projected = [{"group": "p", "case": "step", "peer": "ours", "measures": {"launches": 7}, "command": "count"}]
+    for name, kind, its in (("a.json", "measured", rows), ("b.json", "projected", projected)):
+        (tmp_path / name).write_text(json.dumps({"kind": kind, **about, "rows": its}), encoding="utf-8")
+    (tmp_path / "notes.md").write_text("# Notes\n\n## g\n\nWords about g.\n\n## projected\n\nFrom counts.\n", encoding="utf-8")
+    text, charts = bench_report.page(tmp_path)
+    assert "| c | 0.0123 s, 1,234 GB/s | 1.60× (1.60 to 1.60) | missing: liger-kernel is not installed |" in text
+    assert "FAILED: Error: out \\| of memory" in text
+    assert "82.0% (82.0 to 82.0)" in text
+    assert (
+        text.index("Words about g.") < text.index("| c |") < text.index("# Projections") < text.index("| step | ours | 7.00 |")
+    )
+    assert "Reproduce: `make`" in text
+    assert "cpus: 2; torch: 2.13." in text
+    for svg in charts.values():
+        ElementTree.fromstring(svg)
+    assert "eager" in charts["a-g.svg"]
+
+
+def test_the_command_writes_the_page_and_says_what_is_wrong(tmp_path, capsys):
+    assert main(["bench", "report", "--results", str(tmp_path), "--out", str(tmp_path / "page.md")]) == 2
+    assert "no results in" in capsys.readouterr().err
+    (tmp_path / "a.json").write_text("{", encoding="utf-8")
+    assert main(["bench", "report", "--results", str(tmp_path), "--out", str(tmp_path / "page.md")]) == 2
+    assert "a.json is not a result file" in capsys.readouterr().err
+    assert main(["bench"]) == 2
