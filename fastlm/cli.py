@@ -156,22 +156,6 @@ def bench(argv: list[str]) -> int:
     return 0
 
 
-def bench(argv: list[str]) -> int:
-    """tables and charts from the benchmarks' results (bench report)"""
-    from pathlib import Path
-
-    from fastlm.bench_report import write
-    from fastlm.config import BenchConfig
-    from fastlm.options import parse
-
-    if argv[:1] != ["report"] and "--help" not in argv:
-        raise UserError("fastlm bench has one command: fastlm bench report; to measure, run pytest bench/ --benchmark")
-    config = parse(BenchConfig, argv[1:], "fastlm bench report")
-    written = write(Path(config.results), Path(config.out))
-    print(f"{written[0]} and {len(written) - 1} charts")
-    return 0
-
-
 def doctor(argv: list[str]) -> int:
     """show what runs on this machine, for every operation, and why"""
     if argv:
@@ -192,7 +176,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "data": data,
     "kernels": kernels,
-    "bench": bench,
     "bench": bench,
     "doctor": doctor,
 }

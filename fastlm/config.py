@@ -424,6 +424,34 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as a Hugging Face folder."""
+
+    model: str = ""
+    """Run folder or checkpoint folder."""
+    to: str = ""
+    """The new folder."""
+    template: str = "auto"
+    """Chat template to write: the one that the model was taught (auto), chatml, alpaca, tokenizer, none, or a Jinja file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; float32 keeps every bit."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a Hugging Face folder of the Llama family a run."""
+
+    model: str = ""
+    """The Hugging Face folder."""
+    to: str = ""
+    """The new run folder."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+
+
+@dataclass(frozen=True)
 class KernelsConfig:
     """What the Triton kernels compile to and move, counted without a GPU."""
 

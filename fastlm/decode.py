@@ -108,10 +108,10 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], capacity: int)
     longest, ends = max(lengths), list(accumulate(lengths, initial=0))
     start = torch.tensor([longest - n for n in lengths], device=like.device)
     shape = (len(prompts), c.n_kv_heads, capacity, c.head_dim)
-    keys, values = ([like.new_zeros(shape) for _ in range(c.n_layers)] for _ in range(2))
-    mask = None
-    if min(lengths) < longest:
-        mask = (torch.arange(capacity, device=like.device) >= start[:, None])[:, None, None]
+    ragged = min(lengths) < longest
+    new = like.new_zeros if ragged else like.new_empty  # what is masked must be finite; what is not read need not be made
+    keys, values = ([new(shape) for _ in range(c.n_layers)] for _ in range(2))
+    mask = (torch.arange(capacity, device=like.device) >= start[:, None])[:, None, None] if ragged else None
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=like.device)
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

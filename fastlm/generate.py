@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from fastlm.config import GenerateConfig, Sampling, check
-from fastlm.decode import feed, prefill
+from fastlm.decode import Cache, feed, prefill
 from fastlm.load import open_model, stop_tokens
 from fastlm.model import Transformer, pick_device
 from fastlm.sampling import choose
@@ -17,6 +19,24 @@ from fastlm.tokenizer import Tokenizer
 
 PARTIAL = "\ufffd"  # what the first bytes of a character decode to
 CHARACTER_TOKENS = 4  # a character has at most four bytes, and a token at least one
+
+
+@dataclass
+class Memory:
+    """The cache of a dialogue and the ids that it holds: a prompt that goes on from them costs only what is new."""
+
+    ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None
+
+    def begin(self, model: Transformer, prompt: Sequence[int], n_tokens: int) -> tuple[Cache, Tensor]:
+        """The cache after the prompt, with room for n_tokens more where the model's context has it, and the logits."""
+        differs = (i for i, (a, b) in enumerate(zip(self.ids, prompt, strict=False)) if a != b)
+        common = min(next(differs, min(len(self.ids), len(prompt))), len(prompt) - 1)
+        needed = min(len(prompt) + n_tokens, model.config.max_seq_len)
+        if self.cache is None or common == 0 or self.cache.capacity < needed:
+            return prefill(model, [prompt], min(2 * needed, model.config.max_seq_len))
+        self.cache.filled = common
+        return self.cache, feed(model, self.cache, torch.tensor([prompt[common:]], device=model.embedding.device))
 
 
 @torch.inference_mode()
@@ -28,12 +48,14 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
     each: Callable[[int, int], bool] = lambda row, token: False,
+    memory: Memory | None = None,
 ) -> list[list[int]]:
     """Continuations of the prompts, each at most n_tokens long or up to the first token of `stop`, which is left out.
 
     each(row, token) is called with every new token; a row for which it returns True ends there, that token included. Row
     i draws with seed + i: the same seed writes the same text, whatever the other prompts are. The model sees the last
-    max_seq_len tokens; where they are used up, it goes on from the last half of them.
+    max_seq_len tokens; where they are used up, it goes on from the last half of them. With a memory (one prompt), what
+    the prompt shares with the texts before is not computed again.
     """
     device, window = model.embedding.device, model.config.max_seq_len
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -45,7 +67,12 @@ def generate(
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
     capacity = min(window, max(map(len, prompts)) + n_tokens)
-    cache, logits = prefill(model, [p[-window:] for p in prompts], capacity)
+    if memory is not None and len(prompts[0]) <= window:
+        cache, logits = memory.begin(model, prompts[0], n_tokens)
+        capacity = cache.capacity
+    else:
+        cache, logits = prefill(model, [p[-window:] for p in prompts], capacity)
+    whole = all(len(p) <= window for p in prompts)
     for made in range(1, n_tokens + 1):
         tokens = choose(logits, sampling, generators, seen)
         for row, token in enumerate(tokens.tolist()):
@@ -63,6 +90,10 @@ def generate(
         else:
             recent = [[*prompt, *more][-max(1, window // 2) :] for prompt, more in zip(prompts, new, strict=True)]
             cache, logits = prefill(model, recent, capacity)
+            whole = False
+    if memory is not None:
+        memory.cache = cache if whole else None
+        memory.ids = [*prompts[0], *new[0]][: cache.filled] if whole else []
     return new
 
 
@@ -112,6 +143,7 @@ def write_texts(
     stop: Collection[int] = (),
     stop_texts: Sequence[str] = (),
     show: Callable[[int, str], None] = lambda row, text: None,
+    memory: Memory | None = None,
 ) -> list[str]:
     """The continuations of generate() as texts, each ended before the first of stop_texts; show(row, text) as they come."""
     streams = [TextStream(tokenizer, prompt, stop_texts) for prompt in prompts]
@@ -125,7 +157,7 @@ def write_texts(
         add(row, streams[row].push(token))
         return streams[row].stopped
 
-    generate(model, prompts, n_tokens, sampling, seed, stop, each)
+    generate(model, prompts, n_tokens, sampling, seed, stop, each, memory)
     for row, stream in enumerate(streams):
         add(row, stream.rest())
     return texts

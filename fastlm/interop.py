@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,6 @@ def write_config(c: ModelConfig, eos_id: int) -> dict[str, Any]:
         "rope_scaling": None if c.rope_scaling == "none" else {k: v for k, v in rope.items() if k != "rope_theta"},
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
-        "torch_dtype": "float32",
         "use_cache": True,
     }
 
@@ -225,19 +224,28 @@ def to_hugging_face(model: Transformer) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- folders
 
 
-def export(model: Transformer, tokenizer_files: dict[str, str], eos_id: int, to: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    model: Transformer,
+    tokenizer_files: dict[str, str],
+    eos_id: int,
+    to: Path,
+    shard_bytes: int = SHARD_BYTES,
+    stop: Sequence[int] = (),
+) -> None:
     """Write a folder that transformers, vLLM and llama.cpp load. It appears whole or not at all.
 
-    tokenizer_files: name -> text of the tokenizer's files, written beside the weights.
+    tokenizer_files: name -> text of the tokenizer's files, written beside the weights. stop: other ids that end a text.
     """
     check(not to.exists() or (to.is_dir() and not any(to.iterdir())), f"{to} exists and is not empty; choose another --to")
     beside = to.with_name(f".{to.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        generation = {"bos_token_id": eos_id, "eos_token_id": eos_id, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+        ends = [eos_id, *stop] if stop else eos_id
+        generation = {"bos_token_id": eos_id, "eos_token_id": ends, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+        config = write_config(model.config, eos_id) | {"torch_dtype": str(model.embedding.dtype).removeprefix("torch.")}
         texts = {
-            "config.json": json.dumps(write_config(model.config, eos_id), indent=2) + "\n",
+            "config.json": json.dumps(config, indent=2) + "\n",
             "generation_config.json": json.dumps(generation, indent=2) + "\n",
         }
         for name, text in (texts | tokenizer_files).items():

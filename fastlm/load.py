@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fastlm.checkpoint import load_model
+from fastlm.checkpoint import load_model, locate, read_state
 from fastlm.config import check
+from fastlm.data.templates import has_own_template
 from fastlm.errors import UserError
 from fastlm.interop import is_hugging_face, load_hugging_face
 from fastlm.model import Transformer
@@ -41,3 +42,12 @@ def stop_tokens(place: str, tokenizer: Tokenizer) -> set[int]:
         raise UserError(f"could not read {file}: expected a JSON object; fetch the file again, or remove it") from None
     more = noted if isinstance(noted, list) else [noted]
     return {tokenizer.eos_id, *(token for token in more if isinstance(token, int))}
+
+
+def chat_template(place: str, tokenizer: Tokenizer, default: str = "chatml") -> str:
+    """The chat template that a model was taught: what its run notes, else its tokenizer's own ("tokenizer"), else default."""
+    if not is_hugging_face(Path(place)):
+        noted = read_state(locate(place, lowest_loss=True)).get("template", "auto")
+        if noted != "auto":
+            return noted
+    return "tokenizer" if has_own_template(tokenizer) else default

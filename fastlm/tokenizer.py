@@ -170,6 +170,20 @@ def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
     return ranks
 
 
+def gpt2_json() -> str:
+    """GPT-2's vocabulary and merges as a Hugging Face tokenizer.json, which gives the same ids."""
+    vocab = json.loads(_gpt2_file("encoder.json"))
+    merges = _gpt2_file("vocab.bpe").decode("utf-8").splitlines()[1:]  # the first line is a version
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True, "single_word": False, "lstrip": False,
+           "rstrip": False, "normalized": False}  # fmt: skip
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+             "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges}  # fmt: skip
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
+               "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level, "model": model}  # fmt: skip
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
 def _load_hugging_face(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 

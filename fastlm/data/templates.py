@@ -72,7 +72,15 @@ def template_source(name: str, tokenizer: Tokenizer) -> str:
 
 
 def _own_template(tokenizer: Tokenizer) -> str:
-    """The chat template in the tokenizer's folder: chat_template.jinja, or chat_template of tokenizer_config.json."""
+    """The chat template in the tokenizer's folder; UserError where there is none."""
+    template = _beside(tokenizer)
+    if template is None:
+        raise UserError(f"chat template tokenizer: {tokenizer.name} has none beside it; name chatml, alpaca or a Jinja file")
+    return template
+
+
+def _beside(tokenizer: Tokenizer) -> str | None:
+    """chat_template.jinja in the tokenizer's folder, or chat_template of tokenizer_config.json."""
     folder = Path(tokenizer.name).parent
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8")
@@ -80,7 +88,21 @@ def _own_template(tokenizer: Tokenizer) -> str:
         template = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
         if isinstance(template, str):
             return template
-    raise UserError(f"chat template tokenizer: {tokenizer.name} has none beside it; name chatml, alpaca or a Jinja file")
+    return None
+
+
+def has_own_template(tokenizer: Tokenizer) -> bool:
+    return tokenizer.name != "gpt2" and _beside(tokenizer) is not None
+
+
+def published_template(name: str, tokenizer: Tokenizer) -> str:
+    """A template's text as other programs understand it: it sets the one variable of its own."""
+    source = template_source(name, tokenizer)
+    return f"{{%- set end_of_turn = {json.dumps(_end_of_turn(tokenizer))} -%}}{source}" if "end_of_turn" in source else source
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> str:
+    return "<|im_end|>" if "<|im_end|>" in tokenizer.specials else tokenizer.piece(tokenizer.eos_id)
 
 
 def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto") -> Encoded:
@@ -96,8 +118,7 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "a
         segments = [(dialogue.raw[0], False), (dialogue.raw[1], True)]
     else:
         segments = render_segments(dialogue.messages, tokenizer, template_source(chosen, tokenizer))
-    special = [s for s in tokenizer.specials if any(s in m.content or s in m.input for m in dialogue.messages)]
-    literal = [m.content for m in dialogue.messages if special] + [m.input for m in dialogue.messages if special and m.input]
+    literal = literals(dialogue.messages, tokenizer)
     parts, masks = [], []
     for text, counted in segments:
         ids = _encode(text, literal, tokenizer, chosen != "none")
@@ -107,6 +128,12 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "a
         parts.append(np.array([tokenizer.eos_id]))
         masks.append(np.array([True]))
     return Encoded(np.concatenate(parts).astype(np.int32), np.concatenate(masks))
+
+
+def literals(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
+    """The texts of messages of which one spells out a special token: they are encoded as ordinary text."""
+    special = any(s in m.content or s in m.input for s in tokenizer.specials for m in messages)
+    return [text for m in messages for text in (m.content, m.input) if text] if special else []
 
 
 def _encode(text: str, literal: Sequence[str], tokenizer: Tokenizer, specials: bool) -> np.ndarray:
@@ -123,12 +150,11 @@ def render_segments(messages: Sequence[Message], tokenizer: Tokenizer, source: s
     """The rendered dialogue up to its last response, cut into (text, whether it is counted)."""
     render = _renderer(source)
     end = tokenizer.piece(tokenizer.eos_id)
-    turn_end = "<|im_end|>" if "<|im_end|>" in tokenizer.specials else end
-    segments, done = [], ""
+    turn_end, segments, done = _end_of_turn(tokenizer), [], ""
     for number, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before = render(messages[:number], True, end, turn_end)
+        before = render(messages[:number], True, end, _end_of_turn(tokenizer))
         after = render(messages[: number + 1], False, end, turn_end)
         if not before.startswith(done) or not after.startswith(before):
             raise UserError("chat template: a later turn changes the text of an earlier one, so responses cannot be told "
@@ -178,5 +204,10 @@ def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml") -> str:
     """The text to generate from: the dialogue so far and the opening of the assistant's turn."""
     end = tokenizer.piece(tokenizer.eos_id)
-    turn_end = "<|im_end|>" if "<|im_end|>" in tokenizer.specials else end
-    return _renderer(template_source(template, tokenizer))(messages, True, end, turn_end)
+    return _renderer(template_source(template, tokenizer))(messages, True, end, _end_of_turn(tokenizer))
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml") -> list[int]:
+    """Ids of render_prompt()'s text; special tokens that a message spells out are ordinary text."""
+    text = render_prompt(messages, tokenizer, template)
+    return _encode(text, literals(messages, tokenizer), tokenizer, True).tolist()
