@@ -102,7 +102,9 @@ def steps_saved(folder: Path) -> list[Path]:
 
 def best(folder: Path) -> tuple[Path | None, float]:
     """The checkpoint in the folder with the lowest validation loss, and that loss (inf if none has one)."""
-    noted = [(json.loads((p / "state.json").read_text(encoding="utf-8")).get("validation_loss"), p) for p in steps_saved(folder)]
+    noted = [
+        (json.loads((p / "state.json").read_text(encoding="utf-8")).get("validation_loss"), p) for p in steps_saved(folder)
+    ]
     scored = [(nats, p) for nats, p in noted if nats is not None]
     return min(scored, default=(float("inf"), None))[::-1]
 
