@@ -1,6 +1,6 @@
 """The GPU program of a whole compiled training step, counted without a GPU: bytes, launches, memory, and a projected time.
 
-    python bench/compiled_step.py [--preset modern-253m] [--rows 32] [--seq-len 1024] [--plain] [--json]
+    python bench/compiled_step.py [--preset modern-253m] [--rows 32] [--seq-len 1024] [--stage pretrain] [--plain] [--json]
 
 It needs gpucompile.py in ../shared/tools. The fused ops are counted with their own traffic: what they take in and give out, and
 what they move inside (norms' partial sums; for the head's loss three passes over the logits and the cast of its weight).
@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent / "shared" / "tools")]
 
 
+def plain_logprobs(h, weight, targets, *, vocab_size, max_counted):
+    """log_softmax and a gather, 0 where the target is not counted."""
+    logps = (h @ weight.T)[:, :vocab_size].float().log_softmax(-1).gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1)
+    return logps.where(targets >= 0, 0.0)
+
+
 def plain_operations():
     """The fused operations as plain PyTorch, for torch.compile to fuse as it likes."""
 
@@ -34,7 +40,8 @@ def plain_operations():
         return norm(total, weight, eps), total
 
     def rope(q, k, cos, sin, positions=None):
-        cos, sin = (torch.cat((t, t), -1)[: q.shape[1]].unsqueeze(1) for t in (cos, sin))
+        cos, sin = (t[: q.shape[1]] if positions is None else t[positions] for t in (cos, sin))
+        cos, sin = (torch.cat((t, t), -1).unsqueeze(-2) for t in (cos, sin))
 
         def turn(x):
             half = x.shape[-1] // 2
@@ -55,6 +62,7 @@ def plain_operations():
         "rope": rope,
         "swiglu": swiglu,
         "linear_cross_entropy": loss,
+        "linear_logprobs": plain_logprobs,
         "linear": lambda x, w, sizes=None: F.linear(x, w) if sizes is None else F.linear(x, w).split(sizes, -1),
         "rms_norm_linear": lambda x, w, eps, weight: F.linear(norm(x, w, eps), weight),
         "add_rms_norm_linear": lambda x, r, w, eps, weight: (F.linear(add_norm(x, r, w, eps)[0], weight), x + r),
@@ -62,37 +70,88 @@ def plain_operations():
     }
 
 
-def inside(name: str, config, tokens: int) -> tuple[int, int]:
-    """(bytes, launches) of one call of a fused op beside what it takes in and gives out."""
+def inside(name: str, config, tokens: int, counted: int) -> tuple[int, int]:
+    """(bytes, launches) of one call of a fused op beside what it takes in and gives out; for the head's ops, in all."""
     from fastlm.kernels.linear_cross_entropy import chunk_rows
     from fastlm.kernels.rms_norm import _partials
 
     if "rms_norm_backward" in name:
         return 2 * 4 * _partials(tokens, config.dim) * config.dim, 2  # partial sums written and read
-    if "linear_cross_entropy" in name:
+    if head_op(name):
         vocab = config.padded_vocab_size
-        chunks = -(-tokens // chunk_rows(tokens, vocab, 2, 256 << 20))
-        cast = (2 + 4 + 2) * vocab * config.dim  # W read in fp32, written in bf16; read in bf16 by the matmuls alone
-        return 3 * 2 * tokens * vocab + cast - 2 * vocab * config.dim, chunks + 2  # rows, the cast, the sum of the rows' losses
+        chunks = -(-counted // chunk_rows(counted, vocab, 2, 256 << 20))
+        passes = 3 if "cross_entropy" in name else 2 if "backward" in name else 1  # of the rows kernel over the logits
+        cast = (4 + 2) * vocab * config.dim  # W read in fp32, written in bf16
+        picked = 3 * 2 * counted * config.dim if counted < tokens else 0  # h's counted rows, and dh spread over all rows
+        return passes * 2 * counted * vocab + cast + picked, chunks + 2
     return 0, 1
 
 
-def measure(preset: str, rows: int, seq_len: int, plain: bool) -> dict:
+def head_op(name: str) -> bool:
+    return "linear_cross_entropy" in name or "linear_nll" in name
+
+
+def pretrain_step(model, config, rows: int, seq_len: int):
+    """(step, its inputs as shapes and dtypes, counted targets)."""
+
+    def step(ids, targets):
+        return model.loss(ids, targets) / targets.numel()
+
+    return step, [(torch.long, rows, seq_len)] * 2, rows * seq_len
+
+
+def packed_shapes(rows: int, seq_len: int) -> list[tuple]:
+    """ids, targets and positions of packed rows, and the boundaries of eight documents a row."""
+    return [*[(torch.long, rows, seq_len)] * 3, (torch.int32, 8 * rows + 1)]
+
+
+def sft_step(model, config, rows: int, seq_len: int):
+    """Packed instructions, 4 of 10 targets counted (Alpaca's responses)."""
+    counted = rows * seq_len * 4 // 10
+
+    def step(ids, targets, positions, bounds):
+        layout = {"positions": positions, "cu_seqlens": bounds, "max_seqlen": seq_len}
+        return model.loss(ids, targets, max_counted=counted, **layout) / counted
+
+    return step, packed_shapes(rows, seq_len), counted
+
+
+def dpo_step(model, config, rows: int, seq_len: int):
+    """Packed pairs of answers, half of the targets counted, the reference's log-probabilities read from their file."""
+    from fastlm.train import preference
+
+    counted, units = rows * seq_len // 2, 4 * rows
+
+    def step(ids, targets, positions, bounds, unit, reference):
+        layout = {"positions": positions, "cu_seqlens": bounds, "max_seqlen": seq_len}
+        logps = model.logprobs(ids, targets, max_counted=counted, **layout)
+        member = preference.membership(unit, units)
+        policy, start = (preference.of_answers(x.flatten(), member) for x in (logps, reference))
+        return preference.dpo(policy, start, 0.1)[0].sum() / units
+
+    extra = [(torch.long, rows, seq_len), (torch.float32, rows, seq_len)]
+    return step, packed_shapes(rows, seq_len) + extra, counted
+
+
+STEPS = {"pretrain": pretrain_step, "sft": sft_step, "dpo": dpo_step}
+
+
+def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "pretrain") -> dict:
+    """Counts of one compiled step of a stage: rows x seq_len tokens, bf16 autocast, forward and backward."""
     from gpucompile import compile_for_gpu
 
     import fastlm.model
-    from fastlm.config import PRESETS
 
-    config, box, tokens = PRESETS[preset], {}, rows * seq_len
+    box, tokens = {}, rows * seq_len
 
     def build():
-        box["model"] = fastlm.model.Transformer(config)
-        ids = torch.empty(rows, seq_len, dtype=torch.long)
-        return ids, ids.clone()
+        model = fastlm.model.Transformer(config)
+        box["step"], shapes, box["counted"] = STEPS[stage](model, config, rows, seq_len)
+        return tuple(torch.empty(shape, dtype=dtype) for dtype, *shape in shapes)
 
-    def step(ids, targets):
+    def step(*batch):
         with torch.autocast("cpu", torch.bfloat16):
-            return box["model"].loss(ids, targets) / targets.numel()
+            return box["step"](*batch)
 
     with mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext():
         report = compile_for_gpu(step, build)
@@ -100,26 +159,28 @@ def measure(preset: str, rows: int, seq_len: int, plain: bool) -> dict:
     # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does
     attention = sum(n for g in report.graphs for k, n in g.launches.items() if "attention_for_cpu" in k)
     launches = sum(sum(g.launches.values()) for g in report.graphs) - attention
-    matmul_s, fused = 0.0, {}
+    matmul_s, fused, head_s = 0.0, {}, 0.0
     for g in report.graphs:
         for name, given, made, flops in g.nodes:
-            if flops or not name.startswith("fastlm."):  # a matmul, or attention
+            if flops or not name.startswith("fastlm.") or "packed_documents" in name:  # a matmul, or attention
                 matmul_s += max((given + made) / 3.0e12, flops / 700e12)
                 continue
-            extra, calls = inside(name, config, tokens)
-            size = extra if "linear_cross_entropy" in name else given + made + extra
+            extra, calls = inside(name, config, tokens, box["counted"])
+            size = extra if head_op(name) else given + made + extra
             row = fused.setdefault(name, [0, 0, 0.0])
             row[0], row[1], row[2] = row[0] + 1, row[1] + calls, row[2] + size / 1e9
-    head_s = 0.0 if plain else 6 * tokens * config.padded_vocab_size * config.dim / 700e12
+            if head_op(name):
+                matmuls = 1 if name.endswith("linear_nll.default") else 3
+                head_s += 2 * matmuls * box["counted"] * config.padded_vocab_size * config.dim / 700e12
     traffic = generated / 1e9 + sum(row[2] for row in fused.values())
     seconds = matmul_s + head_s + traffic / 3000
     return {
-        "preset": preset, "tokens": tokens, "plain": plain,
+        "tokens": tokens, "plain": plain,
         "traffic_gb": traffic, "generated_gb": generated / 1e9, "generated_launches": launches,
         "launches": launches + sum(row[1] for row in fused.values()),
         "cpu_attention_launches": attention,
         "saved_gb": report.graphs[0].saved_bytes / 1e9,
-        "projected_ms": 1e3 * seconds, "projected_tokens_per_s": tokens / seconds,
+        "matmul_ms": 1e3 * (matmul_s + head_s), "projected_ms": 1e3 * seconds, "projected_tokens_per_s": tokens / seconds,
         "fused": fused,
         "generated": {f"{g.which} {k}": n for g in report.graphs for k, n in g.launches.most_common()},
     }  # fmt: skip
@@ -130,10 +191,13 @@ def main() -> None:
     parser.add_argument("--preset", default="modern-253m")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--stage", default="pretrain", choices=STEPS)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    result = measure(args.preset, args.rows, args.seq_len, args.plain)
+    from fastlm.config import PRESETS
+
+    result = measure(PRESETS[args.preset], args.rows, args.seq_len, args.plain, args.stage)
     if args.json:
         print(json.dumps(result))
         return

@@ -21,12 +21,15 @@ Call = Callable[[], object]
 FAILURES: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
+NOT_INTERPRETED: tuple[type[Exception], ...] = ()  # a peer that Triton's interpreter cannot run: no failure, without a GPU
 try:
     from triton.errors import TritonError
+    from triton.runtime.errors import InterpreterError
 except ImportError:
     pass
 else:
     FAILURES += (TritonError,)
+    NOT_INTERPRETED += (InterpreterError,)
 
 
 def on_gpu() -> bool:
@@ -63,7 +66,9 @@ def copies(call_bytes: int) -> int:
 def recorded(build: Callable[[], Call], sets: int) -> tuple[Call, str]:
     """(a turn, how it runs): build() makes a set of buffers and returns the call on them; the turn calls each set's once."""
     if not on_gpu():
-        return build(), "interpreted on the CPU"
+        one = build()
+        one()
+        return one, "interpreted on the CPU"
     with on_stream():
         calls = [build() for _ in range(sets)]
         for call in (calls[0], *calls):  # compiles, warms up

@@ -23,7 +23,8 @@ def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(1000, shape)
 
 
-def row(case) -> str:
+def counts(case) -> dict[str, float]:
+    """What one case's launches move and would wait for, by the names of the columns."""
     from ptxsim import launches
 
     rows = 4 if case.width > 50000 else 72
@@ -35,24 +36,34 @@ def row(case) -> str:
     asked = sum(t.load_bytes + t.store_bytes for t in streamed)
     sectors = 32 * sum(t.load_sectors + t.store_sectors for t in streamed)
     requests = sum(t.load_requests + t.store_requests for t in streamed)
-    conflicts = 1e3 * sum(s.bank_conflicts for _, s in record) / sum(s.instructions.total() for _, s in record)
-    counts = f"{asked / rows:,.0f} | {sectors / asked:.3f} | {asked / requests:.0f} | {conflicts:.2f}"
-    return f"| {case.name} | {counts} | {issue / memory:.2f} | {mufu / memory:.2f} |"
+    conflicts = sum(s.bank_conflicts for _, s in record) / sum(s.instructions.total() for _, s in record)
+    return {
+        "bytes a row": asked / rows, "sector bytes / byte": sectors / asked, "bytes / request": asked / requests,
+        "conflicts / 1000": 1e3 * conflicts, "issue / memory": issue / memory, "special / memory": mufu / memory,
+    }  # fmt: skip
+
+
+def chosen_cases(liger: bool) -> list:
+    if liger:
+        from fastlm.kernels.against import liger_cases
+
+        return liger_cases()
+    from fastlm.kernels.configurations import cases
+
+    return cases()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--liger", action="store_true")
     args = parser.parse_args()
-    if args.liger:
-        from fastlm.kernels.against import liger_cases as chosen
-    else:
-        from fastlm.kernels.configurations import cases as chosen
-    heads = ("case", "bytes a row", "sector bytes / byte", "bytes / request", "conflicts / 1000", "issue / memory")
-    print("| " + " | ".join((*heads, "special / memory")) + " |")
-    print("|---|---|---|---|---|---|---|")
-    for case in chosen():
-        print(row(case), flush=True)
+    formats = ("{:,.0f}", "{:.3f}", "{:.0f}", "{:.2f}", "{:.2f}", "{:.2f}")
+    for i, case in enumerate(chosen_cases(args.liger)):
+        found = counts(case)
+        if i == 0:
+            print("| " + " | ".join(("case", *found)) + " |\n" + "|---" * (len(found) + 1) + "|")
+        cells = [f.format(v) for f, v in zip(formats, found.values(), strict=True)]
+        print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,3 +87,13 @@ def test_cpu_start_up(measuring, report, benchmark, tmp_path):
     if measuring:  # the smoke test leaves the run to the tests of the command line
         first = [timed(*run, "--out", str(tmp_path / f"run{i}")) for i in range(2)]
         report(help_seconds=statistics.median(helps), one_step_run_seconds=min(first))
+
+
+def test_cpu_scale_point(benchmark, measuring):
+    """One point of the scale curve, which has a command of its own: cpu_scale.py."""
+    if measuring:
+        pytest.skip("the scale curve is measured by python bench/cpu_scale.py")
+    from cpu_scale import Point, run
+
+    found = benchmark.pedantic(run, (Point(dim=64, n_layers=1, vocab_size=128, rows=1, seq_len=16), 0.0))
+    assert set(found["seconds"]) == {"ours", "matmul"}
