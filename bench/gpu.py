@@ -30,11 +30,12 @@ import results  # noqa: E402
 
 from fastlm.bench_report import short_table  # noqa: E402
 
-# name -> (arguments, share of the time that is left); what one does not use, the next ones have
+# name -> (file, which of its cases, share of the time that is left); what one does not use, the next ones have
 PARTS = {
-    "training step": (["bench/test_gpu_training.py"], 0.5),
-    "kernels": (["bench/test_gpu_kernels.py"], 0.65),
-    "head": (["bench/test_gpu_head.py"], 1.0),
+    "pretraining step": ("bench/test_gpu_training.py", "pretrain", 0.5),
+    "kernels": ("bench/test_gpu_kernels.py", "kernel", 0.6),
+    "head": ("bench/test_gpu_head.py", "head", 0.5),
+    "SFT and DPO steps": ("bench/test_gpu_training.py", "sft or dpo", 1.0),
 }
 TEST_SHARE = 0.4
 GRACE = 15  # seconds beyond its share that a part has to end the case it is in
@@ -104,10 +105,11 @@ def main() -> int:
             row = job.result() | stamp
             results.save(path, about, [row])
             print(f"{row['case']}: {results.line(row)}", flush=True)
-    for name, (arguments, share) in PARTS.items():
+    for name, (file, words, share) in PARTS.items():
         seconds = share * left() - GRACE
-        options = ["--seconds", f"{seconds:.0f}", "--results", shown, *(["--benchmark"] if gpu else [])]
-        code, output = run([*arguments, *options, *(["-k", args.only] if args.only else [])], seconds + GRACE)
+        chosen = f"({words}) and ({args.only})" if args.only else words
+        options = ["-k", chosen, "--seconds", f"{seconds:.0f}", "--results", shown, *(["--benchmark"] if gpu else [])]
+        code, output = run([file, *options], seconds + GRACE)
         print(output, flush=True)
         if code is None or code not in (0, 1, 5):  # 1: cases failed, each noted as a row; 5: --only left none
             why = "did not end in its time" if code is None else f"exit code {code}: {' '.join(output.split())[-250:]}"

@@ -115,9 +115,8 @@ def in_turns(turns: dict[str, Call], rounds: int, per_turn: int = 1) -> dict[str
 
 
 def peak_bytes(turn: Call) -> int:
-    """Most bytes that a turn allocates beside what was there before it; 0 without a GPU."""
+    """Most bytes that a turn allocates beside what was there before it; 0 without a GPU, and no turn."""
     if not on_gpu():
-        turn()
         return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

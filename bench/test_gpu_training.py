@@ -1,6 +1,7 @@
-"""The training step of modern-253m on a GPU: eager, compiled, the same model in plain PyTorch compiled, and the matmul bound.
+"""The training steps of modern-253m on a GPU: eager, compiled, in plain PyTorch compiled (pretraining), and the matmul bound.
 
-Forward, backward, clipping and fused AdamW; bf16 autocast over fp32 weights; random tokens, all counted. The bound is the
+Forward, backward, clipping and fused AdamW; bf16 autocast over fp32 weights; random tokens, in SFT and DPO eight documents a
+row, of whose targets 4 in 10 and half are counted. The bound is the
 step's counted FLOPs at the rate of a large matmul measured in the same rounds. Without a GPU: one step of one layer.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
+import pytest
 import torch
-from compiled_step import plain_operations
+from compiled_step import STEPS, plain_operations
 from gpu_timing import FAILURES, device, in_turns, joules, on_gpu, on_stream, peak_bytes, say
 
 import fastlm.model
@@ -44,26 +46,50 @@ def size(measuring: bool) -> Size:
     return Size("modern-253m", 32 if gib > 70 else 8 if gib > 20 else 2, 1024, 8192)
 
 
-def training_step(config: ModelConfig, s: Size, compiled: bool, plain: bool) -> Callable[[], None]:
+def batch(stage: str, config: ModelConfig, s: Size) -> list[torch.Tensor]:
+    """What the stage's step takes (compiled_step.STEPS): ids and targets, and for packed rows where the documents lie."""
+    ids, targets = torch.randint(config.vocab_size, (2, s.rows, s.seq_len), device=device())
+    if stage == "pretrain":
+        return [ids, targets]
+    at = torch.arange(s.tokens, device=device()).view(s.rows, s.seq_len)
+    counted = at % 10 >= 6 if stage == "sft" else at % 2 == 1
+    length = s.seq_len // 8
+    bounds = torch.arange(0, s.tokens + 1, length, device=device(), dtype=torch.int32)
+    packed = [ids, targets.where(counted, -100), at % length, bounds]
+    if stage == "sft":
+        return packed
+    return [
+        *packed,
+        (at // (2 * length)).where(counted, -1),
+        torch.randn(s.rows, s.seq_len, device=device()).where(counted, 0.0),
+    ]
+
+
+def training_step(stage: str, config: ModelConfig, s: Size, compiled: bool, plain: bool) -> Callable[[], None]:
     """A step as the trainer does it: autocast, backward, clip, optimizer; with plain, the fused operations in plain PyTorch."""
     model = build(config, 0, device())
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
-    tokens = torch.randint(config.vocab_size, (2, s.rows, s.seq_len), device=device())
-    loss = model.loss
+    loss, inputs = STEPS[stage](model, config, s.rows, s.seq_len)[0], batch(stage, config, s)
     if compiled:
         loss = torch.compile(loss, fullgraph=True, dynamic=False, backend="inductor" if on_gpu() else "eager")
 
     def step() -> None:
         fused = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
         with fused, torch.autocast(device().type, torch.bfloat16, enabled=on_gpu()):
-            total = loss(tokens[0], tokens[1])
-        (total / s.tokens).backward()
+            mean = loss(*inputs)
+        mean.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def step_flops(stage: str, config: ModelConfig, s: Size) -> float:
+    """FLOPs of a step; in SFT and DPO the head is multiplied for counted targets only, 3 and 4 times, in short documents."""
+    head, length = {"pretrain": (1.0, s.seq_len), "sft": (0.4, s.seq_len // 8), "dpo": (0.5 * 4 / 3, s.seq_len // 8)}[stage]
+    return training_flops_per_token(replace(config, vocab_size=round(config.vocab_size * head)), length) * s.tokens
 
 
 def matmul(n: int) -> Callable[[], object]:
@@ -76,16 +102,19 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if on_gpu() else 0
 
 
-def test_gpu_training_step(measuring, record, benchmark, kernels_on_device):
+@pytest.mark.parametrize("stage", STEPS)
+def test_gpu_training(stage, measuring, record, benchmark, kernels_on_device):
     s = size(measuring)
     config = PRESETS[s.preset] if s.preset else REHEARSED
-    builds = {"ours": (True, False), "ours eager": (False, False), "plain PyTorch compiled": (True, True)}
+    builds = {"ours": (True, False), "ours eager": (False, False)}
+    if stage == "pretrain":
+        builds["plain PyTorch compiled"] = (True, True)
     turns, memory, failed = {}, {}, []
     for name, options in builds.items():
         try:
             before = allocated()
             with on_stream():
-                step = training_step(config, s, *options)
+                step = training_step(stage, config, s, *options)
                 step()
             memory[name] = [(allocated() - before + peak_bytes(step)) / 2**30]
             turns[name] = step
@@ -96,7 +125,7 @@ def test_gpu_training_step(measuring, record, benchmark, kernels_on_device):
         turns["matmul"] = matmul(s.matmul)
     times = {}
     benchmark.pedantic(lambda: times.update(in_turns(turns, 8)))
-    flops = training_flops_per_token(config, s.seq_len) * s.tokens
+    flops = step_flops(stage, config, s)
     rate = [2 * s.matmul**3 / ms for ms in times["matmul"]]  # FLOP a millisecond
     times["matmul"] = [flops / r for r in rate]
     measures = {name: {"tokens_per_second": 1e3 * s.tokens / statistics.median(ms)} for name, ms in times.items()}
