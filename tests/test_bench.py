@@ -165,7 +165,7 @@ def test_make_gpu_rehearsed_with_nothing_but_torch_triton_numpy_and_pytest(tmp_p
         assert rows["gpu_kernels", f"swiglu 4096x4096 {part}", "inductor"]["ratio"]["median"] > 0
         assert rows["gpu_kernels", f"swiglu 4096x4096 {part}", "liger"]["missing"] == "liger-kernel is not installed"
     assert rows["gpu_head", "loss", "matmul"]["median"] > 0
-    plain, ours = (rows["gpu_training", "gpu_training_step", p]["median"] for p in ("plain PyTorch compiled", "ours"))
+    plain, ours = (rows["gpu_training", "pretrain", p]["median"] for p in ("plain PyTorch compiled", "ours"))
     assert plain < ours / 5, "the plain model must not run our kernels, which take their time in the interpreter"
     last = done.stdout.splitlines()
     assert last[-1].startswith(str(out))
@@ -203,12 +203,10 @@ def test_the_page_shows_measured_missing_failed_and_projected_each_for_what_it_i
         (tmp_path / name).write_text(json.dumps({"kind": kind, **about, "rows": its}), encoding="utf-8")
     (tmp_path / "notes.md").write_text("# Notes\n\n## g\n\nWords about g.\n\n## projected\n\nFrom counts.\n", encoding="utf-8")
     text, charts = bench_report.page(tmp_path)
-    assert "| c | 0.0123 s, 1,234 GB/s | 1.60× (1.60 to 1.60) | missing: liger-kernel is not installed |" in text
+    assert "| c | 0.0123 s, 1,234 GB/s | 0.0200, **1.60× (1.60 to 1.60)** | missing: liger-kernel is not installed |" in text
     assert "FAILED: Error: out \\| of memory" in text
     assert "82.0% (82.0 to 82.0)" in text
-    assert (
-        text.index("Words about g.") < text.index("| c |") < text.index("# Projections") < text.index("| step | ours | 7.00 |")
-    )
+    assert text.index("Words about g.") < text.index("| c |") < text.index("# Projections") < text.index("| step | ours | 7 |")
     assert "Reproduce: `make`" in text
     assert "cpus: 2; torch: 2.13." in text
     for svg in charts.values():
@@ -223,3 +221,23 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(tmp_path, capsys):
     assert main(["bench", "report", "--results", str(tmp_path), "--out", str(tmp_path / "page.md")]) == 2
     assert "a.json is not a result file" in capsys.readouterr().err
     assert main(["bench"]) == 2
+
+
+TOOLS = ROOT.parent / "shared" / "tools"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TOOLS.is_dir(), reason="the folder ../shared/tools, which counts GPU programs, is absent")
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
+def test_the_gpu_program_costs_no_more_than_the_results_say(stage):
+    """Bytes moved, launches and bytes saved of the compiled step of `tiny`, counted again."""
+    done = python("bench/compiled_step.py", "--preset", "tiny", "--rows", "32", "--seq-len", "256", "--stage", stage, "--json",
+                  cwd=ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    now, kept = json.loads(done.stdout.splitlines()[-1]), results.read(BENCH / "results" / "h100-projected.json")["rows"]
+    units = {"GB through kernels that are not matmuls": "traffic_gb", "launches of them": "launches",
+             "GB saved for the backward": "saved_gb"}  # fmt: skip
+    rows = [r for r in kept if r["case"] == f"tiny, {stage}, 32 x 256" and r["peer"] == "ours" and r["unit"] in units]
+    assert len(rows) == len(units)
+    for r in rows:
+        assert now[units[r["unit"]]] <= 1.01 * r["median"], f"{r['unit']}: python bench/gpu_program.py steps, if it is meant"
