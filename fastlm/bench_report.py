@@ -25,7 +25,7 @@ UNITS = {
 
 def number(value: float) -> str:
     """Three figures, thousands with commas; whole numbers as they are."""
-    if float(value).is_integer() or abs(value) >= 1000:
+    if isinstance(value, int) or value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
@@ -45,11 +45,8 @@ def cell(row: Row | None) -> str:
         return f"FAILED: {row['failed']}"
     if "missing" in row:
         return f"missing: {row['missing']}"
-    words = (
-        [f"{number(row['median'])} {row['unit']}" if row["peer"] == "ours" else number(row["median"])]
-        if "median" in row
-        else []
-    )
+    unit = f" {row['unit']}" if row["peer"] == "ours" and "median" in row else ""
+    words = [f"{number(row['median'])}{unit}"] if "median" in row else []
     words += [f"**{ratio(row)}**"] if "ratio" in row else []
     words += [f"{number(value)} {UNITS.get(name, name.replace('_', ' '))}" for name, value in row.get("measures", {}).items()]
     return ", ".join(words)
