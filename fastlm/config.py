@@ -483,8 +483,8 @@ class EvalConfig:
     """Text: python-stdlib, a local file or folder, or a hub data set."""
     split: str = ""
     """Which split of the text (default: validation where the text has one, else all of it)."""
-    protocols: str = "window,stride,line,word"
-    """window: side by side, 1024 tokens; stride: 1024 every 512; line: the first 100 lines; word: as lm-eval's wikitext."""
+    protocols: str = ""
+    """Default: all that apply. window: 1024 tokens side by side; stride: 1024 every 512; line: 100 lines; word: as lm-eval."""
     tokenizer: str = ""
     """gpt2 or a tokenizer.json, where it is not the model's own."""
     max_documents: int = 0

@@ -34,14 +34,25 @@ def is_hugging_face(folder: Path) -> bool:
 # ---------------------------------------------------------------- shape
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The shape that a folder's config.json describes; anything this model cannot express raises UserError."""
+def read_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        c = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"could not read {path}: {e}; give a Hugging Face model folder") from None
-    kind = (c.get("architectures") or [f"model type {c.get('model_type')}"])[0]
+    check(isinstance(found, dict), f"{path}: expected a JSON object; give a Hugging Face model folder")
+    return found
+
+
+def architecture(folder: Path) -> str:
+    """The kind of model that a folder's config.json names."""
+    c = read_json(folder)
+    return (c.get("architectures") or [f"model type {c.get('model_type')}"])[0]
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape that a folder's config.json describes; anything this model cannot express raises UserError."""
+    path, c, kind = folder / "config.json", read_json(folder), architecture(folder)
     check(kind in KINDS, f"{path}: architecture {kind} is not supported; expected one of {', '.join(KINDS)}")
     check(c.get("hidden_act", "silu") == "silu", f"{path}: hidden_act is {c.get('hidden_act')!r}; only silu is supported")
     check(not c.get("mlp_bias"), f"{path}: mlp_bias is set; biases in the feed-forward are not supported")

@@ -24,13 +24,18 @@ def open_model(place: str, device: torch.device, tokenizer: str = "") -> tuple[T
     else:
         model, state = load_model(folder, device)
         name = tokenizer or state["tokenizer"]
+    return model, fitting_tokenizer(name, place, model.config.vocab_size)
+
+
+def fitting_tokenizer(name: str, place: str, vocab_size: int) -> Tokenizer:
+    """A tokenizer; UserError where it has tokens that the model at `place` does not know."""
     loaded = load_tokenizer(name)
     check(
-        loaded.vocab_size <= model.config.vocab_size,
-        f"{place}: tokenizer {name} has {loaded.vocab_size} tokens, but the model knows {model.config.vocab_size}; "
+        loaded.vocab_size <= vocab_size,
+        f"{place}: tokenizer {name} has {loaded.vocab_size} tokens, but the model knows {vocab_size}; "
         f"pass the model's own with --tokenizer",
     )
-    return model, loaded
+    return loaded
 
 
 def stop_tokens(place: str, tokenizer: Tokenizer) -> set[int]:

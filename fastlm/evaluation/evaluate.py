@@ -6,19 +6,26 @@ import dataclasses
 import hashlib
 import json
 from functools import partial
+from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from fastlm.config import EvalConfig, check
 from fastlm.data.sources import open_source
+from fastlm.errors import UserError
 from fastlm.evaluation import protocols
-from fastlm.evaluation.score import Result, segment_nats, summarise
-from fastlm.load import open_model
-from fastlm.model import pick_device
+from fastlm.evaluation.foreign import open_foreign
+from fastlm.evaluation.protocols import Protocol
+from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
+from fastlm.interop import KINDS, architecture, is_hugging_face
+from fastlm.load import fitting_tokenizer, open_model
+from fastlm.model import Transformer, pick_device
 from fastlm.monitor import wide_console
 from fastlm.options import nearest
+from fastlm.tokenizer import Tokenizer
 
 
 def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str], str]:
@@ -41,21 +48,48 @@ def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str]
     return documents, hashlib.sha256("".join(documents).encode()).hexdigest()[:16]
 
 
+def open_scorer(place: str, device: torch.device, tokenizer: str) -> tuple[Transformer | Logps, Tokenizer, int]:
+    """What scores with the model at `place`, its tokenizer, and its longest text in tokens."""
+    folder = Path(place)
+    if is_hugging_face(folder) and (kind := architecture(folder)) not in KINDS:
+        logps, longest, vocab_size = open_foreign(folder, kind, device)
+        return logps, fitting_tokenizer(tokenizer or place, place, vocab_size), longest
+    model, loaded = open_model(place, device, tokenizer)
+    return model, loaded, model.config.max_seq_len
+
+
+def views(wanted: list[str], documents: list[str], tokenizer: Tokenizer, longest: int, console: Console) -> list[Protocol]:
+    """The text as each protocol sees it; of all of them (none named) those that apply, and a line for each that does not."""
+    if wanted:
+        return [protocols.make(name, documents, tokenizer, longest) for name in wanted]
+    found: list[Protocol] = []
+    reasons: list[UserError] = []
+    for name in protocols.NAMES:
+        try:
+            found.append(protocols.make(name, documents, tokenizer, longest))
+        except UserError as e:
+            reasons.append(e)
+    if not found:
+        raise reasons[0]
+    for reason in reasons:
+        console.print(f"left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+    return found
+
+
 def evaluate(cfg: EvalConfig) -> int:
     """Score every model by every protocol; print a table, or JSON."""
     device = pick_device(cfg.device)
-    wanted = cfg.protocols.split(",")
+    wanted = cfg.protocols.split(",") if cfg.protocols else []
     for name in wanted:
         check(name in protocols.NAMES, f"unknown protocol {name!r}; {nearest(name, protocols.NAMES)}")
     documents, digest = read_documents(cfg.data, cfg.split, cfg.max_documents)
     rows: list[tuple[str, Result]] = []
     console = wide_console(stderr=cfg.json)
     for place in cfg.models.split(","):
-        model, tokenizer = open_model(place, device, cfg.tokenizer)
-        for name in wanted:
-            protocol = protocols.make(name, documents, tokenizer, model.config.max_seq_len)
+        model, tokenizer, longest = open_scorer(place, device, cfg.tokenizer)
+        for protocol in views(wanted, documents, tokenizer, longest, console):
             with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-                task = progress.add_task(f"{place}  {name}", total=sum(s.n_scored for s in protocol.segments))
+                task = progress.add_task(f"{place}  {protocol.name}", total=sum(s.n_scored for s in protocol.segments))
                 nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, partial(progress.advance, task))
             rows.append((place, summarise(protocol, nats)))
     if cfg.json:

@@ -47,7 +47,7 @@ class Protocol:
 def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int) -> Protocol:
     """The protocol's view of the documents for a model that sees at most max_len tokens.
 
-    Raises UserError where the text has too few tokens to score one.
+    Raises UserError where the text has too few tokens to score one, or to fill a window.
     """
     text = "".join(documents)
     words, size = len(text.split()), len(text.encode())
@@ -56,13 +56,19 @@ def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int
         words = sum(len(re.split(r"\s+", d)) for d in documents)  # as lm-eval counts them
     elif name == "line":
         lines = [line for line in text.splitlines() if line.strip()][:LINES]
-        ids = [tokenizer.encode(line)[: min(LINE_TOKENS, max_len)] for line in lines]
-        segments = [Segment(i, 1, n) for n, i in enumerate(ids) if len(i) > 1]
+        parts = [tokenizer.encode(line)[: min(LINE_TOKENS, max_len)] for line in lines]
+        segments = [Segment(part, 1, n) for n, part in enumerate(parts) if len(part) > 1]
         words, size = sum(len(line.split()) for line in lines), sum(len(line.encode()) for line in lines)
     else:
-        segments = window_segments(tokenizer.encode(text), min(WINDOW, max_len), STRIDE if name == "stride" else 0)
+        ids, window = tokenizer.encode(text), min(WINDOW, max_len)
+        if len(ids) < window:
+            raise UserError(f"protocol {name}: the text has {len(ids)} tokens, too few for a window of {window}; give a longer "
+                            f"text, or score it with --protocols line,word")  # fmt: skip
+        segments = window_segments(ids, window, STRIDE if name == "stride" else 0)
     if not segments:
-        raise UserError(f"protocol {name}: the text has too few tokens to score one; give a longer text")
+        raise UserError(
+            f"protocol {name}: the text has no line or document of two tokens, too few to score one; give a longer text"
+        )
     return Protocol(name, segments, words, size, "end-of-text before each document" if name == "word" else "none")
 
 

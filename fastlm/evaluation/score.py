@@ -16,16 +16,31 @@ from fastlm.model import Transformer
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}
 
 
+# log p (n,) of targets (n,), each predicted at its flat position index (n,) of tokens (B, T)
+Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def logps_of(model: Transformer) -> Logps:
+    """The head runs on the scored positions alone, and its logits are never all in memory."""
+
+    def logps(tokens: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+        h = model(tokens).flatten(0, 1)[index]
+        return kernels.linear_logprobs(h, model.head_weight, targets, vocab_size=model.config.vocab_size)
+
+    return logps
+
+
 @torch.no_grad()
 def segment_nats(
-    model: Transformer, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
+    model: Transformer | Logps, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:  # fmt: skip
     """-log p of each segment's scored tokens, nats, float64 (n_segments,).
 
     Longest first, in batches of at most batch_tokens padded tokens (0: by device). Padding stands behind a segment, where
-    causal attention never looks. The head runs on scored positions alone.
+    causal attention never looks.
     """
+    logps = logps_of(model) if isinstance(model, Transformer) else model
     budget = batch_tokens or BATCH_TOKENS[device.type]
     order = sorted(range(len(segments)), key=lambda i: -len(segments[i].ids))
     totals = torch.zeros(len(segments), dtype=torch.float64, device=device)
@@ -33,9 +48,8 @@ def segment_nats(
         length = len(segments[order[0]].ids) - 1
         batch, order = order[: max(1, budget // length)], order[max(1, budget // length) :]
         tokens, index, targets, owner = layout([segments[i] for i in batch], length)
-        h = model(tokens.to(device)).flatten(0, 1)[index.to(device)]
-        logps = kernels.linear_logprobs(h, model.head_weight, targets.to(device), vocab_size=model.config.vocab_size)
-        totals.index_add_(0, torch.tensor(batch)[owner].to(device), -logps.double())
+        scored = logps(tokens.to(device), index.to(device), targets.to(device))
+        totals.index_add_(0, torch.tensor(batch)[owner].to(device), -scored.double())
         progress(len(targets))
     return totals.cpu().numpy()
 

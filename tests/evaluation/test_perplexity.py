@@ -199,6 +199,100 @@ def test_a_mistake_is_one_line(extra, words, small_text, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_text_too_short_to_score_is_named(tokenizer):
-    with pytest.raises(UserError, match="too few tokens"):
-        make("window", ["a"], tokenizer, 40)
+@pytest.mark.parametrize(
+    ("name", "text"), [("window", "a"), ("stride", "a few words"), ("line", "a"), ("word", ""), ("line", " \n")]
+)
+def test_text_too_short_to_score_is_named(name, text, tokenizer):
+    with pytest.raises(UserError, match=f"protocol {name}: the text has .*too few") as caught:
+        make(name, [text], tokenizer, 40)
+    assert "\n" not in str(caught.value)
+
+
+def test_protocols_that_do_not_apply_are_left_out_unless_they_were_named(model, small_tokenizer, tmp_path, capsys):
+    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    (tmp_path / "short.txt").write_text("A few words.")
+    (tmp_path / "blank.txt").write_text(" \n\n ")
+    command = ["eval", str(tmp_path / "m"), "--data", str(tmp_path / "short.txt")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "left out: protocol window: the text has" in out
+    assert "left out: protocol stride: the text has" in out
+    assert main([*command, "--protocols", "line,window"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([*command[:-1], str(tmp_path / "blank.txt")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def foreign(tmp_path, kind: str, small_tokenizer, **options):
+    """A random model of an architecture that is not Llama's, as transformers saves it, with the tokenizer beside it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=384, **options)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.2 * torch.randn(p.shape)
+    theirs.save_pretrained(tmp_path / kind)
+    (tmp_path / kind / "tokenizer.json").write_text(small_tokenizer.read_text(encoding="utf-8"), encoding="utf-8")
+    return theirs, tmp_path / kind
+
+
+SMALL_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
+FOREIGN = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40},
+    "gpt_neox": SMALL_SHAPE | {"intermediate_size": 48},
+    "cohere": SMALL_SHAPE | {"intermediate_size": 48, "logit_scale": 0.3, "num_key_value_heads": 2},  # more than a head
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_architectures_are_scored_through_transformers(kind, small_tokenizer, model, tmp_path, capsys):
+    theirs, folder = foreign(tmp_path, kind, small_tokenizer, **FOREIGN[kind])
+    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "ours")
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = ["--data", str(tmp_path / "text.txt"), "--protocols", "stride,word", "--json"]
+    assert main(["eval", str(folder), str(tmp_path / "ours"), *data]) == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert [(r["model"], r["protocol"]) for r in rows] == [
+        (str(m), p) for m in (folder, tmp_path / "ours") for p in ("stride", "word")
+    ]
+    tokenizer = load_tokenizer(str(small_tokenizer))
+    documents = wikitext_documents(TEXT)
+    for row in rows[:2]:
+        nats = 0.0
+        for s in make(row["protocol"], documents, tokenizer, 40).segments:
+            ids = torch.tensor([s.ids])
+            logps = theirs(ids[:, :-1]).logits[0].double().log_softmax(-1)
+            nats -= logps.gather(1, ids[0, 1:, None])[s.start - 1 :].sum().item()
+        assert row["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda f: cut(f / "model.safetensors"), "transformers could not load"),
+        (lambda f: (f / "model.safetensors").unlink(), "transformers could not load"),
+        (lambda f: change(f, architectures=["NoSuchModel"], model_type="nosuch"), "(NoSuchModel)"),
+        (lambda f: change(f, n_layer=3), "is missing from its safetensors files"),
+        (lambda f: change(f, n_embd=64), "transformers could not load"),
+        (lambda f: (f / "tokenizer.json").unlink(), "a folder without tokenizer.json"),
+    ],
+)
+def test_a_fault_in_another_architecture_is_one_line(harm, words, small_tokenizer, small_text, tmp_path, capsys):
+    _, folder = foreign(tmp_path, "gpt2", small_tokenizer, **FOREIGN["gpt2"])
+    harm(folder)
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--data", str(small_text), "--max-documents", "1"]) == 2
+    error = capsys.readouterr().err
+    line = [part for part in error.splitlines() if part.startswith("fastlm: ")]
+    assert len(line) == 1
+    assert words in line[0]
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change(folder, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
