@@ -48,6 +48,19 @@ def dpo(argv: list[str]) -> int:
     return run(config)
 
 
+def pipeline(argv: list[str]) -> int:
+    """pretrain, SFT, DPO and their evaluation, in one resumable run"""
+    from fastlm.config import PipelineConfig
+    from fastlm.options import parse
+
+    config = parse(PipelineConfig, argv, "fastlm pipeline RECIPE", positional="recipe")
+    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.train.pipeline import pipeline as run
+
+    keep_large_blocks()
+    return run(config)
+
+
 def generate(argv: list[str]) -> int:
     """continue a prompt with a trained model"""
     from fastlm.config import GenerateConfig
@@ -169,6 +182,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "sft": sft,
     "dpo": dpo,
+    "pipeline": pipeline,
     "eval": evaluate,
     "generate": generate,
     "chat": chat,

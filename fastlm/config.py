@@ -277,8 +277,8 @@ class TuningConfig(StageConfig):
     """Optimizer steps (0: as many as the epochs need)."""
     epochs: float = 1.0
     """Passes over the data, where steps is 0."""
-    max_len: int = 512
-    """Longest example, tokens: of a longer one the start of the prompt goes first, then the end of the response."""
+    max_len: int = 0
+    """Longest example, tokens (0: the model's, at most 512); of a longer one the prompt's start goes first, then the end."""
     row_len: int = 0
     """Tokens per row, into which examples are packed (0: max_len; for pairs 4 max_len)."""
     held_out: float = 0.05
@@ -290,7 +290,7 @@ class TuningConfig(StageConfig):
         super().__post_init__()
         check(self.steps >= 0, f"steps is {self.steps}; it must not be negative")
         check(self.epochs > 0, f"epochs is {self.epochs}; it must be positive")
-        check(self.max_len > 1, f"max_len is {self.max_len}; it must be at least 2")
+        check(self.max_len >= 0, f"max_len is {self.max_len}; it must not be negative")
         check(self.row_len == 0 or self.row_len >= self.max_len,
               f"row_len is {self.row_len}, shorter than max_len {self.max_len}; lengthen it, or leave it 0")  # fmt: skip
         check(0 <= self.held_out < 1, f"held_out is {self.held_out}; it must lie in [0, 1)")
@@ -500,3 +500,19 @@ class EvalConfig:
         for name in ("max_documents", "batch_tokens"):
             value = getattr(self, name)
             check(value >= 0, f"{name} is {value}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Pretrain, SFT, DPO, and the evaluation of each; the same command again goes on where it stopped."""
+
+    recipe: str = "demo"
+    """Where the defaults come from: a shipped recipe or a .toml file with the tables pretrain, sft, dpo and eval."""
+    out: str = ""
+    """Folder of the three runs (default: runs/pipeline-RECIPE)."""
+    baseline: str = ""
+    """A model to compare with: a run or a Hugging Face folder (default: the pretrained one)."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

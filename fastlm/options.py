@@ -73,7 +73,8 @@ def override(config: T, values: dict[str, Any], where: str, prefix: str = "") ->
         check(name in types, f"{where}: unknown key {key!r}; {nearest(name, types)}")
         if dataclasses.is_dataclass(types[name]):
             check(isinstance(value, dict), f"{where}: {key} is {value!r}; it must be a table: [{key}]")
-            changes[name] = override(start.get(name, getattr(config, name)), value, where, f"{key}.")
+            base = load_recipe(types[name], value["recipe"]) if value.get("recipe") else getattr(config, name)
+            changes[name] = override(start.get(name, base), value, where, f"{key}.")
         else:
             changes[name] = coerce(key, types[name], value)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]

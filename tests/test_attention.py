@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from itertools import pairwise
@@ -55,7 +56,7 @@ def tree() -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
     spans = [list(range(a, b)) for a, b in pairwise(cu_seqlens.tolist())]
     seen = [(spans[p] if p >= 0 else []) + own for own, p in zip(spans, prompts, strict=True)]
     cu_seqlens_k = documents([*map(len, seen), 0, 0])[0]
-    keys = torch.tensor(sum(seen, []) + [-1] * 3)
+    keys = torch.tensor([*itertools.chain(*seen), -1, -1, -1])
     cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(2)])
     return cu_seqlens, (cu_seqlens_k, keys), document, torch.tensor(prompts)[document]
 

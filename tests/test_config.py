@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from fastlm.config import PRESETS, GenerateConfig, ModelConfig, OptimConfig, PretrainConfig
+from fastlm.config import (
+    PRESETS,
+    DpoConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimConfig,
+    PipelineConfig,
+    PretrainConfig,
+    SftConfig,
+)
 from fastlm.errors import UserError
 from fastlm.options import RECIPES, load_recipe, override, parse, to_toml
 
@@ -16,7 +25,7 @@ def pretrain(*argv: str) -> PretrainConfig:
 
 
 def test_every_shipped_recipe_loads():
-    stages = {"pretrain": PretrainConfig}
+    stages = {"pretrain": PretrainConfig, "sft": SftConfig, "dpo": DpoConfig, "pipeline": PipelineConfig}
     found = {stage: [p.stem for p in (RECIPES / stage).glob("*.toml")] for stage in stages}
     assert {"demo", "modern-253m"} <= set(found["pretrain"])
     for stage, names in found.items():

@@ -35,7 +35,8 @@ def dpo(cfg: DpoConfig) -> int:
 
     def logprobs(batch: PackedBatch) -> Tensor:
         with loop.autocast(run.device):
-            return model_logprobs(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())
+            function = model_logprobs if torch.is_grad_enabled() else run.model.logprobs  # validation compiles nothing more
+            return function(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())
 
     used = itertools.islice(run.layouts(0), run.cfg.steps)
     training = reference_logprobs(run, logprobs, run.train, itertools.chain.from_iterable(used), "training")
@@ -110,13 +111,13 @@ def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -
     return found
 
 
-@torch.no_grad()
 def reference_logprobs(
     run: tuning.Run, logprobs: Callable[[PackedBatch], Tensor], rows: PackedRows | None, used: Iterable[PackedBatch], name: str
 ) -> np.ndarray | None:
     """log p of each target by the model that the run starts from, (n_rows, row_len) fp32, NaN in rows that are not used.
 
-    used: the batches of the run. They are scored as they come in training, so that the first step's rewards are exactly 0.
+    used: the batches of the run. They are scored as they come in training and by the same program, which is why gradients
+    stay on: so the first step's rewards are 0.
     What the file for this model and these rows holds already is not computed again.
     """
     if rows is None or run.cfg.loss == "simpo":
@@ -135,7 +136,7 @@ def reference_logprobs(
     for batch in track(missing, f"reference, {name} pairs", console=run.console, transient=True,
                        disable=not run.console.is_terminal):  # fmt: skip
         real = batch.numbers >= 0
-        found[batch.numbers[real].numpy()] = logprobs(move(batch, run.device)).cpu()[real].numpy()
+        found[batch.numbers[real].numpy()] = logprobs(move(batch, run.device)).detach().cpu()[real].numpy()
     if missing:
         write_array(file, found)
     return found

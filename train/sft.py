@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from fastlm.config import Sampling, SftConfig
@@ -28,7 +29,8 @@ def sft(cfg: SftConfig) -> int:
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
         with loop.autocast(run.device):
-            return {"loss": model_loss(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())}
+            function = model_loss if torch.is_grad_enabled() else run.model.loss  # validation compiles nothing more
+            return {"loss": function(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())}
 
     def validate() -> dict[str, float]:
         held_out = (((batch,), batch.counted) for batch in run.held_out_batches())

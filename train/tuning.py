@@ -29,6 +29,8 @@ from fastlm.tokenizer import Tokenizer
 from fastlm.train import loop
 from fastlm.train.optim import make_optimizers
 
+MAX_LEN = 512  # of an example, where the options do not say
+
 C = TypeVar("C", bound=TuningConfig)
 
 
@@ -73,10 +75,9 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     resumed = checkpoint.locate(cfg.resume) if cfg.resume else None
     folder = Path(cfg.resume) if cfg.resume else loop.choose_run(cfg.out, f"{stage}-{Path(cfg.model).name}")
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
-    longest = model.config.max_seq_len
-    check(cfg.max_len <= longest, f"max_len is {cfg.max_len}, but the model's texts end at {longest}; pass --max-len {longest}")
+    cfg = with_lengths(cfg, model.config.max_seq_len, group)
     examples = load(cfg.data, tokenizer, cfg.max_len, cfg.template, cfg.bad_rows, cfg.held_out, loop.cache_folder(cfg.cache))
-    train, held_out = pack_examples(examples, cfg.row_len or cfg.max_len * (4 if group > 1 else 1), group, share)
+    train, held_out = pack_examples(examples, cfg.row_len, group, share)
     cfg = dataclasses.replace(cfg, steps=cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_rows))
 
     model.train()
@@ -96,6 +97,13 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     run.say(f"Rows:  {len(examples.train) // group:,} training {what} in {len(train):,} rows of {train.row_len}, "
             f"{train.real_share:.1%} of the slots real; {len(examples.validation) // group:,} held out")  # fmt: skip
     return run
+
+
+def with_lengths(cfg: C, longest: int, group: int) -> C:
+    """The options with max_len and row_len settled for a model whose texts end at `longest`."""
+    check(cfg.max_len <= longest, f"max_len is {cfg.max_len}, but the model's texts end at {longest}; pass --max-len {longest}")
+    max_len = cfg.max_len or min(longest, MAX_LEN)
+    return dataclasses.replace(cfg, max_len=max_len, row_len=cfg.row_len or max_len * (4 if group > 1 else 1))
 
 
 def go_on(run: Run) -> None:

@@ -1,0 +1,165 @@
+"""The whole chain: pretrain, SFT, DPO, and one table of what each did. The same command again goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastlm import checkpoint
+from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig, check
+from fastlm.data.examples import load_instructions, load_preferences, pack_examples
+from fastlm.data.packing import PackedRows, packed_epoch
+from fastlm.data.prefetch import move
+from fastlm.evaluation import protocols
+from fastlm.evaluation.evaluate import read_documents
+from fastlm.evaluation.score import segment_nats, summarise
+from fastlm.load import open_model
+from fastlm.model import Transformer, count_parameters, pick_device
+from fastlm.monitor import perplexity, wide_console
+from fastlm.options import load_run, to_toml
+from fastlm.tokenizer import Tokenizer
+from fastlm.train import loop, preference
+from fastlm.train.dpo import dpo
+from fastlm.train.pretrain import pretrain
+from fastlm.train.sft import sft
+from fastlm.train.tuning import with_lengths
+
+Row = dict[str, Any]
+
+
+def pipeline(cfg: PipelineConfig) -> int:
+    """Run the stages that are not done yet, score every model, print the table. Returns the exit code of a stopped stage."""
+    out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")
+    options = to_toml(cfg)
+    noted = out / "config.toml"
+    if noted.is_file():
+        same = noted.read_text(encoding="utf-8") == options
+        check(same, f"{out} was begun with other options; give the same ones to go on, or choose another --out")
+    else:
+        check(not out.exists() or not any(out.iterdir()), f"{out} is not empty; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomic(noted, options)
+    folders = {name: out / name for name in ("pretrain", "sft", "dpo")}
+    stages = (
+        partial(run_stage, pretrain, cfg.pretrain, folders["pretrain"]),
+        partial(run_stage, sft, dataclasses.replace(cfg.sft, model=str(folders["pretrain"])), folders["sft"]),
+        partial(run_stage, dpo, dataclasses.replace(cfg.dpo, model=str(folders["sft"])), folders["dpo"]),
+    )
+    for stage in stages:
+        code = stage()
+        if code:
+            print(f"The pipeline goes on with the same command: fastlm pipeline {cfg.recipe} --out {out}")
+            return code
+    places = {"baseline": cfg.baseline} if cfg.baseline else {}
+    places |= {"pretrained": str(folders["pretrain"]), "+ SFT": str(folders["sft"]), "+ DPO": str(folders["dpo"])}
+    rows = []
+    Console().rule("[bold]evaluation")
+    for name, place in places.items():
+        print(f"scoring {place}")
+        rows.append({"model": name} | score(cfg, place))
+    checkpoint.write_atomic(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    show(wide_console(), cfg, rows)
+    return 0
+
+
+def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | DpoConfig, folder: Path) -> int:
+    """Start a stage, go on with it, or leave it where it is done. Returns its exit code."""
+    Console().rule(f"[bold]{folder.name}")
+    saved = checkpoint.steps_saved(folder / "checkpoints")
+    if not saved:  # stopped before its first checkpoint, or not begun
+        shutil.rmtree(folder, ignore_errors=True)
+        return stage(dataclasses.replace(cfg, out=str(folder)))
+    begun = load_run(type(cfg), str(folder))
+    if checkpoint.read_state(saved[-1])["step"] >= begun.steps:
+        print(f"done: {saved[-1]}")
+        return 0
+    return stage(dataclasses.replace(begun, resume=str(folder)))
+
+
+def score(cfg: PipelineConfig, place: str) -> Row:
+    """What one model is worth on the held-out text, the held-out answers and the held-out preferences."""
+    device = pick_device(cfg.eval.device)
+    model, tokenizer = open_model(place, device)
+    documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
+    row: Row = {"place": place, "parameters": count_parameters(model.config), "text": cfg.eval.data, "text_sha256": digest}
+    for name in cfg.eval.protocols.split(","):
+        protocol = protocols.make(name, documents, tokenizer, model.config.max_seq_len)
+        nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
+        row[name] = dataclasses.asdict(summarise(protocol, nats))
+    row["answer_perplexity"] = answer_perplexity(cfg.sft, model, tokenizer, device)
+    row["prefers_chosen"] = prefers_chosen(cfg.dpo, model, tokenizer, device)
+    return row
+
+
+@torch.no_grad()
+def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> float | None:
+    """exp of the mean -log p of the tokens of held-out answers, their end-of-text included; None where none are held out."""
+    rows = held_out(load_instructions, cfg, model, tokenizer)
+    if rows is None:
+        return None
+
+    def loss(batch):
+        with loop.autocast(device):
+            return {"loss": model.loss(batch.x, batch.y, **batch.layout())}
+
+    batches = (((b,), b.counted) for b in packed_epoch(rows, 4))
+    return perplexity(loop.validate(loss, batches, device)["loss"])
+
+
+@torch.no_grad()
+def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> float | None:
+    """Share of held-out pairs whose chosen answer has the higher log p per token; None where none are held out."""
+    rows = held_out(load_preferences, cfg, model, tokenizer, group=2)
+    if rows is None:
+        return None
+    right = pairs = 0
+    for batch in (move(b, device) for b in packed_epoch(rows, 1)):
+        with loop.autocast(device):
+            logps = model.logprobs(batch.x, batch.y, **batch.layout())
+        member = preference.membership(batch.unit, batch.units)
+        means = preference.of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)
+        right += int((means[:, 0] > means[:, 1]).sum())
+        pairs += len(means)
+    return right / pairs
+
+
+def held_out(
+    load: Callable[..., Any], cfg: SftConfig | DpoConfig, model: Transformer, tokenizer: Tokenizer, group: int = 1
+) -> PackedRows | None:
+    """The stage's own held-out rows, as long as the model can read."""
+    cfg, cache = with_lengths(cfg, model.config.max_seq_len, group), loop.cache_folder(cfg.cache)
+    examples = load(cfg.data, tokenizer, cfg.max_len, cfg.template, cfg.bad_rows, cfg.held_out, cache)
+    return pack_examples(examples, cfg.row_len, group, share=group > 1)[1]
+
+
+def show(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
+    """The table: each protocol's perplexity, against the first row, and what the tuning stages are for."""
+    names = cfg.eval.protocols.split(",")
+    first = rows[0]["model"]
+    scores = [f"perplexity ({name})" for name in names]
+    table = Table("model", "parameters", *scores, f"vs {first}", "held-out answers", "prefers chosen", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        change = row[names[0]]["perplexity"] / rows[0][names[0]]["perplexity"] - 1
+        answers, chosen = row["answer_perplexity"], row["prefers_chosen"]
+        table.add_row(
+            row["model"], f"{row['parameters'] / 1e6:.1f}M", *[f"{row[n]['perplexity']:.2f}" for n in names],
+            "" if row is rows[0] else f"{change:+.0%}", "" if answers is None else f"{answers:.2f}",
+            "" if chosen is None else f"{chosen:.1%}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"perplexity: of {cfg.eval.data} (SHA-256 {rows[0]['text_sha256']}); held-out answers: perplexity of {cfg.sft.data};\n"
+        f"prefers chosen: pairs of {cfg.dpo.data} whose chosen answer has the higher log-probability per token",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
