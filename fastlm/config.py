@@ -176,6 +176,8 @@ class StageConfig:
     """Run folder to go on with; its own configuration is used, and only --steps and the logging options may change."""
     cache: str = ""
     """Where tokenised data is kept (default: the user's cache folder)."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What to do about rows of data that cannot be read: stop, or count and skip them."""
     steps: int = 150
     """Optimizer steps."""
     batch_rows: int = 8
@@ -283,8 +285,6 @@ class TuningConfig(StageConfig):
     """Tokens per row, into which examples are packed (0: max_len; for pairs 4 max_len)."""
     held_out: float = 0.05
     """Share of the examples held out for validation, where the data has no validation split."""
-    bad_rows: Literal["fail", "skip"] = "fail"
-    """What to do about rows that cannot be read: stop, or count and skip them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ from fastlm.config import PretrainConfig, Sampling, check
 from fastlm.data.batches import isolate_documents, row_batch, validation_batches
 from fastlm.data.mixture import Mixture
 from fastlm.data.prefetch import prefetch
-from fastlm.data.shards import prepare
+from fastlm.data.shards import Settings, prepare
 from fastlm.data.tokens import Tokens, unigram_perplexity
 from fastlm.generate import generate
 from fastlm.kernels import cpu
@@ -48,7 +48,8 @@ def pretrain(cfg: PretrainConfig) -> int:
         f"{cfg.model.vocab_size}; pass --model.vocab-size {tokenizer.vocab_size}",
     )
     with showing_bytes(console) as progress:
-        data = prepare(cfg.data, tokenizer, loop.cache_folder(cfg.cache), progress)
+        settings = Settings(on_bad_row=cfg.bad_rows)
+        data = prepare(cfg.data, tokenizer, loop.cache_folder(cfg.cache), progress, settings)
     train, held_out = data.train, data.validation[: cfg.validation_tokens]
     row_batch(train, 0, cfg.batch_rows, cfg.seq_len, cfg.seed)  # says so now if the text is too short
 

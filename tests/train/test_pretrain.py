@@ -267,3 +267,37 @@ def test_a_shortlist_learns_what_the_whole_softmax_learns_and_resumes_bit_for_bi
     assert main(["pretrain", "--resume", str(tmp_path / "short")]) == 0
     assert losses(tmp_path / "short") == before
     assert (last / "model.safetensors").read_bytes() == expected
+
+
+def test_isolated_documents_train_the_same_whatever_the_micro_batches(small_run, small_text, tmp_path):
+    words = small_text.read_text(encoding="utf-8").split()
+    texts = [" ".join(words[i : i + 9]) for i in range(0, 4000, 9)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    common = [*small_run, "--data", str(data), "--steps", "4", "--validate-every", "0", "--isolate-documents"]
+    for name, extra in (("whole", []), ("parts", ["--micro-batch-rows", "2"]), ("short", ["--shortlist", "64"])):
+        assert main(["pretrain", *common, *extra, "--out", str(tmp_path / name)]) == 0
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert list(whole.values()) == pytest.approx(list(parts.values()), rel=1e-5)
+    assert main(["pretrain", *common[:-1], "--out", str(tmp_path / "joined")]) == 0
+    assert losses(tmp_path / "joined") != whole
+
+
+def test_tokens_of_each_source_of_a_mixture_are_logged(small_run, small_text, tmp_path):
+    half = len(small_text.read_text(encoding="utf-8")) // 2
+    for name, part in (("a", slice(0, half)), ("b", slice(half, None))):
+        (tmp_path / f"{name}.txt").write_text(small_text.read_text(encoding="utf-8")[part], encoding="utf-8")
+    data = f"{tmp_path}/a.txt:3, {tmp_path}/b.txt:1"
+    assert main(["pretrain", *small_run, "--data", data, "--steps", "8", "--out", str(tmp_path / "run")]) == 0
+    counts = [r["tokens_by_source"] for r in rows(tmp_path / "run") if "loss" in r]
+    assert [sum(c.values()) for c in counts] == [256 * n for n in range(1, 9)]
+    first, second = counts[-1].values()
+    assert first / second == pytest.approx(3, rel=0.15)
+
+
+def test_bad_rows_stop_the_run_or_are_skipped(small_run, small_text, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": part}) for part in small_text.read_text(encoding="utf-8").split("\n\n")]
+    data.write_text("\n".join([*lines[:3], "{broken", *lines[3:]]), encoding="utf-8")
+    assert "rows.jsonl:4" in mistake([*small_run, "--data", str(data), "--out", str(tmp_path / "run")], capsys)
+    assert main(["pretrain", *small_run, "--data", str(data), "--bad-rows", "skip", "--out", str(tmp_path / "run")]) == 0
