@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed or not
 
+from language_models import LANGUAGE_MODELS
+
 SHAPE = {"full": (50257, 384, 6, 6, 1024, 8, 256), "small": (512, 64, 2, 4, 128, 2, 32)}
 BACKEND = {"full": "inductor", "small": "eager"}  # the smoke test leaves the code generation out
 HEAD = {"full": (4096, 384, 50257), "small": (64, 32, 512)}
@@ -110,6 +112,7 @@ CONTENDERS: dict[str, Callable[[str], Callable[[], None]]] = {
     "torch head": lambda size: head(size, F.linear_cross_entropy),
     "plain head": lambda size: head(size, lambda h, w, t: F.cross_entropy(h @ w.t(), t)),
     "matmul": matmul,
+    **LANGUAGE_MODELS,
 }
 
 
