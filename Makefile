@@ -6,7 +6,7 @@ BIN := .venv/bin
 CMAKE_PYTHON = -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test gpu lint native sanitize mutate clean
+.PHONY: demo test gpu bench lint native sanitize mutate architectures clean
 
 demo: .venv/user
 	$(BIN)/fastlm pretrain --compile
@@ -19,6 +19,13 @@ test: .venv/developer
 # 9 minutes, into bench/results. Nothing is installed. Without a GPU: a rehearsal, small.
 gpu:
 	$(PYTHON) bench/gpu.py
+
+# Every benchmark that runs on this machine, the peers installed first: about half an hour on two slow cores.
+bench: .venv/developer
+	$(INSTALL) '.[bench]'
+	$(BIN)/python -m pytest bench --benchmark
+	$(BIN)/python bench/cpu_scale.py
+	$(BIN)/fastlm bench report
 
 lint: .venv/developer
 	$(BIN)/ruff check .
@@ -49,6 +56,10 @@ sanitize: .venv/developer
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/kernels $(BIN)/python -m pytest -q -p sanitized \
 		-p no:cacheprovider -k native tests/kernels
+
+# Each kernel in each width, dtype and architecture through the compilers: a quarter of an hour.
+architectures: .venv/developer
+	$(BIN)/python -m pytest -q --noconftest -p no:cacheprovider -n 2 tests/kernels/compiled/every_configuration.py
 
 # Do the kernel tests notice? Plants one fault after the other in a copy of the project and runs them there: half an hour.
 mutate: .venv/developer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -217,6 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"fastlm: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("fastlm: interrupted", file=sys.stderr)
         return 130

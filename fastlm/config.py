@@ -171,7 +171,7 @@ class StageConfig:
     recipe: str = "demo"
     """Where the defaults come from: a shipped recipe or a .toml file."""
     out: str = ""
-    """Run folder (default: runs/STAGE-RECIPE); it must not hold another run."""
+    """Run folder (default: one under runs/, named after the stage); it must not hold another run."""
     resume: str = ""
     """Run folder to go on with; its own configuration is used, and only --steps and the logging options may change."""
     cache: str = ""

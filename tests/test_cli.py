@@ -67,3 +67,13 @@ def test_kernels_refuses_what_it_does_not_know(capsys):
     assert "no target 'sm_91'" in capsys.readouterr().err
     assert main(["kernels", "--against", "ligr"]) == 2
     assert "did you mean liger" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_the_output_quietly():
+    command = [sys.executable, "-c", "import sys; from fastlm.cli import main; sys.exit(main(['sft', '--help']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.close()  # as head does
+        _, error = child.communicate()
+    assert child.returncode == 141
+    assert error == ""

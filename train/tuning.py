@@ -146,7 +146,14 @@ def end(run: Run, stage: str, stopped: int, monitor: Monitor, seconds: float, re
     run.say(f"\nTraining loss   {sparkline(monitor.losses)}")
     result()
     run.say(f"Time {seconds:.0f} s, peak memory {peak_gib(run.device):.1f} GiB")
-    run.say(f"\nCheckpoint: {checkpoint.locate(run.folder)}")
+    run.say(f"\nCheckpoint: {checkpoint.locate(run.folder)}\nNext:")
+    for command, purpose in ({
+        "sft": {f"fastlm chat {run.folder}": "talk to this model",
+                f"fastlm dpo {run.folder} --data FILE.jsonl": "teach it which answers are preferred"},
+        "dpo": {f"fastlm chat {run.folder}": "talk to this model",
+                f"fastlm export {run.folder} --to DIR": "a folder that transformers, vLLM and llama.cpp load"},
+    }[stage].items()):  # fmt: skip
+        run.say(f"  {command:58} {purpose}")
     return 0
 
 
