@@ -136,6 +136,17 @@ def evaluate(argv: list[str]) -> int:
     return run(config)
 
 
+def lm_eval(argv: list[str]) -> int:
+    """lm-eval's tasks with a model; its own options follow"""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("which model? give a run or a Hugging Face folder: fastlm lm-eval runs/sft-demo --tasks TASK,...")
+    from fastlm.harness import lm_eval_command
+    from fastlm.kernels.cpu import keep_large_blocks
+
+    keep_large_blocks()
+    return lm_eval_command(argv[0], argv[1:])
+
+
 def kernels(argv: list[str]) -> int:
     """registers, traffic and projected time of every Triton kernel, without a GPU"""
     import json
@@ -185,6 +196,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "dpo": dpo,
     "pipeline": pipeline,
     "eval": evaluate,
+    "lm-eval": lm_eval,
     "generate": generate,
     "chat": chat,
     "export": export,

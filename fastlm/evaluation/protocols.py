@@ -87,14 +87,17 @@ def window_segments(ids: list[int], window: int, stride: int) -> list[Segment]:
 
 
 def word_segments(documents: Sequence[str], tokenizer: Tokenizer, max_len: int) -> list[Segment]:
-    """lm-eval's rolling windows: end-of-text first, then max_len new tokens a window; the last one reaches back."""
+    encoded = (tokenizer.encode(detokenise(document)) for document in documents)
+    return [s for n, ids in enumerate(encoded) for s in rolling(ids, tokenizer.eos_id, max_len, n)]
+
+
+def rolling(ids: list[int], first: int, max_len: int, document: int) -> list[Segment]:
+    """lm-eval's rolling windows of a document: the id `first`, then max_len new tokens a window; the last one reaches back."""
     out = []
-    for n, document in enumerate(documents):
-        ids = tokenizer.encode(detokenise(document))
-        for begin in range(0, len(ids), max_len):
-            end = min(begin + max_len, len(ids))
-            first = [tokenizer.eos_id, *ids[:end]] if begin == 0 else ids[max(0, end - max_len - 1) : end]
-            out.append(Segment(first, len(first) - (end - begin), n))
+    for begin in range(0, len(ids), max_len):
+        end = min(begin + max_len, len(ids))
+        seen = [first, *ids[:end]] if begin == 0 else ids[end - max_len - 1 : end]
+        out.append(Segment(seen, len(seen) - (end - begin), document))
     return out
 
 

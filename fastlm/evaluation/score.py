@@ -30,28 +30,38 @@ def logps_of(model: Transformer) -> Logps:
     return logps
 
 
-@torch.no_grad()
 def segment_nats(
     model: Transformer | Logps, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:  # fmt: skip
-    """-log p of each segment's scored tokens, nats, float64 (n_segments,).
+    """-log p of each segment's scored tokens, nats, float64 (n_segments,); the other arguments as in segment_sums()."""
+    logps = logps_of(model) if isinstance(model, Transformer) else model
+    return -segment_sums(logps, segments, device, batch_tokens, progress)
+
+
+@torch.no_grad()
+def segment_sums(
+    score: Logps, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
+    progress: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:  # fmt: skip
+    """The sum over each segment's scored tokens of what score() gives for one, (n) or (n, k): float64 (n_segments[, k]).
 
     Longest first, in batches of at most batch_tokens padded tokens (0: by device). Padding stands behind a segment, where
     causal attention never looks.
     """
-    logps = logps_of(model) if isinstance(model, Transformer) else model
     budget = batch_tokens or BATCH_TOKENS[device.type]
     order = sorted(range(len(segments)), key=lambda i: -len(segments[i].ids))
-    totals = torch.zeros(len(segments), dtype=torch.float64, device=device)
+    totals: Tensor | None = None
     while order:
         length = len(segments[order[0]].ids) - 1
         batch, order = order[: max(1, budget // length)], order[max(1, budget // length) :]
         tokens, index, targets, owner = layout([segments[i] for i in batch], length)
-        scored = logps(tokens.to(device), index.to(device), targets.to(device))
-        totals.index_add_(0, torch.tensor(batch)[owner].to(device), -scored.double())
+        scored = score(tokens.to(device), index.to(device), targets.to(device)).double()
+        if totals is None:
+            totals = scored.new_zeros(len(segments), *scored.shape[1:])
+        totals.index_add_(0, torch.tensor(batch)[owner].to(device), scored)
         progress(len(targets))
-    return totals.cpu().numpy()
+    return np.zeros(0) if totals is None else totals.cpu().numpy()
 
 
 def layout(segments: Sequence[Segment], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
