@@ -54,7 +54,7 @@ def score_pairs(model: Transformer, pairs: Sequence[tuple[list[int], list[int]]]
     for n, (context, continuation) in enumerate(pairs):
         ids = [*context, *continuation][-model.config.max_seq_len - 1 :]
         segments.append(Segment(ids, max(1, len(ids) - len(continuation)), n))
-    sums = segment_sums(logps_and_misses(model), segments, model.embedding.device)
+    sums = segment_sums(logps_and_misses(model), segments, model.embedding.device, width=(2,))
     return [(float(logp), float(misses) == 0) for logp, misses in sums]
 
 

@@ -91,7 +91,7 @@ def score(cfg: PipelineConfig, place: str) -> Row:
     model, tokenizer = open_model(place, device)
     documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
     row: Row = {"place": place, "parameters": count_parameters(model.config), "text": cfg.eval.data, "text_sha256": digest}
-    for name in cfg.eval.protocols.split(","):
+    for name in protocols.chosen(cfg.eval.protocols) or protocols.NAMES:
         protocol = protocols.make(name, documents, tokenizer, model.config.max_seq_len)
         nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
         row[name] = dataclasses.asdict(summarise(protocol, nats))
@@ -143,7 +143,7 @@ def held_out(
 
 def show(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
     """The table: each protocol's perplexity, against the first row, and what the tuning stages are for."""
-    names = cfg.eval.protocols.split(",")
+    names = protocols.chosen(cfg.eval.protocols) or protocols.NAMES
     first = rows[0]["model"]
     scores = [f"perplexity ({name})" for name in names]
     table = Table("model", "parameters", *scores, f"vs {first}", "held-out answers", "prefers chosen", box=None)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,7 +27,6 @@ from fastlm.interop import KINDS, architecture, is_hugging_face
 from fastlm.load import fitting_tokenizer, open_model
 from fastlm.model import Transformer, pick_device
 from fastlm.monitor import wide_console
-from fastlm.options import nearest
 from fastlm.tokenizer import Tokenizer
 
 
@@ -78,13 +80,31 @@ def views(wanted: list[str], documents: list[str], tokenizer: Tokenizer, longest
 
 def evaluate(cfg: EvalConfig) -> int:
     """Score every model by every protocol; print a table, or JSON."""
-    device = pick_device(cfg.device)
-    wanted = cfg.protocols.split(",") if cfg.protocols else []
-    for name in wanted:
-        check(name in protocols.NAMES, f"unknown protocol {name!r}; {nearest(name, protocols.NAMES)}")
+    device, wanted = pick_device(cfg.device), protocols.chosen(cfg.protocols)
+    with joined(device) as first:
+        return report(cfg, device, wanted, first)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[bool]:
+    """Under torchrun, one of its processes while the context lasts, with a GPU of its own. Whether this is the first."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield True
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(dist.get_node_local_rank())
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool) -> int:
     documents, digest = read_documents(cfg.data, cfg.split, cfg.max_documents)
     rows: list[tuple[str, Result]] = []
     console = wide_console(stderr=cfg.json)
+    console.quiet = not first
     for place in cfg.models.split(","):
         model, tokenizer, longest = open_scorer(place, device, cfg.tokenizer)
         for protocol in views(wanted, documents, tokenizer, longest, console):
@@ -92,11 +112,11 @@ def evaluate(cfg: EvalConfig) -> int:
                 task = progress.add_task(f"{place}  {protocol.name}", total=sum(s.n_scored for s in protocol.segments))
                 nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, partial(progress.advance, task))
             rows.append((place, summarise(protocol, nats)))
-    if cfg.json:
+    if cfg.json and first:
         print(json.dumps({"data": cfg.data, "text_sha256": digest,
                           "results": [{"model": place, **dataclasses.asdict(r)} for place, r in rows]}, indent=1))  # fmt: skip
-        return 0
-    show(console, cfg, digest, rows)
+    elif not cfg.json:
+        show(console, cfg, digest, rows)
     return 0
 
 

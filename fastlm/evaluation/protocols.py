@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fastlm.errors import UserError
+from fastlm.options import nearest
 from fastlm.tokenizer import Tokenizer
 
 NAMES = ("window", "stride", "line", "word")
@@ -42,6 +43,15 @@ class Protocol:
     words: int
     text_bytes: int
     bos: str
+
+
+def chosen(names: str) -> list[str]:
+    """The protocols of a list with commas, none of an empty one; UserError for a name that is none."""
+    found = names.split(",") if names else []
+    for name in found:
+        if name not in NAMES:
+            raise UserError(f"unknown protocol {name!r}; {nearest(name, NAMES)}")
+    return found
 
 
 def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int) -> Protocol:

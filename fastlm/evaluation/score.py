@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastlm import kernels
 from fastlm.evaluation.protocols import Protocol, Segment
 from fastlm.model import Transformer
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}
+BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}  # more is no faster
 
 
 # log p (n,) of targets (n,), each predicted at its flat position index (n,) of tokens (B, T)
@@ -35,33 +37,59 @@ def segment_nats(
     progress: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:  # fmt: skip
     """-log p of each segment's scored tokens, nats, float64 (n_segments,); the other arguments as in segment_sums()."""
-    logps = logps_of(model) if isinstance(model, Transformer) else model
-    return -segment_sums(logps, segments, device, batch_tokens, progress)
+    if not isinstance(model, Transformer):
+        return -segment_sums(model, segments, device, batch_tokens, progress)
+    return -segment_sums(logps_of(model), segments, device, batch_tokens or tokens_that_fit(model, device), progress)
+
+
+def tokens_that_fit(model: Transformer, device: torch.device) -> int:
+    """Tokens of a pass that needs at most half of the free memory: the widest moment holds gate_up, SwiGLU's result, the
+    stream and a layer's q, k, v, each fp32 at most."""
+    c = model.config
+    each = 4 * (3 * c.ffn_dim + 6 * c.dim + 2 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
+    return max(1024, min(BATCH_TOKENS[device.type], free // 2 // each))
+
+
+def free_ram() -> int:
+    """Bytes; without such a count on this system, as if there were plenty."""
+    names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
+    return os.sysconf(names[0]) * os.sysconf(names[1]) if all(n in os.sysconf_names for n in names) else 1 << 40
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number and how many there are: torchrun's, once the command has joined them."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 @torch.no_grad()
 def segment_sums(
     score: Logps, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], None] = lambda n: None, width: tuple[int, ...] = (),
 ) -> np.ndarray:  # fmt: skip
-    """The sum over each segment's scored tokens of what score() gives for one, (n) or (n, k): float64 (n_segments[, k]).
+    """The sum over each segment's scored tokens of what score() gives for one, of shape width: float64 (n_segments, *width).
 
     Longest first, in batches of at most batch_tokens padded tokens (0: by device). Padding stands behind a segment, where
-    causal attention never looks.
+    causal attention never looks. Of several processes each takes every so-manieth batch, and all get the whole result.
     """
     budget = batch_tokens or BATCH_TOKENS[device.type]
     order = sorted(range(len(segments)), key=lambda i: -len(segments[i].ids))
-    totals: Tensor | None = None
+    totals = torch.zeros(len(segments), *width, dtype=torch.float64, device=device)
+    (rank, world), turn = ranks(), 0
     while order:
         length = len(segments[order[0]].ids) - 1
         batch, order = order[: max(1, budget // length)], order[max(1, budget // length) :]
+        turn += 1
+        if turn % world != rank:
+            continue
         tokens, index, targets, owner = layout([segments[i] for i in batch], length)
         scored = score(tokens.to(device), index.to(device), targets.to(device)).double()
-        if totals is None:
-            totals = scored.new_zeros(len(segments), *scored.shape[1:])
         totals.index_add_(0, torch.tensor(batch)[owner].to(device), scored)
         progress(len(targets))
-    return np.zeros(0) if totals is None else totals.cpu().numpy()
+    if world > 1:
+        dist.all_reduce(totals)
+    return totals.cpu().numpy()
 
 
 def layout(segments: Sequence[Segment], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

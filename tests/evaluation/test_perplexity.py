@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +128,23 @@ def test_total_nats_do_not_depend_on_the_batches(model, tokenizer):
     for budget in (1, 50, 97):
         assert segment_nats(model, segments, CPU, batch_tokens=budget) == pytest.approx(whole, rel=1e-5)
         assert segment_nats(model, segments, CPU, batch_tokens=budget).sum() == pytest.approx(whole.sum(), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_total_nats_do_not_depend_on_the_number_of_processes(model, small_tokenizer, tmp_path):
+    """The command under torchrun, two processes and gloo, against one; only the first prints."""
+    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = ["-m", "fastlm", "eval", str(tmp_path / "m"), "--data", str(tmp_path / "text.txt"), "--json", "--device", "cpu",
+               "--batch-tokens", "80"]  # fmt: skip
+    run = partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    alone = json.loads(run([sys.executable, *command]).stdout)["results"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = json.loads(run([sys.executable, *launcher, *command]).stdout)["results"]
+    assert [r["protocol"] for r in together] == list(protocols.NAMES)
+    for a, b in zip(alone, together, strict=True):
+        assert b["nats"] == pytest.approx(a["nats"], rel=1e-6)
+        assert b["low"] == pytest.approx(a["low"], rel=1e-6)
 
 
 @pytest.mark.parametrize("vocab_size", [384, 385])
