@@ -74,6 +74,16 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file whose peer is not installed is a row as well."""
+    report = yield
+    if report.skipped:
+        where = {"group": collector.path.stem.removeprefix("test_"), "case": "all", "peer": "case"}
+        keep(collector.config, [where | {"missing": str(report.longrepr[2]).removeprefix("Skipped: ")[:300]}])
+    return report
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session) -> None:
     old = session.config.getoption("--compare")

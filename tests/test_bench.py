@@ -144,9 +144,10 @@ def test_a_case_that_raises_and_one_that_was_not_reached_are_rows(bench):
     assert python("-m", "pytest", "-q", ".", "--results", "now.json", cwd=bench).returncode == 1
     rows = json.loads((bench / "now.json").read_text())["rows"]
     assert [r["failed"] for r in rows] == ["ZeroDivisionError: division by zero"]
+    (bench / "test_skipped.py").write_text("import pytest\npytest.importorskip('absent', reason='no peer')\n", encoding="utf-8")
     assert python("-m", "pytest", "-q", ".", "--results", "late.json", "--seconds", "0", cwd=bench).returncode == 0
     rows = json.loads((bench / "late.json").read_text())["rows"]
-    assert [r["missing"] for r in rows] == ["not run: 0 seconds were over"]
+    assert {r["group"]: r["missing"] for r in rows} == {"sleepers": "not run: 0 seconds were over", "skipped": "no peer"}
 
 
 @pytest.mark.slow
