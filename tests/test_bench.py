@@ -106,6 +106,9 @@ def test_only_ratios_that_fall_beyond_the_noise_are_regressions():
     old = [row("ours", 1.0), row("peer", 2.0, 2.0), row("gone", 1.0, 1.0)]
     within = 2.0 * (1 - results.NOISE) + 0.01
     assert not results.falls(old, [row("ours", 9.0), row("peer", 9.0, within)])
+    noisy = row("peer", 2.0, 1.6)
+    noisy["ratio"]["q90"] = 2.1
+    assert not results.falls(old, [noisy])
     assert "from 2.00 to 1.60" in results.falls(old, [row("peer", 2.0, 1.6)])[0]
     assert "out of memory" in results.falls(old, [{"group": "g", "case": "c", "peer": "peer", "failed": "out of memory"}])[0]
     assert not results.falls(old, [{"group": "g", "case": "c", "peer": "never", "failed": "out of memory"}])
