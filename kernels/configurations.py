@@ -59,13 +59,15 @@ def _norm(width: int, dtype: torch.dtype, add: bool, direction: str) -> Case:
 
 
 def _rope(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, inverse: bool) -> Case:
+    table = torch.float16 if dtype.itemsize == 2 else torch.float32  # as the model holds them
+
     def launch(make: Make, rows: int) -> object:
         packed = make(1, rows, heads + 2 * kv_heads, head_dim, dtype=dtype)
         q, k, _ = packed.split([heads, kv_heads, kv_heads], 2)
-        cos, sin = (make(rows, head_dim // 2, dtype=torch.float32) for _ in range(2))
+        cos, sin = (make(rows, head_dim // 2, dtype=table) for _ in range(2))
         return rope._launch(q, k, cos, sin, None, inverse)
 
-    floor = 2 * (heads + kv_heads) * head_dim * dtype.itemsize + 4 * head_dim // SEQUENCES
+    floor = 2 * (heads + kv_heads) * head_dim * dtype.itemsize + table.itemsize * head_dim // SEQUENCES
     direction = "backward" if inverse else "forward"
     return Case("rope", direction, heads * head_dim, dtype, ("q", "k", "q_out", "k_out"), floor, launch)
 

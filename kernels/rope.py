@@ -5,7 +5,7 @@
     The backward is the same rotation with -s.
 
 q: (B, T, H, Dh); k: (B, T, Hkv, Dh), both possibly strided views of one packed tensor; cos, sin: (max_seq_len, Dh /
-2) fp32; positions: (B, T) integers, or None for 0, 1, ..., T - 1 in every row. Results are contiguous, in the inputs'
+2) fp32 or fp16; positions: (B, T) integers, or None for 0, 1, ..., T - 1 in every row. Results are contiguous, in the inputs'
 dtype, computed in fp32. Saved for the backward: cos, sin and positions only. Floor: q and k read once and written
 once; cos and sin once per token. Source: Su et al., RoFormer, 2021, equation 34, in the layout of GPT-NeoX and Llama.
 """
@@ -110,8 +110,8 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
 
 @_rope.register_kernel("cpu")
 def _rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-    if cpu.available(q, k) and cos.dtype == sin.dtype == torch.float32:
-        return cpu.rope(q, k, cos, sin, positions, inverse)
+    if cpu.available(q, k) and cos.dtype != torch.float64:
+        return cpu.rope(q, k, cos.float(), sin.float(), positions, inverse)
     return (rope_backward_reference if inverse else rope_reference)(q, k, cos, sin, positions)
 
 
@@ -138,7 +138,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     head.
 
     q (B, T, H, Dh), k (B, T, Hkv, Dh), any strides with a contiguous last dimension costing no copy; cos, sin
-    (max_seq_len, Dh / 2) fp32 radians' cosine and sine; positions (B, T) integers or None for 0 .. T - 1. Returns
+    (max_seq_len, Dh / 2) the angles' cosine and sine, fp32, or fp16 for 16-bit q and k; positions (B, T) integers or None for 0 .. T - 1. Returns
     contiguous tensors in q's and k's dtypes, whatever autocast says. cos, sin and positions get no gradient. A
     position outside cos gives NaN on a GPU and an IndexError on a CPU. Raises ValueError on shapes that do not fit.
     Source: Su et al. 2021, equation 34.

@@ -133,6 +133,8 @@ def reference_logprobs(
         if np.isnan(found[numbers]).any():
             missing.append(batch)
             found[numbers] = 0
+    if missing:
+        run.say(f"Reference: log-probabilities of the {name} pairs, {len(missing):,} batches")
     for batch in track(missing, f"reference, {name} pairs", console=run.console, transient=True,
                        disable=not run.console.is_terminal):  # fmt: skip
         real = batch.numbers >= 0

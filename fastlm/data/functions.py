@@ -4,7 +4,7 @@ Each function with a docstring and a body of some lines gives one row:
 
     prompt       "Complete this function." and its source up to the end of the docstring
     completion   the true body (also `chosen`)
-    rejected     in turn: the body of another function; the true body with one operator, constant or name replaced
+    rejected     in turn: the body of another function; the true body with its lines in the opposite order
 
 Functions of the files that python-stdlib holds out are the validation split, so a model pretrained on it has not seen them.
 """
@@ -23,11 +23,6 @@ from fastlm.data.sources import stdlib_files, stdlib_held_out
 
 MOST_CHARACTERS = 700  # of a whole function
 LEAST_CHARACTERS = 40  # of a body
-SWAPS = {
-    "==": "!=", "!=": "==", "<=": ">", ">=": "<", " < ": " >= ", " > ": " <= ", " + ": " - ", " - ": " + ", " and ": " or ",
-    " or ": " and ", "True": "False", "False": "True", "is None": "is not None", "is not None": "is None", "not in": "in",
-    "if not ": "if ", "[0]": "[1]", "[-1]": "[0]", "append": "remove", "return self": "return None",
-}  # fmt: skip
 
 
 class Function(NamedTuple):
@@ -91,12 +86,9 @@ def make_rows(functions: list[Function]) -> list[dict[str, str]]:
 
 
 def mutate(body: str) -> str:
-    """The body with the one swap that a hash of it chooses among those possible; empty where there is none."""
-    possible = [word for word in SWAPS if word in body]
-    if not possible:
-        return ""
-    word = possible[number_of(body, len(possible))]
-    return body.replace(word, SWAPS[word], 1)
+    """The body with its lines in the opposite order; empty where that changes nothing."""
+    turned = "".join(reversed(body.splitlines(keepends=True)))
+    return turned if turned != body else ""
 
 
 def number_of(text: str, below: int) -> int:

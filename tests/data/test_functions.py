@@ -36,14 +36,13 @@ def test_functions_are_cut_after_their_docstring_and_moved_to_the_margin():
     assert list(cut_functions("def broken(:\n")) == []
 
 
-def test_a_mutation_changes_one_place_and_is_always_the_same():
-    body = "    if a == b:\n        return True\n"
-    assert mutate(body) == mutate(body) != body
+def test_a_mutation_turns_the_lines_round():
+    assert mutate("    a = 1\n    b = 2\n    return a\n") == "    return a\n    b = 2\n    a = 1\n"
     assert mutate("    pass\n") == ""
 
 
 def test_rejected_answers_differ_from_the_chosen_and_half_are_mutations():
-    bodies = [f"    total = value + {n}\n    return total, value == {n}\n" for n in range(20)]
+    bodies = [f"    total = value + {n}\n    return total, value\n" for n in range(20)]
     rows = make_rows([Function(f'def f{n}(value):\n    """Add {n}."""\n', body) for n, body in enumerate(bodies)])
     assert all(row["chosen"] == row["completion"] != row["rejected"] for row in rows)
     assert sum(row["rejected"] in bodies for row in rows) >= 8

@@ -48,6 +48,19 @@ def test_rotation_and_gradients_against_float64(heads, kv_heads, width, dtype, w
     check(lambda q, k: rope(q, k, cos, sin, positions), plain, inputs, upstream)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_tables_cost_16_bit_results_nothing(dtype, device):
+    """The root mean square error against float64 with fp16 cos and sin is within 2% of that with fp32 ones in bf16."""
+    angles = torch.outer(torch.arange(512, device=device).double(), 1e4 ** -(torch.arange(32, device=device).double() / 32))
+    q = torch.randn(1, 512, 2, 64, device=device).to(dtype)
+    true = rotate(q.double(), angles.cos(), angles.sin())
+    wide, narrow = (
+        (rope(q, q, angles.cos().to(t), angles.sin().to(t))[0].double() - true).square().mean().sqrt().item()
+        for t in (torch.float32, torch.float16)
+    )
+    assert narrow <= (1.02 if dtype == torch.bfloat16 else 1.6) * wide
+
+
 def test_equals_hugging_face_rotate_half(device):
     (q, k), _, (cos, sin), positions = case(4, 2, 64, torch.float32, device, True)
     actual = rope(q, k, cos, sin, positions)
