@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from fastlm import bench_report
@@ -195,6 +200,87 @@ def test_a_contender_that_fails_is_recorded_and_the_others_are_measured(tmp_path
     assert rows["case"]["failed"].startswith("AssertionError: failed: liger")
     assert {peer for peer, r in rows.items() if "median" in r} == {"ours", "eager", "inductor", "copy"}
     assert "FAILED swiglu 4096x4096 both, liger: RuntimeError" in bench_report.short_table(list(rows.values()))
+
+
+class Event:
+    """Stands in for a CUDA event."""
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """What gpu_timing.py asks of torch.cuda, answered on the CPU: a recorded graph replays nothing."""
+    import gpu_timing
+
+    arguments = inspect.signature(torch.cuda.graph.__init__)
+
+    @contextlib.contextmanager
+    def graph(*given, **named):
+        arguments.bind(None, *given, **named)
+        yield
+
+    answers = {
+        "is_available": lambda: True, "Stream": object, "stream": lambda stream: contextlib.nullcontext(), "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "Event": Event, "synchronize": lambda: None,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=80 * 2**30, uuid="1"),
+        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 5, "max_memory_allocated": lambda: 12,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    gpu_timing.stream.cache_clear()
+    yield gpu_timing
+    gpu_timing.stream.cache_clear()
+
+
+def test_the_lines_that_only_a_gpu_runs(pretended_gpu, monkeypatch):
+    gpu, built, called = pretended_gpu, [], []
+    assert gpu.copies(16 << 20) == 51
+    assert gpu.copies(1 << 40) == 1
+    assert gpu.copies(1) == 64
+
+    def build():
+        number = len(built)
+        built.append(number)
+        return lambda: called.append(number)
+
+    turn, how = gpu.recorded(build, 3)
+    assert how == "graph"
+    assert called == [0, 0, 1, 2, 0, 1, 2], "compiled, warmed up, then recorded once each"
+    times = gpu.in_turns({"ours": turn, "peer": lambda: time.sleep(0.004)}, rounds=4, per_turn=2)
+    assert len(times["ours"]) == len(times["peer"]) == 4
+    assert 1.9 < min(times["peer"]) < 50
+    assert gpu.peak_bytes(turn) == 7
+
+    def no_graph(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", no_graph)
+    called.clear()
+    turn, how = gpu.recorded(build, 2)
+    assert how == "launched one by one, no graph: RuntimeError: operation not permitted when stream is capturing"
+    called.clear()
+    turn()
+    assert called == [3, 4]
+
+
+def test_energy_is_the_meter_s_difference_and_nothing_without_one(pretended_gpu, monkeypatch):
+    meter = iter([1000, 4000])
+    nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1": 7}[uuid],
+                           nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(meter))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    spent, turns = pretended_gpu.joules(lambda: time.sleep(0.01), 0.05)
+    assert spent == 3.0
+    assert 1 <= turns <= 5
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert pretended_gpu.joules(lambda: None, 0.0) is None
 
 
 def test_the_page_shows_measured_missing_failed_and_projected_each_for_what_it_is(tmp_path):
