@@ -138,9 +138,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     head.
 
     q (B, T, H, Dh), k (B, T, Hkv, Dh), any strides with a contiguous last dimension costing no copy; cos, sin
-    (max_seq_len, Dh / 2) the angles' cosine and sine, fp32, or fp16 for 16-bit q and k; positions (B, T) integers or None for 0 .. T - 1. Returns
-    contiguous tensors in q's and k's dtypes, whatever autocast says. cos, sin and positions get no gradient. A
-    position outside cos gives NaN on a GPU and an IndexError on a CPU. Raises ValueError on shapes that do not fit.
+    (max_seq_len, Dh / 2) the angles' cosine and sine, fp32, or fp16 for 16-bit q and k; positions (B, T) integers or None
+    for 0 .. T - 1. Returns contiguous tensors in q's and k's dtypes, whatever autocast says. cos, sin and positions get no
+    gradient. A position outside cos gives NaN on a GPU and an IndexError on a CPU. Raises ValueError on shapes that do not
+    fit.
     Source: Su et al. 2021, equation 34.
     """
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
