@@ -20,9 +20,8 @@ from fastlm.data.examples import load_instructions, load_preferences, pack_examp
 from fastlm.data.packing import PackedRows, packed_epoch
 from fastlm.data.prefetch import move
 from fastlm.evaluation import protocols
-from fastlm.evaluation.evaluate import read_documents
+from fastlm.evaluation.evaluate import open_scorer, read_documents, views
 from fastlm.evaluation.score import segment_nats, summarise
-from fastlm.load import open_model
 from fastlm.model import Transformer, count_parameters, pick_device
 from fastlm.monitor import perplexity, wide_console
 from fastlm.options import load_run, to_toml
@@ -61,13 +60,13 @@ def pipeline(cfg: PipelineConfig) -> int:
             return code
     places = {"baseline": cfg.baseline} if cfg.baseline else {}
     places |= {"pretrained": str(folders["pretrain"]), "+ SFT": str(folders["sft"]), "+ DPO": str(folders["dpo"])}
-    rows = []
-    Console().rule("[bold]evaluation")
+    console, rows = wide_console(), []
+    console.rule("[bold]evaluation")
     for name, place in places.items():
         print(f"scoring {place}")
-        rows.append({"model": name} | score(cfg, place))
+        rows.append({"model": name} | score(cfg, place, console))
     checkpoint.write_atomic(out / "results.json", json.dumps(rows, indent=1) + "\n")
-    show(wide_console(), cfg, rows)
+    show(console, cfg, rows)
     return 0
 
 
@@ -85,18 +84,21 @@ def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | Dpo
     return stage(dataclasses.replace(begun, resume=str(folder)))
 
 
-def score(cfg: PipelineConfig, place: str) -> Row:
-    """What one model is worth on the held-out text, the held-out answers and the held-out preferences."""
+def score(cfg: PipelineConfig, place: str, console: Console) -> Row:
+    """What one model is worth on the held-out text and, if it is one of ours, on held-out answers and preferences."""
     device = pick_device(cfg.eval.device)
-    model, tokenizer = open_model(place, device)
+    model, tokenizer, longest = open_scorer(place, device, "")
     documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
-    row: Row = {"place": place, "parameters": count_parameters(model.config), "text": cfg.eval.data, "text_sha256": digest}
-    for name in protocols.chosen(cfg.eval.protocols) or protocols.NAMES:
-        protocol = protocols.make(name, documents, tokenizer, model.config.max_seq_len)
+    scores = {}
+    for protocol in views(protocols.chosen(cfg.eval.protocols), documents, tokenizer, longest, console):
         nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
-        row[name] = dataclasses.asdict(summarise(protocol, nats))
-    row["answer_perplexity"] = answer_perplexity(cfg.sft, model, tokenizer, device)
-    row["prefers_chosen"] = prefers_chosen(cfg.dpo, model, tokenizer, device)
+        scores[protocol.name] = dataclasses.asdict(summarise(protocol, nats))
+    row: Row = {"place": place, "text": cfg.eval.data, "text_sha256": digest, "perplexity": scores,
+                "parameters": None, "answer_perplexity": None, "prefers_chosen": None}  # fmt: skip
+    if isinstance(model, Transformer):
+        row["parameters"] = count_parameters(model.config)
+        row["answer_perplexity"] = answer_perplexity(cfg.sft, model, tokenizer, device)
+        row["prefers_chosen"] = prefers_chosen(cfg.dpo, model, tokenizer, device)
     return row
 
 
@@ -143,19 +145,18 @@ def held_out(
 
 def show(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
     """The table: each protocol's perplexity, against the first row, and what the tuning stages are for."""
-    names = protocols.chosen(cfg.eval.protocols) or protocols.NAMES
-    first = rows[0]["model"]
+    names, first = list(rows[0]["perplexity"]), rows[0]["model"]
     scores = [f"perplexity ({name})" for name in names]
     table = Table("model", "parameters", *scores, f"vs {first}", "held-out answers", "prefers chosen", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        change = row[names[0]]["perplexity"] / rows[0][names[0]]["perplexity"] - 1
-        answers, chosen = row["answer_perplexity"], row["prefers_chosen"]
+        found = [row["perplexity"].get(name, {}).get("perplexity") for name in names]
+        change = found[0] / rows[0]["perplexity"][names[0]]["perplexity"] - 1
         table.add_row(
-            row["model"], f"{row['parameters'] / 1e6:.1f}M", *[f"{row[n]['perplexity']:.2f}" for n in names],
-            "" if row is rows[0] else f"{change:+.0%}", "" if answers is None else f"{answers:.2f}",
-            "" if chosen is None else f"{chosen:.1%}",
+            row["model"], text(row["parameters"], ",d"), *[text(value, ".2f") for value in found],
+            text(None if row is rows[0] else change, "+.0%"), text(row["answer_perplexity"], ".2f"),
+            text(row["prefers_chosen"], ".1%"),
         )  # fmt: skip
     console.print(table)
     console.print(
@@ -163,3 +164,7 @@ def show(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
         f"prefers chosen: pairs of {cfg.dpo.data} whose chosen answer has the higher log-probability per token",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -74,7 +74,7 @@ def test_the_table_has_the_stages_own_numbers(recipe, whole):
     assert [row["model"] for row in rows] == ["pretrained", "+ SFT", "+ DPO"]
     for row, name in zip(rows, ("pretrain", "sft", "dpo"), strict=True):
         assert row["place"] == str(out / name)
-        assert f"{row['window']['perplexity']:.2f}" in text
+        assert f"{row['perplexity']['window']['perplexity']:.2f}" in text
         model, tokenizer = open_model(row["place"], torch.device("cpu"))
         with torch.no_grad():
             answers = load_instructions(str(recipe.parent / "rows.jsonl"), tokenizer, 32, held_out=0.3).validation
