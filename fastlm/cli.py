@@ -71,7 +71,9 @@ def generate(argv: list[str]) -> int:
     if not config.model:
         raise UserError("which model? give a run folder: fastlm generate runs/pretrain-demo --prompt TEXT")
     from fastlm.generate import write
+    from fastlm.kernels.cpu import keep_large_blocks
 
+    keep_large_blocks()
     return write(config)
 
 
@@ -84,7 +86,9 @@ def chat(argv: list[str]) -> int:
     if not config.model:
         raise UserError("which model? give a run or a Hugging Face folder: fastlm chat runs/sft-demo")
     from fastlm.chat import chat as run
+    from fastlm.kernels.cpu import keep_large_blocks
 
+    keep_large_blocks()
     return run(config)
 
 
