@@ -15,7 +15,7 @@ from fastlm.config import ExportConfig, ImportConfig, check
 from fastlm.data.templates import published_template
 from fastlm.errors import UserError
 from fastlm.interop import export, is_hugging_face
-from fastlm.load import chat_template, open_model, stop_tokens
+from fastlm.load import chat_template, local, open_model, stop_tokens
 from fastlm.model import count_parameters
 from fastlm.tokenizer import Tokenizer, gpt2_json, load_tokenizer
 
@@ -73,7 +73,7 @@ def import_folder(cfg: ImportConfig) -> int:
     """fastlm import: a run with one checkpoint, step 0, that holds the folder's weights and a copy of its tokenizer."""
     check(bool(cfg.to), f"where to? name a new run folder: fastlm import {cfg.model} --to runs/NAME")
     run = Path(cfg.to)
-    check(is_hugging_face(Path(cfg.model)), f"{cfg.model} holds no config.json; give a Hugging Face model folder")
+    check(is_hugging_face(Path(local(cfg.model))), f"{cfg.model} holds no config.json; give a Hugging Face model folder")
     check(not run.exists() or (run.is_dir() and not any(run.iterdir())), f"{run} exists and is not empty; choose another --to")
     model, tokenizer = open_model(cfg.model, CPU, cfg.tokenizer)
     try:

@@ -235,3 +235,34 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run, small_token
            {"tokenizer.json": small_tokenizer.read_text("utf-8")}, 0, tmp_path / "out")  # fmt: skip
     for command in (["eval", "--data", "x"], ["generate"], ["chat"], ["export", "--to", str(tmp_path / "y")]):
         assert main([command[0], str(tmp_path / "out"), *command[1:]]) == 2
+
+
+def test_a_hub_model_is_fetched_once_and_then_a_folder(run, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder, asked = tmp_path / "there", []
+    assert main(["export", str(run), "--to", str(folder)]) == 0
+
+    def snapshot(name: str, local_files_only: bool = False, **options) -> str:
+        asked.append((name, local_files_only))
+        if local_files_only and len(asked) == 1:
+            raise LocalEntryNotFoundError("not here yet")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("fastlm.load.require_hub", lambda name: None)
+    capsys.readouterr()
+    assert main(["generate", "hf:some/model", "--tokens", "3", "--temperature", "0"]) == 0
+    fetched = capsys.readouterr().out
+    assert asked[:2] == [("some/model", True), ("some/model", False)]
+    assert main(["generate", str(folder), "--tokens", "3", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == fetched
+
+
+def test_a_hub_model_without_a_hub_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["generate", "hf:some/model-that-is-not-here"]) == 2
+    error = capsys.readouterr().err
+    assert "the Hugging Face hub does not answer" in error
+    assert error.count("\n") == 1

@@ -24,7 +24,7 @@ from fastlm.evaluation.foreign import open_foreign
 from fastlm.evaluation.protocols import Protocol
 from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
 from fastlm.interop import KINDS, architecture, is_hugging_face
-from fastlm.load import fitting_tokenizer, open_model
+from fastlm.load import fitting_tokenizer, local, open_model
 from fastlm.model import Transformer, pick_device
 from fastlm.monitor import wide_console
 from fastlm.tokenizer import Tokenizer
@@ -52,10 +52,10 @@ def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str]
 
 def open_scorer(place: str, device: torch.device, tokenizer: str) -> tuple[Transformer | Logps, Tokenizer, int]:
     """What scores with the model at `place`, its tokenizer, and its longest text in tokens."""
-    folder = Path(place)
+    folder = Path(local(place))
     if is_hugging_face(folder) and (kind := architecture(folder)) not in KINDS:
         logps, longest, vocab_size = open_foreign(folder, kind, device)
-        return logps, fitting_tokenizer(tokenizer or place, place, vocab_size), longest
+        return logps, fitting_tokenizer(tokenizer or str(folder), place, vocab_size), longest
     model, loaded = open_model(place, device, tokenizer)
     return model, loaded, model.config.max_seq_len
 
