@@ -349,7 +349,8 @@ def linear_nll(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias {tuple(bias.shape)} must be (V,) = ({len(weight)},)")
     h = h.to(matmul_dtype(h))
-    chunk_bytes = CHUNK_BYTES[h.device.type == "cpu"] if chunk_bytes is None else chunk_bytes
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES[int(h.device.type == "cpu")]  # int: torch 2.11 compiles no index that is a bool
     args = (h, weight, bias, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size, chunk_bytes)
     limit = -1 if max_counted is None else max_counted
     if reduction == "none":
