@@ -115,7 +115,7 @@ def notes(folder: Path) -> dict[str, str]:
 
 def section(group: str, rows: list[Row], words: str, stem: str, charts: dict[str, str]) -> list[str]:
     """Heading, words, table, the commands, the charts."""
-    out = [f"### {title(group)}", ""]
+    out = [f"#### {title(group)}", ""]
     if words:
         out += [words, ""]
     compared = [row for row in rows if "ratio" in row]
@@ -143,7 +143,7 @@ def page(folder: Path) -> tuple[str, dict[str, str]]:
     out = ["<!-- Written by `fastlm bench report` from bench/results; the words are in bench/results/notes.md. -->", "",
            "# Benchmarks", "", words.get("method", ""), ""]  # fmt: skip
     for kind, heading in (("measured", "Measured"), ("projected", "Projections: counted, not measured")):
-        out += [f"# {heading}", "", words.get(kind, ""), ""]
+        out += [f"## {heading}", "", words.get(kind, ""), ""]
         for path in files:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def page(folder: Path) -> tuple[str, dict[str, str]]:
             if found.get("kind") != kind:
                 continue
             facts = [f"{k.replace('_', ' ')}: {v}" for part in ("hardware", "versions") for k, v in found[part].items()]
-            out += [f"## {found['device']}, {found['date']}", "", "; ".join(facts) + ".", ""]
+            out += [f"### {found['device']}, {found['date']}", "", "; ".join(facts) + ".", ""]
             groups: dict[str, list[Row]] = defaultdict(list)
             for row in found["rows"]:
                 groups[row["group"]].append(row)

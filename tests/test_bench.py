@@ -331,3 +331,11 @@ def test_the_gpu_program_costs_no_more_than_the_results_say(stage):
     assert len(rows) == len(units)
     for r in rows:
         assert now[units[r["unit"]]] <= 1.01 * r["median"], f"{r['unit']}: python bench/gpu_program.py steps, if it is meant"
+
+
+def test_docs_benchmarks_is_what_the_results_give():
+    text, charts = bench_report.page(BENCH / "results")
+    docs = ROOT / "docs" / "benchmarks.md"
+    assert docs.read_text(encoding="utf-8") == text, "run fastlm bench report"
+    for name, svg in charts.items():
+        assert (docs.with_suffix("") / name).read_text(encoding="utf-8") == svg, "run fastlm bench report"
