@@ -81,7 +81,7 @@ def test_cached_logits_equal_the_model_without_a_cache():
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
 def test_the_registered_operators_write_the_same_as_the_native_ones(rows, monkeypatch):
-    model, prompts = randomised(SHAPES["qwen2, biases"]), some_prompts(5) * 4
+    model, prompts = randomised(SHAPES["qwen2, biases"]), some_prompts(5) * 8
     ours = generate(model, prompts[:rows], 20, GREEDY)
     monkeypatch.setattr("fastlm.decode.NATIVE", REGISTERED)
     assert NATIVE is not REGISTERED
