@@ -76,7 +76,8 @@ def row(peer: str, median: float, ratio: float | None = None, **more) -> dict:
 def python(
     *arguments: str | Path, cwd: Path, executable: str | Path = sys.executable, **environment: str
 ) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}  # pytest-benchmark looks for these
+    env = inherited | {"OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 

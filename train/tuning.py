@@ -86,7 +86,7 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     state: dict[str, Any] = {
         "step": 0, "position": 0, "tokens": 0, "train_tokens": train.real_slots, "validation_loss": None,
         "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
-        "start": cfg.model, "start_hash": model_hash(model), "template": cfg.template,
+        "start": cfg.model, "start_hash": model_hash(model), "template": examples.report.template,
     }  # fmt: skip
     if resumed is None:
         torch.manual_seed(cfg.seed)

@@ -23,18 +23,18 @@ from fastlm.data.formats import RowProblem, read_dialogue, read_preference
 from fastlm.data.functions import function_rows
 from fastlm.data.packing import PackedRows, pack
 from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
-from fastlm.data.templates import Encoded, encode_dialogue, template_source
+from fastlm.data.templates import Encoded, encode_dialogue, template_of, template_source
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
 
 EXAMPLE_HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "hh-rlhf": "Anthropic/hh-rlhf"}
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 MIN_PROMPT_SHARE = 0.25  # of max_len: what truncation leaves of a longer prompt at least
 
 
 @dataclass
 class Report:
-    """What became of the rows of one source: kept + dropped + bad = read."""
+    """What became of the rows of one source: kept + dropped + bad = read; template: how the last of them became text."""
 
     source: str
     read: int = 0
@@ -42,6 +42,7 @@ class Report:
     prompts_truncated: int = 0
     responses_truncated: int = 0
     dropped: int = 0
+    template: str = ""
     bad: BadRows = field(default_factory=lambda: BadRows("fail"))
 
     def line(self) -> str:
@@ -94,7 +95,9 @@ def load_instructions(
     """
 
     def encode(row: dict[str, Any], report: Report) -> list[Encoded] | None:
-        example = encode_dialogue(read_dialogue(row), tokenizer, template)
+        dialogue = read_dialogue(row)
+        report.template = template_of(dialogue, template)
+        example = encode_dialogue(dialogue, tokenizer, template)
         kept = truncate(example, max_len + 1, report)
         return [kept] if kept is not None else None
 
@@ -117,7 +120,9 @@ def load_preferences(
     """
 
     def encode(row: dict[str, Any], report: Report) -> list[Encoded] | None:
-        chosen, rejected = (last_response(encode_dialogue(d, tokenizer, template)) for d in read_preference(row))
+        pair = read_preference(row)
+        report.template = template_of(pair.chosen, template)
+        chosen, rejected = (last_response(encode_dialogue(d, tokenizer, template)) for d in pair)
         return truncate_pair(chosen, rejected, max_len + 1, report)
 
     key = ["preferences", tokenizer.hash, max_len, template_source(template, tokenizer), on_bad_row, held_out]

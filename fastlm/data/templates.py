@@ -105,13 +105,18 @@ def _end_of_turn(tokenizer: Tokenizer) -> str:
     return "<|im_end|>" if "<|im_end|>" in tokenizer.specials else tokenizer.piece(tokenizer.eos_id)
 
 
+def template_of(dialogue: Dialogue, template: str) -> str:
+    """The template that a dialogue is encoded with: auto goes by its form."""
+    return DEFAULTS[dialogue.form] if template == "auto" else template
+
+
 def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto") -> Encoded:
     """Ids of a dialogue with its last end-of-text, and which are counted.
 
     template: "auto" (by the row's form: ChatML for chat, Alpaca's for Alpaca rows, none for running text), a name of
     TEMPLATES, "tokenizer" (its own), a Jinja file, or "none". Raises UserError where the template cannot render the dialogue.
     """
-    chosen = DEFAULTS[dialogue.form] if template == "auto" else template
+    chosen = template_of(dialogue, template)
     if chosen == "none":
         if dialogue.raw is None:
             raise UserError("chat template none: these rows are messages; name chatml, alpaca or a Jinja file")
@@ -203,6 +208,8 @@ def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml") -> str:
     """The text to generate from: the dialogue so far and the opening of the assistant's turn."""
+    if template == "none":
+        return "".join(m.content for m in messages)
     end = tokenizer.piece(tokenizer.eos_id)
     return _renderer(template_source(template, tokenizer))(messages, True, end, _end_of_turn(tokenizer))
 

@@ -16,8 +16,10 @@ from fastlm import checkpoint
 from fastlm.cli import main
 from fastlm.config import Sampling
 from fastlm.data.examples import load_instructions
+from fastlm.data.formats import Message
+from fastlm.data.templates import render_prompt
 from fastlm.generate import generate
-from fastlm.load import open_model
+from fastlm.load import chat_template, open_model
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for b in ("dan", "fel", "gor", "hin", "jup", "kez", "lam")
@@ -119,6 +121,19 @@ def test_preferences_of_200_pairs_carry_over_to_held_out_ones(start, pairs, tmp_
     )
     assert last["validation_kl"] > 0
     assert "Held-out pairs" in capsys.readouterr().out
+
+
+def test_a_run_notes_the_template_it_was_taught(start, instructions, tmp_path):
+    alpaca = write(tmp_path / "alpaca.jsonl", [{"instruction": f"Name {w}.", "output": w} for w in WORDS])
+    heading = "### Instruction:\nhello\n\n### Response:"
+    for data, template, prompt in ((instructions, "none", "hello"), (alpaca, "alpaca", heading)):
+        run = tmp_path / template
+        assert tune("sft", start, data, run, "--steps", "1", "--batch-rows", "1", "--validate-every", "0") == 0
+        tokenizer = open_model(str(run), torch.device("cpu"))[1]
+        assert chat_template(str(run), tokenizer) == template
+        rendered = render_prompt([Message("user", "hello")], tokenizer, template)
+        assert prompt in rendered
+        assert (rendered == prompt) == (template == "none")
 
 
 @pytest.mark.parametrize("share", [True, False])
