@@ -99,7 +99,7 @@ def their_stride(size: str) -> Callable[[], None]:
 
 
 def our_generate(size: str, rows: int) -> Callable[[], None]:
-    from fastlm.config import Sampling
+    from fastlm.commands import Sampling
     from fastlm.generate import generate
 
     model, prompts = our_model(size), text(size, rows * PROMPT[size]).view(rows, -1).tolist()

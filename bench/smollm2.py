@@ -69,7 +69,7 @@ def main() -> int:
 def check_all(folder: Path, text: Path, tokens: int) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastlm.config import Sampling
+    from fastlm.commands import Sampling
     from fastlm.evaluation.protocols import window_segments
     from fastlm.evaluation.score import segment_nats
     from fastlm.generate import generate

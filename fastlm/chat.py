@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from fastlm.config import ChatConfig
+from fastlm.commands import ChatConfig
 from fastlm.data.formats import Message
 from fastlm.data.templates import encode_prompt
 from fastlm.generate import Memory, write_texts
@@ -57,7 +57,7 @@ def chat(cfg: ChatConfig) -> int:
         messages.append(Message("user", line))
         prompt = encode_prompt(messages, tokenizer, template)
         heading = [HEADINGS[template]] if template in HEADINGS else []
-        (answer,) = write_texts(model, tokenizer, [prompt], cfg.tokens, cfg.sampling, cfg.seed + len(messages), stop,
+        (answer,) = write_texts(model, tokenizer, [prompt], cfg.tokens, cfg, cfg.seed + len(messages), stop,
                                 heading, show, memory)  # fmt: skip
         print("\n" if interactive else "")
         messages.append(Message("assistant", answer.strip()))

@@ -51,7 +51,7 @@ def dpo(argv: list[str]) -> int:
 
 def pipeline(argv: list[str]) -> int:
     """pretrain, SFT, DPO and their evaluation, in one resumable run"""
-    from fastlm.config import PipelineConfig
+    from fastlm.commands import PipelineConfig
     from fastlm.options import parse
 
     config = parse(PipelineConfig, argv, "fastlm pipeline RECIPE", positional="recipe")
@@ -64,7 +64,7 @@ def pipeline(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """continue a prompt with a trained model"""
-    from fastlm.config import GenerateConfig
+    from fastlm.commands import GenerateConfig
     from fastlm.options import parse
 
     config = parse(GenerateConfig, argv, "fastlm generate RUN", positional="model")
@@ -79,7 +79,7 @@ def generate(argv: list[str]) -> int:
 
 def chat(argv: list[str]) -> int:
     """talk to a model in the terminal"""
-    from fastlm.config import ChatConfig
+    from fastlm.commands import ChatConfig
     from fastlm.options import parse
 
     config = parse(ChatConfig, argv, "fastlm chat MODEL", positional="model")
@@ -94,7 +94,7 @@ def chat(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """write a model as a Hugging Face folder"""
-    from fastlm.config import ExportConfig
+    from fastlm.commands import ExportConfig
     from fastlm.options import parse
 
     config = parse(ExportConfig, argv, "fastlm export RUN", positional="model")
@@ -107,7 +107,7 @@ def export(argv: list[str]) -> int:
 
 def import_(argv: list[str]) -> int:
     """make a Hugging Face folder of the Llama family a run"""
-    from fastlm.config import ImportConfig
+    from fastlm.commands import ImportConfig
     from fastlm.options import parse
 
     config = parse(ImportConfig, argv, "fastlm import DIR", positional="model")
@@ -127,7 +127,7 @@ def data(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """perplexity of models on a text, by every protocol"""
-    from fastlm.config import EvalConfig
+    from fastlm.commands import EvalConfig
     from fastlm.options import parse
 
     config = parse(EvalConfig, argv, "fastlm eval MODEL...", positional="models")
@@ -155,7 +155,7 @@ def kernels(argv: list[str]) -> int:
     """registers, traffic and projected time of every Triton kernel, without a GPU"""
     import json
 
-    from fastlm.config import KernelsConfig
+    from fastlm.commands import KernelsConfig
     from fastlm.options import parse
 
     config = parse(KernelsConfig, argv, "fastlm kernels")
@@ -174,7 +174,7 @@ def bench(argv: list[str]) -> int:
     from pathlib import Path
 
     from fastlm.bench_report import write
-    from fastlm.config import BenchConfig
+    from fastlm.commands import BenchConfig
     from fastlm.options import parse
 
     if argv[:1] != ["report"] and "--help" not in argv:

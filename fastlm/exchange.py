@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fastlm import checkpoint
-from fastlm.config import ExportConfig, ImportConfig, check
+from fastlm.commands import ExportConfig, ImportConfig
+from fastlm.config import check
 from fastlm.data.templates import published_template
 from fastlm.errors import UserError
 from fastlm.interop import export, is_hugging_face

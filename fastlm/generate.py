@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastlm.config import GenerateConfig, Sampling, check
+from fastlm.commands import GenerateConfig, Sampling
+from fastlm.config import check
 from fastlm.decode import Cache, feed, prefill
 from fastlm.load import open_model, stop_tokens
 from fastlm.model import Transformer, pick_device
@@ -163,7 +164,7 @@ def write_texts(
     return texts
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
     """Ids of a prompt; an empty one starts with end-of-text. Ids that the model does not know raise UserError."""
     ids = tokenizer.encode(text) or [tokenizer.eos_id]
     check(max(ids) < vocab_size, f"the prompt has token {max(ids)}, but the model knows {vocab_size}; pass another --tokenizer")
@@ -173,7 +174,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]
 def write(cfg: GenerateConfig) -> int:
     """fastlm generate: print each prompt and its continuation; a single one as it is written."""
     model, tokenizer = open_model(cfg.model, pick_device(cfg.device), cfg.tokenizer)
-    prompts = [encode_prompt(tokenizer, text, model.config.vocab_size) for text in cfg.prompt]
+    prompts = [prompt_ids(tokenizer, text, model.config.vocab_size) for text in cfg.prompt]
     alone = len(prompts) == 1 and not cfg.json
 
     def show(row: int, text: str) -> None:
@@ -183,7 +184,7 @@ def write(cfg: GenerateConfig) -> int:
 
     if alone:
         show(0, cfg.prompt[0])
-    texts = write_texts(model, tokenizer, prompts, cfg.tokens, cfg.sampling, cfg.seed, stop_tokens(cfg.model, tokenizer),
+    texts = write_texts(model, tokenizer, prompts, cfg.tokens, cfg, cfg.seed, stop_tokens(cfg.model, tokenizer),
                         cfg.stop, show)  # fmt: skip
     if cfg.json:
         rows = [{"prompt": prompt, "text": text} for prompt, text in zip(cfg.prompt, texts, strict=True)]

@@ -16,16 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.config import Sampling
+from fastlm.commands import Sampling
 from fastlm.errors import UserError
 from fastlm.evaluation.protocols import Segment, rolling
-from fastlm.evaluation.score import Logps, segment_nats, segment_sums
+from fastlm.evaluation.score import LOGIT_ROWS, Logps, segment_nats, segment_sums
 from fastlm.generate import write_texts
 from fastlm.load import open_model, stop_tokens
 from fastlm.model import Transformer, pick_device
 from fastlm.tokenizer import Tokenizer
 
-LOGIT_ROWS = 512  # of logits at a time
 GENERATED_ROWS = {"cpu": 8, "cuda": 64}
 
 

@@ -6,9 +6,12 @@ import argparse
 import inspect
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from fastlm.cli import main
 
 VOCAB = 384
 
@@ -50,3 +53,18 @@ def small_run(small_text, small_tokenizer, tmp_path) -> list[str]:
         "--cache", str(tmp_path / "cache"), "--batch-rows", "8", "--seq-len", "32", "--steps", "12", "--validate-every", "6",
         "--checkpoint-every", "4", "--device", "cpu",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def mistake(capsys) -> Callable[[list[str]], str]:
+    """Runs a command that must fail: exit code 2 and one line on stderr, which is returned."""
+
+    def run(arguments: list[str]) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("fastlm: "), error
+        assert error.count("\n") == 1, error
+        return error
+
+    return run

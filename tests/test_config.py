@@ -6,16 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastlm.config import (
-    PRESETS,
-    DpoConfig,
-    GenerateConfig,
-    ModelConfig,
-    OptimConfig,
-    PipelineConfig,
-    PretrainConfig,
-    SftConfig,
-)
+from fastlm.commands import GenerateConfig, PipelineConfig
+from fastlm.config import PRESETS, DpoConfig, ModelConfig, OptimConfig, PretrainConfig, SftConfig
 from fastlm.errors import UserError
 from fastlm.options import RECIPES, load_recipe, override, parse, to_toml
 

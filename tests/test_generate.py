@@ -8,15 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from models import randomised
 
 from fastlm.cli import main
-from fastlm.config import ModelConfig, Sampling
+from fastlm.commands import Sampling
+from fastlm.config import ModelConfig
 from fastlm.decode import FEW_ROWS, NATIVE, REGISTERED, feed, prefill
 from fastlm.errors import UserError
 from fastlm.generate import TextStream, generate, write_texts
 from fastlm.interop import export
 from fastlm.load import stop_tokens
-from fastlm.model import Transformer, build
 from fastlm.sampling import choose, restrict
 from fastlm.tokenizer import load_tokenizer
 
@@ -29,17 +30,6 @@ SHAPES = {
     "qwen2, biases": replace(SMALL, qkv_bias=True, n_kv_heads=4),
     "qwen3, norms": replace(SMALL, qk_norm=True, head_width=16, tie_embeddings=False),
 }
-
-
-def randomised(config: ModelConfig) -> Transformer:
-    model = build(config, 0, CPU)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 1 else 0.2))
-            if name in ("embedding", "head"):
-                p[config.vocab_size :] = 0
-    return model.eval()
 
 
 def some_prompts(n: int) -> list[list[int]]:
@@ -262,8 +252,5 @@ def test_a_folder_names_its_own_stop_tokens(folder, tokenizer, tmp_path):
         (["--stop"], "--stop needs a value"),
     ],
 )
-def test_a_mistake_is_one_line(extra, words, folder, capsys):
-    assert main(["generate", str(folder), *extra]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+def test_a_mistake_is_one_line(extra, words, folder, mistake):
+    assert words in mistake(["generate", str(folder), *extra])

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import randomised
 from safetensors.torch import load_file, save_file
 
 from fastlm import interop
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
-from fastlm.model import Transformer, build
+from fastlm.model import Transformer
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,17 +29,6 @@ SHAPES = {
     "qwen2, biases": replace(SMALL, qkv_bias=True, n_kv_heads=4),
     "qwen3, norms": replace(SMALL, qk_norm=True, head_width=16, tie_embeddings=False),
 }
-
-
-def randomised(config: ModelConfig) -> Transformer:
-    model = build(config, 0, CPU)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 1 else 0.2))
-            if name in ("embedding", "head"):
-                p[config.vocab_size :] = 0
-    return model.eval()
 
 
 def exported(tmp_path: Path, config: ModelConfig = SMALL, **options) -> tuple[Path, Transformer]:

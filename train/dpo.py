@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fastlm.config import DpoConfig
+from fastlm.data.batches import IGNORED
 from fastlm.data.examples import load_preferences
 from fastlm.data.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
@@ -38,9 +40,12 @@ def dpo(cfg: DpoConfig) -> int:
             function = model_logprobs if torch.is_grad_enabled() else run.model.logprobs  # validation compiles nothing more
             return function(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())
 
-    used = itertools.islice(run.layouts(0), run.cfg.steps)
-    training = reference_logprobs(run, logprobs, run.train, itertools.chain.from_iterable(used), "training")
-    held_out = reference_logprobs(run, logprobs, run.held_out, run.held_out_batches(), "held-out")
+    steps = min(run.cfg.steps, math.ceil(len(run.train) / run.cfg.batch_rows))  # that meet rows not met before
+    used = itertools.chain.from_iterable(itertools.islice(run.layouts(0), steps))
+    parts = run.cfg.batch_rows // run.cfg.micro_rows
+    training = reference_logprobs(run, logprobs, run.train, used, steps * parts, "training")
+    n_held_out = math.ceil(len(run.held_out or ()) / run.cfg.micro_rows)
+    held_out = reference_logprobs(run, logprobs, run.held_out, run.held_out_batches(), n_held_out, "held-out")
     tuning.go_on(run)
 
     def loss(batch: PackedBatch, reference: Tensor) -> dict[str, Tensor]:
@@ -76,7 +81,7 @@ def with_reference(batch: PackedBatch, reference: np.ndarray | None) -> tuple[Pa
     if reference is None:
         return batch, torch.zeros(batch.y.shape)
     rows = torch.from_numpy(reference[batch.numbers.numpy()])  # an empty row's number is -1; none of its slots is counted
-    return batch, torch.where(batch.y == loop.IGNORE, 0, rows)
+    return batch, torch.where(batch.y == IGNORED, 0, rows)
 
 
 def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -> dict[str, Tensor]:
@@ -112,13 +117,14 @@ def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -
 
 
 def reference_logprobs(
-    run: tuning.Run, logprobs: Callable[[PackedBatch], Tensor], rows: PackedRows | None, used: Iterable[PackedBatch], name: str
-) -> np.ndarray | None:
+    run: tuning.Run, logprobs: Callable[[PackedBatch], Tensor], rows: PackedRows | None, used: Iterable[PackedBatch],
+    n_batches: int, name: str,
+) -> np.ndarray | None:  # fmt: skip
     """log p of each target by the model that the run starts from, (n_rows, row_len) fp32, NaN in rows that are not used.
 
-    used: the batches of the run. They are scored as they come in training and by the same program, which is why gradients
-    stay on: so the first step's rewards are 0.
-    What the file for this model and these rows holds already is not computed again.
+    used: the n_batches batches of the run, one at a time. They are scored as they come in training and by the same program,
+    which is why gradients stay on: so the first step's rewards are 0. What the file for this model and these rows holds
+    already is not computed again.
     """
     if rows is None or run.cfg.loss == "simpo":
         return None
@@ -127,20 +133,17 @@ def reference_logprobs(
         key.update(np.ascontiguousarray(array).data)
     file = loop.cache_folder(run.cfg.cache) / f"reference-{key.hexdigest()[:16]}.npy"
     found = np.load(file) if file.is_file() else np.full((len(rows), rows.row_len), np.nan, np.float32)
-    missing = []
-    for batch in used:
-        numbers = batch.numbers[batch.numbers >= 0].numpy()
-        if np.isnan(found[numbers]).any():
-            missing.append(batch)
-            found[numbers] = 0
-    if missing:
-        run.say(f"Reference: log-probabilities of the {name} pairs, {len(missing):,} batches")
-    for batch in track(missing, f"reference, {name} pairs", console=run.console, transient=True,
+    made = 0
+    for batch in track(used, f"reference, {name} pairs", n_batches, console=run.console, transient=True,
                        disable=not run.console.is_terminal):  # fmt: skip
         real = batch.numbers >= 0
-        found[batch.numbers[real].numpy()] = logprobs(move(batch, run.device)).detach().cpu()[real].numpy()
-    if missing:
+        at = batch.numbers[real].numpy()
+        if np.isnan(found[at]).any():
+            found[at] = logprobs(move(batch, run.device)).detach().cpu()[real].numpy()
+            made += 1
+    if made:
         write_array(file, found)
+    run.say(f"Reference: log-probabilities of the {name} pairs, {made:,} of {n_batches:,} batches computed, the rest kept")
     return found
 
 

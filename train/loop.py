@@ -22,8 +22,6 @@ from fastlm.errors import UserError
 from fastlm.monitor import Monitor, perplexity
 from fastlm.train.optim import schedule
 
-IGNORE = -100  # target of a position that is not counted
-
 # A micro-batch to sums over what is counted in it (targets, or pairs): "loss", and whatever else is worth logging.
 Loss = Callable[..., dict[str, Tensor]]
 # A step's micro-batches, what is counted in all of them, and figures for the log: "tokens" (real ones), and more.

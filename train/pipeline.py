@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlm import checkpoint
-from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig, check
+from fastlm.commands import PipelineConfig
+from fastlm.config import DpoConfig, PretrainConfig, SftConfig, check
 from fastlm.data.examples import load_instructions, load_preferences, pack_examples
 from fastlm.data.packing import PackedRows, packed_epoch
 from fastlm.data.prefetch import move

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastlm import checkpoint
 from fastlm.bigram import MOST
-from fastlm.config import PretrainConfig, Sampling, check
-from fastlm.data.batches import isolate_documents, row_batch, validation_batches
+from fastlm.commands import Sampling
+from fastlm.config import PretrainConfig, check
+from fastlm.data.batches import IGNORED, isolate_documents, row_batch, validation_batches
 from fastlm.data.mixture import Mixture
 from fastlm.data.prefetch import prefetch
 from fastlm.data.shards import Settings, prepare
@@ -126,7 +127,7 @@ def batches(
 
 
 def count(targets: Tensor) -> int:
-    return int((targets != loop.IGNORE).sum())
+    return int((targets != IGNORED).sum())
 
 
 def candidates(cfg: PretrainConfig) -> int:

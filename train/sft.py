@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastlm.config import Sampling, SftConfig
+from fastlm.commands import Sampling
+from fastlm.config import SftConfig
 from fastlm.data.examples import load_instructions
 from fastlm.data.packing import PackedBatch
 from fastlm.generate import generate
@@ -64,10 +65,9 @@ def answer(run: tuning.Run) -> None:
     for number in range(min(SAMPLES, len(run.held_out.ends))):
         ids, counted = run.held_out.sequence(number)
         prompts.append(ids[: int(counted.argmax())].tolist())
-    stop = run.tokenizer.eos_id
-    answers = generate(run.model.eval(), prompts, SAMPLE_TOKENS, Sampling(temperature=0), stop=())
-    ended = [a.index(stop) if stop in a else -1 for a in answers]
-    run.say(f"{sum(at >= 0 for at in ended)} of {len(prompts)} greedy answers end by themselves within {SAMPLE_TOKENS} tokens")
+    answers = generate(run.model.eval(), prompts, SAMPLE_TOKENS, Sampling(temperature=0), stop={run.tokenizer.eos_id})
+    ended = sum(len(a) < SAMPLE_TOKENS for a in answers)
+    run.say(f"{ended} of {len(prompts)} greedy answers end by themselves within {SAMPLE_TOKENS} tokens")
     run.say("\nSample (a held-out prompt, then the model's answer):")
     run.say(run.tokenizer.decode(prompts[0]), style="dim", end="")
-    run.say(run.tokenizer.decode(answers[0][: ended[0]] if ended[0] >= 0 else answers[0]))
+    run.say(run.tokenizer.decode(answers[0]))

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from fastlm.data.batches import IGNORED
 
 
 def by_frequency(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -25,7 +25,7 @@ def by_frequency(tokens: Tensor, vocab_size: int) -> Tensor:
 def draw(ranked: Tensor, targets: Tensor, n_frequent: int, seed: int, draw_number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates (C,) int64, what is added to their logits (C,) fp32, and targets as indices into the candidates.
 
-    ranked: by_frequency(); targets: any shape, IGNORE where not counted. C = n_frequent + targets.numel(), so that all
+    ranked: by_frequency(); targets: any shape, IGNORED where not counted. C = n_frequent + targets.numel(), so that all
     targets fit whatever they are; it must be less than the vocabulary. The same seed and draw_number give the same draw.
     """
     size = n_frequent + targets.numel()
@@ -33,7 +33,7 @@ def draw(ranked: Tensor, targets: Tensor, n_frequent: int, seed: int, draw_numbe
     generator = torch.Generator().manual_seed((seed << 32) + draw_number)
     place = torch.full((len(ranked),), -1)
     place[ranked[:n_frequent]] = torch.arange(n_frequent)
-    counted = targets != IGNORE
+    counted = targets != IGNORED
     own = targets[counted].unique()
     own = own[place[own] < 0]
     place[own] = n_frequent + torch.arange(len(own))
@@ -42,5 +42,5 @@ def draw(ranked: Tensor, targets: Tensor, n_frequent: int, seed: int, draw_numbe
     drawn = rest[torch.randint(len(rest), (m,), generator=generator)]
     raised = torch.zeros(size)
     raised[size - m :] = math.log(len(rest) / max(1, m))
-    indices = torch.where(counted, place[targets.clamp_min(0)], IGNORE)
+    indices = torch.where(counted, place[targets.clamp_min(0)], IGNORED)
     return torch.cat([ranked[:n_frequent], own, drawn]), raised, indices

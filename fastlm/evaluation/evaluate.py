@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastlm.config import EvalConfig, check
+from fastlm.commands import EvalConfig
+from fastlm.config import check
 from fastlm.data.sources import open_source
 from fastlm.errors import UserError
 from fastlm.evaluation import protocols

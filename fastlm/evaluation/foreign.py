@@ -13,9 +13,7 @@ from torch import Tensor
 from fastlm import kernels
 from fastlm.config import check
 from fastlm.errors import UserError
-from fastlm.evaluation.score import Logps
-
-LOGIT_ROWS = 512  # of logits at a time, where a model has to make them itself
+from fastlm.evaluation.score import LOGIT_ROWS, Logps
 
 
 def open_foreign(folder: Path, kind: str, device: torch.device) -> tuple[Logps, int, int]:

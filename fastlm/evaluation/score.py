@@ -16,6 +16,7 @@ from fastlm.evaluation.protocols import Protocol, Segment
 from fastlm.model import Transformer
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}  # more is no faster
+LOGIT_ROWS = 512  # of logits at a time, where all of them are needed
 
 
 # log p (n,) of targets (n,), each predicted at its flat position index (n,) of tokens (B, T)

@@ -213,11 +213,8 @@ def test_the_command_scores_runs_and_hugging_face_folders_alike(model, small_tok
         (["--batch-tokens", "-1"], "batch_tokens is -1"),
     ],
 )
-def test_a_mistake_is_one_line(extra, words, small_text, tmp_path, capsys):
-    assert main(["eval", "nowhere", "--data", str(small_text), *extra]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+def test_a_mistake_is_one_line(extra, words, small_text, mistake):
+    assert words in mistake(["eval", "nowhere", "--data", str(small_text), *extra])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastlm.config import ModelConfig
+from fastlm.data.batches import IGNORED
 from fastlm.errors import UserError
 from fastlm.model import build, pick_device
 from fastlm.train import loop
@@ -26,13 +27,13 @@ def model_and_batch():
     tokens = torch.randint(100, (8, 32), generator=generator)
     targets = torch.randint(100, (8, 32), generator=generator)
     counted = torch.tensor([32, 1, 0, 17, 5, 0, 0, 31])  # very unequal; rows 5 and 6, a micro-batch of 2x4, hold almost nothing
-    targets[torch.arange(32) >= counted[:, None]] = loop.IGNORE
+    targets[torch.arange(32) >= counted[:, None]] = IGNORED
     return model, tokens, targets
 
 
 def gradients(model, tokens, targets, rows: int):
     model = copy.deepcopy(model)
-    n_counted = int((targets != loop.IGNORE).sum())
+    n_counted = int((targets != IGNORED).sum())
     micro_batches = zip(tokens.split(rows), targets.split(rows), strict=True)
     value = loop.accumulate(lambda *batch: {"loss": model.loss(*batch)}, micro_batches, n_counted)["loss"]
     return value, {name: p.grad for name, p in model.named_parameters()}
@@ -66,7 +67,7 @@ def test_the_value_is_the_mean_over_counted_tokens():
 
 def test_a_fully_masked_step_is_zero_with_zero_gradients():
     model, tokens, targets = model_and_batch()
-    value, grads = gradients(model, tokens, torch.full_like(targets, loop.IGNORE), 4)
+    value, grads = gradients(model, tokens, torch.full_like(targets, IGNORED), 4)
     assert value.item() == 0
     assert all(g is None or g.abs().max() == 0 for g in grads.values())
 
@@ -89,9 +90,7 @@ def test_validation_is_the_mean_over_all_counted_tokens_whatever_the_batches():
         model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100
     ).item()
     for rows in (1, 3, 8):
-        batches = (
-            ((x, y), int((y != loop.IGNORE).sum())) for x, y in zip(tokens.split(rows), targets.split(rows), strict=True)
-        )
+        batches = (((x, y), int((y != IGNORED).sum())) for x, y in zip(tokens.split(rows), targets.split(rows), strict=True))
         means = loop.validate(lambda *batch: {"loss": model.loss(*batch)}, batches, torch.device("cpu"))
         assert means["loss"] == pytest.approx(expected, rel=1e-6)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlm.train.shortlist import IGNORE, by_frequency, draw
+from fastlm.data.batches import IGNORED
+from fastlm.train.shortlist import by_frequency, draw
 
 V = 50
 
@@ -19,18 +20,18 @@ def test_by_frequency_counts():
 
 
 def test_every_target_is_among_the_candidates_at_its_index():
-    targets = torch.tensor([[4, 49, IGNORE], [49, 37, 0]])
+    targets = torch.tensor([[4, 49, IGNORED], [49, 37, 0]])
     ids, raised, indices = draw(ranked(), targets, 14, seed=1, draw_number=2)
     assert ids.shape == raised.shape == (20,)
-    counted = targets != IGNORE
+    counted = targets != IGNORED
     assert torch.equal(ids[indices[counted]], targets[counted])
-    assert (indices[~counted] == IGNORE).all()
+    assert (indices[~counted] == IGNORED).all()
     assert raised[indices[counted]].abs().max() == 0
     assert torch.equal(ids[:14], ranked()[:14])
 
 
 def test_draws_avoid_what_is_already_there_and_repeat_with_the_seed():
-    targets = torch.tensor([7, 8, IGNORE, IGNORE, IGNORE, IGNORE])
+    targets = torch.tensor([7, 8, IGNORED, IGNORED, IGNORED, IGNORED])
     ids, raised, _ = draw(ranked(), targets, 14, 1, 2)
     drawn, kept = ids[raised > 0], ids[raised == 0]
     assert len(drawn) >= 4
@@ -42,7 +43,7 @@ def test_draws_avoid_what_is_already_there_and_repeat_with_the_seed():
 
 def test_the_estimate_of_the_partition_is_unbiased():
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
-    targets = torch.tensor([4, 49, 37, 0, 3, 11, IGNORE, IGNORE])
+    targets = torch.tensor([4, 49, 37, 0, 3, 11, IGNORED, IGNORED])
     sums = torch.stack(
         [(logits[ids] + raised).exp().sum() for ids, raised, _ in (draw(ranked(), targets, 12, 0, i) for i in range(3000))]
     )

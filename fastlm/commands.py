@@ -1,0 +1,176 @@
+"""Options of the commands that use a model, look at the machine, or run the stages in a row; as in config.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastlm.config import DpoConfig, PretrainConfig, SftConfig, check
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the model's logits."""
+
+    temperature: float = 1.0
+    """Sharpness of the choice: 0 takes the likeliest token, 1 samples from the model as it is."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens (0: all)."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens whose probability adds up to this."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the text holds already are divided by this (1: none)."""
+
+    def __post_init__(self) -> None:
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
+        check(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
+        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+        check(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must lie in [0, 1]")
+        check(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be positive")
+
+
+@dataclass(frozen=True)
+class WritingConfig(Sampling):
+    """What writing with a model takes, once or in a dialogue."""
+
+    model: str = ""
+    """Run folder, checkpoint folder or Hugging Face folder."""
+    tokens: int = 128
+    """At most so many tokens are written (in a dialogue: an answer)."""
+    top_p: float = 0.95
+    """Sample among the likeliest tokens whose probability adds up to this."""
+    seed: int = 0
+    """The same seed and the same words bring the same text."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.tokens > 0, f"tokens is {self.tokens}; it must be a positive integer")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(WritingConfig):
+    """Continue prompts with a trained model."""
+
+    prompt: tuple[str, ...] = ("\n",)
+    """Text to continue; given several times, all of them at once."""
+    stop: tuple[str, ...] = ()
+    """Stop before this text; may be given several times."""
+    json: bool = False
+    """Print JSON: the prompts with their texts."""
+
+
+@dataclass(frozen=True)
+class ChatConfig(WritingConfig):
+    """Talk to a model in the terminal."""
+
+    system: str = ""
+    """Instruction that stands before the dialogue."""
+    template: str = "auto"
+    """Chat template: the model's own where it has one, else ChatML (auto); chatml, alpaca, tokenizer or a Jinja file."""
+    tokens: int = 512
+    """At most so many tokens an answer."""
+    temperature: float = 0.7
+    """Sharpness of the choice: 0 takes the likeliest token, 1 samples from the model as it is."""
+    repetition_penalty: float = 1.1
+    """Logits of tokens that the dialogue holds already are divided by this (1: none)."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as a Hugging Face folder."""
+
+    model: str = ""
+    """Run folder or checkpoint folder."""
+    to: str = ""
+    """The new folder."""
+    template: str = "auto"
+    """Chat template to write: the one that the model was taught (auto), chatml, alpaca, tokenizer, none, or a Jinja file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; float32 keeps every bit."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a Hugging Face folder of the Llama family a run."""
+
+    model: str = ""
+    """The Hugging Face folder."""
+    to: str = ""
+    """The new run folder."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """What the Triton kernels compile to and move, counted without a GPU."""
+
+    targets: str = ""
+    """Architectures, separated by commas: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942 (default: all)."""
+    against: Literal["", "liger"] = ""
+    """Count Liger-Kernel's kernels too, where it is installed."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Tables and charts from the results that the benchmarks wrote."""
+
+    results: str = "bench/results"
+    """Folder with the result files."""
+    out: str = "docs/benchmarks.md"
+    """The page to write; its charts go into a folder of the same name beside it."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Score models on a text: perplexity by every protocol people use."""
+
+    models: str = ""
+    """Run folders, checkpoint folders or Hugging Face folders; several are separated by commas or spaces."""
+    data: str = "wikitext-2"
+    """Text: python-stdlib, a local file or folder, or a hub data set."""
+    split: str = ""
+    """Which split of the text (default: validation where the text has one, else all of it)."""
+    protocols: str = ""
+    """Default: all that apply. window: 1024 tokens side by side; stride: 1024 every 512; line: 100 lines; word: as lm-eval."""
+    tokenizer: str = ""
+    """gpt2 or a tokenizer.json, where it is not the model's own."""
+    max_documents: int = 0
+    """Score only the first so many documents (0: all)."""
+    batch_tokens: int = 0
+    """Tokens per forward pass (0: 4,096 on a CPU, 131,072 on a GPU)."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_documents", "batch_tokens"):
+            value = getattr(self, name)
+            check(value >= 0, f"{name} is {value}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Pretrain, SFT, DPO, and the evaluation of each; the same command again goes on where it stopped."""
+
+    recipe: str = "demo"
+    """Where the defaults come from: a shipped recipe or a .toml file with the tables pretrain, sft, dpo and eval."""
+    out: str = ""
+    """Folder of the three runs (default: runs/pipeline-RECIPE)."""
+    baseline: str = ""
+    """A model to compare with: a run or a Hugging Face folder (default: the pretrained one)."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
