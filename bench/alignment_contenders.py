@@ -9,7 +9,6 @@ as the reference, called in every step; but fp32 for both, as bf16 is slower on 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed or not
+
+from fastlm.memory import process_peak_gib
 
 LENGTH = {"full": 512, "small": 64}
 STEPS = {"full": {"ours": 6, "trl": 3}, "small": {"ours": 2, "trl": 2}}
@@ -121,20 +122,12 @@ def alpaca(line: dict[str, str]) -> dict[str, str]:
     return {"prompt": prompt, "completion": line["output"]}
 
 
-def peak_gib() -> float:
-    """Of this process alone: what its parent held when it was started does not count, as it does in ru_maxrss."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)
-
-
 def turn(name: str, model: Path, data: Path, size: str) -> dict:
     """name: "ours sft", "ours dpo", "trl sft" or "trl dpo". Rates of the steps after the first, and the peak memory."""
     who, stage = name.split()
     with tempfile.TemporaryDirectory() as folder:
         rates = {"ours": ours, "trl": trl}[who](stage, model, data, size, Path(folder))
-    return {"per_second": rates, "peak_gib": peak_gib()}
+    return {"per_second": rates, "peak_gib": process_peak_gib()}
 
 
 if __name__ == "__main__":

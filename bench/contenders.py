@@ -7,7 +7,6 @@ command line does; the others run as their users run them.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed or not
 
 from language_models import LANGUAGE_MODELS
+
+from fastlm.memory import process_peak_gib
 
 SHAPE = {"full": (50257, 384, 6, 6, 1024, 8, 256), "small": (512, 64, 2, 4, 128, 2, 32)}
 BACKEND = {"full": "inductor", "small": "eager"}  # the smoke test leaves the code generation out
@@ -116,18 +117,14 @@ CONTENDERS: dict[str, Callable[[str], Callable[[], None]]] = {
 }
 
 
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)
-
-
 def main() -> None:
     torch.manual_seed(0)
     turn = CONTENDERS[sys.argv[1]](sys.argv[2])
-    print(json.dumps({"peak_gib": peak_gib()}), flush=True)
+    print(json.dumps({"peak_gib": process_peak_gib()}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         turn()
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": peak_gib()}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": process_peak_gib()}), flush=True)
 
 
 if __name__ == "__main__":

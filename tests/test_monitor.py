@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import types
 
@@ -16,6 +17,14 @@ from fastlm.errors import UserError
 from fastlm.monitor import Monitor, Power, keep_lines, perplexity, sparkline
 
 CPU = torch.device("cpu")
+
+
+def test_the_peak_is_this_process_s_own_and_not_its_parent_s():
+    block = torch.ones(80 << 20)  # 320 MB, which the child below never holds
+    code = "from fastlm.memory import process_peak_gib; print(process_peak_gib())"
+    child = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert child < 0.2
+    assert monitor.peak_gib(CPU) > child + block.nbytes / 2**30
 
 
 def make(tmp_path, **changes) -> Monitor:

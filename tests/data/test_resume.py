@@ -16,17 +16,18 @@ from fastlm.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
-import resource, sys
+import sys
 from pathlib import Path
 from fastlm.data import shards, writer
 from fastlm.data.sources import open_source
+from fastlm.memory import process_peak_gib
 from fastlm.tokenizer import load_tokenizer
 shards.JOURNAL_EVERY = 4
 writer.SHARD_TOKENS = 1 << 20
 settings = shards.Settings(on_bad_row="skip", dedup=sys.argv[3])
 source = open_source(sys.argv[1], on_bad_row="skip")
 shards.write_folder(source, load_tokenizer(), Path(sys.argv[2]), None, settings)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+print(round(process_peak_gib() * 1024))
 """
 
 
