@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from contenders import optimise, peak_gib
+from contenders import optimise
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,6 +25,7 @@ import results  # noqa: E402
 
 from fastlm.config import ModelConfig  # noqa: E402
 from fastlm.kernels.cpu import keep_large_blocks  # noqa: E402
+from fastlm.memory import process_peak_gib  # noqa: E402
 from fastlm.model import build, count_parameters, training_flops_per_token  # noqa: E402
 
 MATMUL = 1024
@@ -77,7 +78,7 @@ def run(p: Point, seconds: float) -> dict:
             times.append(time.perf_counter())
         found["matmul"].append((times[1] - times[0]) * flops / (2 * MATMUL**3))
         found["ours"].append(times[2] - times[1])
-    return {"seconds": found, "peak_gib": peak_gib()}
+    return {"seconds": found, "peak_gib": process_peak_gib()}
 
 
 def main() -> None:

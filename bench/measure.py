@@ -21,10 +21,12 @@ class Contender:
     def __init__(self, name: str, small: bool):
         self.process = None
         if small:
-            from contenders import CONTENDERS, peak_gib
+            from contenders import CONTENDERS
+
+            from fastlm.memory import process_peak_gib
 
             self.turn = CONTENDERS[name]("small")
-            self.ready = {"peak_gib": peak_gib()}
+            self.ready = {"peak_gib": process_peak_gib()}
             return
         script = Path(__file__).with_name("contenders.py")
         self.process = subprocess.Popen(

@@ -160,6 +160,12 @@ def test_a_case_that_raises_and_one_that_was_not_reached_are_rows(bench):
 
 
 @pytest.mark.slow
+def test_every_cpu_case_runs_once_small():
+    done = python("-m", "pytest", "-q", "bench", "-k", "not gpu", cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
 def test_make_gpu_rehearsed_with_nothing_but_torch_triton_numpy_and_pytest(tmp_path):
     """Tests, every part of the benchmarks and the table, in Triton's interpreter; other packages cannot be imported."""
     out = tmp_path / "gpu.json"
