@@ -204,7 +204,7 @@ def kernels_on_device():
     if torch.cuda.is_available():
         yield
         return
-    from fastlm.kernels.launches import triton_on_cpu
+    from fastlm.kernels.common import triton_on_cpu
 
     with triton_on_cpu():
         yield

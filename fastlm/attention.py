@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels import embedding
+from fastlm.kernels.common import cpu_kernel
 
 BACKENDS = ("flash", "xformers", "torch")
 HALF = (torch.float16, torch.bfloat16)
@@ -249,4 +250,6 @@ def _backward(ctx, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, .
     return (*packed_documents_backward(dout, q, k, v, *rest), None, None)
 
 
+cpu_kernel(packed_documents)
+cpu_kernel(packed_documents_backward)
 packed_documents.register_autograd(_backward, setup_context=_save)

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # no Triton for this platform: the CPU path is all there is
     triton = tl = None
+
+
+_library = Library("fastlm", "FRAGMENT")
+_triton_on_cpu = False
+
+
+def cpu_kernel(op: Any, kernel: Callable | None = None) -> None:
+    """Make kernel what op does with CPU tensors; without one, op's own function.
+
+    Told to the dispatcher directly: what register_kernel() of a custom op wraps around a kernel imports torch._dynamo at the
+    first call, which costs every command that does not compile 1.7 s and 77 MiB.
+    """
+
+    def run(*args: Any) -> Any:
+        return op._init_fn(*args) if kernel is None or _triton_on_cpu else kernel(*args)
+
+    _library.impl(op._name, run, "CPU")
+
+
+@contextlib.contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Inside, CPU tensors take the Triton path: something else must stand in for the GPU, such as Triton's interpreter."""
+    global _triton_on_cpu
+    before, _triton_on_cpu = _triton_on_cpu, True
+    try:
+        yield
+    finally:
+        _triton_on_cpu = before
 
 
 def jit(**options: Any):

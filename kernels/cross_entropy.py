@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, jit, tl
+from fastlm.kernels.common import accumulation_dtype, cpu_kernel, jit, tl
 
 
 def _logits_reference(logits: Tensor, softcap: float, vocab_size: int) -> Tensor:
@@ -257,7 +257,6 @@ def _cross_entropy_backward(
     return out
 
 
-@_cross_entropy.register_kernel("cpu")
 def _cross_entropy_cpu(
     logits: Tensor,
     targets: Tensor,
@@ -271,7 +270,9 @@ def _cross_entropy_cpu(
     return (cpu.cross_entropy if cpu.available(logits) else cross_entropy_reference)(logits, targets, *options)
 
 
-@_cross_entropy_backward.register_kernel("cpu")
+cpu_kernel(_cross_entropy, _cross_entropy_cpu)
+
+
 def _cross_entropy_backward_cpu(
     dloss: Tensor,
     logits: Tensor,
@@ -285,6 +286,9 @@ def _cross_entropy_backward_cpu(
 ) -> Tensor:
     backward = cpu.cross_entropy_backward if cpu.available(logits) else cross_entropy_backward_reference
     return backward(dloss, logits, targets, lse, ignore_index, z_loss, label_smoothing, softcap, vocab_size)
+
+
+cpu_kernel(_cross_entropy_backward, _cross_entropy_backward_cpu)
 
 
 @_cross_entropy.register_fake

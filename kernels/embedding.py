@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.kernels.common import accumulation_dtype
+from fastlm.kernels.common import accumulation_dtype, cpu_kernel
 
 
 def embedding_reference(ids: Tensor, weight: Tensor) -> Tensor:
@@ -30,6 +30,10 @@ def _embedding(ids: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("fastlm::embedding_backward", mutates_args=())
 def _embedding_backward(dy: Tensor, ids: Tensor, rows: int) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(dy.to(accumulation_dtype(dy.dtype)), ids, rows, -1, False)
+
+
+cpu_kernel(_embedding)
+cpu_kernel(_embedding_backward)
 
 
 @_embedding.register_fake

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastlm.kernels.common import accumulation_dtype, matmul_dtype
+from fastlm.kernels.common import accumulation_dtype, cpu_kernel, matmul_dtype
 from fastlm.kernels.rms_norm import _add_rms_norm, _rms_norm, _rms_norm_backward, check_norm
 from fastlm.kernels.swiglu import _swiglu, _swiglu_backward
 
@@ -49,6 +49,10 @@ def _weight_gradient(dz: Sequence[Tensor], x: Tensor) -> Tensor:
         else:
             torch.mm(z.t().to(acc), x.to(acc), out=part)
     return out
+
+
+cpu_kernel(_input_gradient)
+cpu_kernel(_weight_gradient)
 
 
 @_input_gradient.register_fake

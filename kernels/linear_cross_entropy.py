@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, matmul_dtype
+from fastlm.kernels.common import accumulation_dtype, cpu_kernel, matmul_dtype
 from fastlm.kernels.cross_entropy import (
     check_options,
     cross_entropy_backward_reference,
@@ -254,9 +254,9 @@ def _linear_nll_backward(
     return _nll_backward(_rows_triton, dloss, h, weight, bias, targets, lse, *options, *limits)
 
 
-_linear_cross_entropy.register_kernel("cpu")(partial(_fused, _rows_cpu))
-_linear_nll.register_kernel("cpu")(partial(_nll, _rows_cpu))
-_linear_nll_backward.register_kernel("cpu")(partial(_nll_backward, _rows_cpu))
+cpu_kernel(_linear_cross_entropy, partial(_fused, _rows_cpu))
+cpu_kernel(_linear_nll, partial(_nll, _rows_cpu))
+cpu_kernel(_linear_nll_backward, partial(_nll_backward, _rows_cpu))
 
 
 def _gradients_like(h: Tensor, weight: Tensor, bias: Tensor | None, need_dh: bool, need_dw: bool) -> tuple[Tensor, ...]:

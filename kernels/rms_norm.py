@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, as_rows, cdiv, jit, next_power_of_2, tl
+from fastlm.kernels.common import accumulation_dtype, as_rows, cdiv, cpu_kernel, jit, next_power_of_2, tl
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,6 @@ def _rms_norm_backward(
     return _launch_backward(dy, x, weight, rstd, dsum, emit_y)
 
 
-@_rms_norm.register_kernel("cpu")
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if cpu.available(x):
         y, _, rstd = cpu.rms_norm(x, None, weight, eps)
@@ -210,7 +209,9 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     return rms_norm_reference(x, weight, eps)
 
 
-@_add_rms_norm.register_kernel("cpu")
+cpu_kernel(_rms_norm, _rms_norm_cpu)
+
+
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if cpu.available(x, residual):
         return cpu.rms_norm(x, residual, weight, eps)
@@ -219,7 +220,9 @@ def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     return y, total, rstd
 
 
-@_rms_norm_backward.register_kernel("cpu")
+cpu_kernel(_add_rms_norm, _add_rms_norm_cpu)
+
+
 def _rms_norm_backward_cpu(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None, emit_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,6 +230,9 @@ def _rms_norm_backward_cpu(
         return cpu.rms_norm_backward(dy, x, weight, rstd, dsum, emit_y)
     dx, dw, y = rms_norm_backward_reference(dy, x, weight, rstd, dsum)
     return dx, dw, y if emit_y else x.new_empty(0)
+
+
+cpu_kernel(_rms_norm_backward, _rms_norm_backward_cpu)
 
 
 @_rms_norm.register_fake

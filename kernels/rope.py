@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, jit, next_power_of_2, tl
+from fastlm.kernels.common import accumulation_dtype, cpu_kernel, jit, next_power_of_2, tl
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -108,11 +108,13 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
     return _launch(q, k, cos, sin, positions, inverse)
 
 
-@_rope.register_kernel("cpu")
 def _rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
     if cpu.available(q, k) and cos.dtype != torch.float64:
         return cpu.rope(q, k, cos.float(), sin.float(), positions, inverse)
     return (rope_backward_reference if inverse else rope_reference)(q, k, cos, sin, positions)
+
+
+cpu_kernel(_rope, _rope_cpu)
 
 
 @_rope.register_fake

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, as_rows, cdiv, jit, next_power_of_2, tl
+from fastlm.kernels.common import accumulation_dtype, as_rows, cdiv, cpu_kernel, jit, next_power_of_2, tl
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -113,16 +113,20 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor, emit_y: bool) -> tuple[Tensor,
     return _launch_backward(dy, gate_up, emit_y)
 
 
-@_swiglu.register_kernel("cpu")
 def _swiglu_cpu(gate_up: Tensor) -> Tensor:
     return cpu.swiglu(gate_up) if cpu.available(gate_up) else swiglu_reference(gate_up)
 
 
-@_swiglu_backward.register_kernel("cpu")
+cpu_kernel(_swiglu, _swiglu_cpu)
+
+
 def _swiglu_backward_cpu(dy: Tensor, gate_up: Tensor, emit_y: bool) -> tuple[Tensor, Tensor]:
     if cpu.available(dy, gate_up):
         return cpu.swiglu_backward(dy, gate_up, emit_y)
     return swiglu_backward_reference(dy, gate_up), swiglu_reference(gate_up) if emit_y else gate_up.new_empty(0)
+
+
+cpu_kernel(_swiglu_backward, _swiglu_backward_cpu)
 
 
 @_swiglu.register_fake

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from fastlm.kernels import cpu
-from fastlm.kernels.launches import triton_on_cpu
+from fastlm.kernels.common import triton_on_cpu
 
 interpreter_converts = interpreter._convert_float
 

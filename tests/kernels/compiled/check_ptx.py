@@ -22,8 +22,8 @@ from test_rope import rotate, table  # noqa: E402
 from test_swiglu import plain as plain_swiglu  # noqa: E402
 
 from fastlm import kernels  # noqa: E402
+from fastlm.kernels.common import triton_on_cpu  # noqa: E402
 from fastlm.kernels.configurations import cases  # noqa: E402
-from fastlm.kernels.launches import triton_on_cpu  # noqa: E402
 
 TARGETS = [80, 90, 100]
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -20,7 +20,7 @@ from gpurun import run_for_gpu
 from ptxsim import launches
 
 from fastlm.config import PRESETS
-from fastlm.kernels.launches import triton_on_cpu
+from fastlm.kernels.common import triton_on_cpu
 from fastlm.model import build
 
 
