@@ -31,9 +31,9 @@ from fastlm.kernels.cross_entropy import (
     mean_over_counted,
 )
 
-# Bytes of logits at a time, elsewhere and on a CPU. There 512 rows of 50,257 are as fast as 1,024, and 128 of them 8% slower
-# (all three matmuls, D = 384, fp32, one Zen 1 core).
-CHUNK_BYTES = (256 << 20, 100 << 20)
+# Bytes of logits at a time, where the caller does not say: 256 MiB; on a CPU 512 rows, but 100 to 200 MiB. There more rows are
+# hardly faster, 512 of 50,257 take 8% less time than 128 (D = 384), and 384 of 131,072 10% less (D = 256).
+CHUNK_BYTES, CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 256 << 20, (100 << 20, 200 << 20), 512
 
 # A row kernel takes (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, write_grad,
 # *options). It fills loss and lse where write_loss and reads lse otherwise; where write_grad it overwrites logits by
@@ -350,7 +350,8 @@ def linear_nll(
         raise ValueError(f"{name}: bias {tuple(bias.shape)} must be (V,) = ({len(weight)},)")
     h = h.to(matmul_dtype(h))
     if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES[int(h.device.type == "cpu")]  # int: torch 2.11 compiles no index that is a bool
+        least, most = CPU_CHUNK_BYTES if h.device.type == "cpu" else (CHUNK_BYTES, CHUNK_BYTES)
+        chunk_bytes = max(least, min(most, CPU_CHUNK_ROWS * len(weight) * h.element_size()))
     args = (h, weight, bias, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size, chunk_bytes)
     limit = -1 if max_counted is None else max_counted
     if reduction == "none":
@@ -376,7 +377,7 @@ def linear_cross_entropy(
     max_counted: int | None = None,
 ) -> Tensor:
     """cross_entropy(h W^T + bias, targets) in nats, without ever holding the (N, V) logits: at most chunk_bytes of
-    them (None: CHUNK_BYTES).
+    them (None: 256 MiB, on a CPU 100 to 200).
 
     h (N, D), weight (V, D), bias (V,), targets (N,) integers; columns from vocab_size on are padding. Returns fp32
     whatever autocast says, a scalar, or (N,) for "none"; the matmuls run in h's dtype, or autocast's. dW is added up
