@@ -57,11 +57,11 @@ sanitize: .venv/developer
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests/kernels $(BIN)/python -m pytest -q -p sanitized \
 		-p no:cacheprovider -k native tests/kernels
 
-# Each kernel in each width, dtype and architecture through the compilers: a quarter of an hour.
+# Each kernel in each width, dtype and architecture through the compilers: a few minutes.
 architectures: .venv/developer
 	$(BIN)/python -m pytest -q --noconftest -p no:cacheprovider -n 2 tests/kernels/compiled/every_configuration.py
 
-# Do the kernel tests notice? Plants one fault after the other in a copy of the project and runs them there: half an hour.
+# Do the kernel tests notice? Plants one fault after the other in a copy of the project and runs them there: five minutes to half an hour.
 mutate: .venv/developer
 	$(BIN)/python tests/mutate.py
 

@@ -126,14 +126,15 @@ def _forward_shape(width: int) -> tuple[int, int, int]:
 
 
 def _backward_shape(width: int) -> tuple[int, int, int]:
-    """(rows of a tile, padded width, warps): 16 to 32 numbers of each operand to a lane, more would spill.
+    """(rows of a tile, padded width, warps): at most 32 numbers of each operand to a lane, more would spill. 2048 wide even 16
+    do, one architecture or another, hence 8.
 
     From 512 wide all warps lie along a row, so that dw needs no exchange between them until the end; narrower, each warp
     has rows of its own.
     """
     block = next_power_of_2(width)
-    warps = 2 if block == 512 else max(4, min(block // 512, 16))
-    return max(1, min(4096, warps * 1024) // block), block, warps
+    rows, warps = {512: (4, 2), 2048: (1, 8), 4096: (1, 8), 8192: (1, 16)}.get(block, (4096 // block, 4))
+    return rows, block, warps
 
 
 def _partials(m: int, width: int) -> int:
