@@ -97,10 +97,8 @@ def test_cpu_start_up(measuring, report, benchmark, tmp_path):
         report(help_seconds=statistics.median(helps), first_step_seconds=statistics.median(first))
 
 
-def test_cpu_scale_point(benchmark, measuring):
-    """One point of the scale curve, which has a command of its own: cpu_scale.py."""
-    if measuring:
-        pytest.skip("the scale curve is measured by python bench/cpu_scale.py")
+def test_cpu_scale_point(benchmark):
+    """One small point of the scale curve, which has a command of its own: cpu_scale.py."""
     from cpu_scale import Point, run
 
     found = benchmark.pedantic(run, (Point(dim=64, n_layers=1, vocab_size=128, rows=1, seq_len=16), 0.0))
