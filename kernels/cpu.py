@@ -38,7 +38,7 @@ def status() -> str:
 
 
 def keep_large_blocks() -> bool:
-    """Tell glibc to keep freed blocks of up to 32 MiB for reuse instead of returning their pages to the system.
+    """Tell glibc to keep freed blocks of any size for reuse instead of returning their pages to the system.
 
     A training step frees and allocates the same blocks again and again; without this, each of them is unmapped, mapped
     and zeroed page by page every time. Acts on the whole process, for good: called once, by the command line. Returns

@@ -81,11 +81,10 @@ void use_instruction_set(const std::string& name) {
     throw nb::value_error(("this machine or build has no instruction set '" + name + "'; see instruction_sets()").c_str());
 }
 
-// Blocks of up to 32 MiB, the most glibc accepts here, come from the heap and stay there, so that the next step finds their
-// pages already mapped. Larger ones (logits, a head's gradient) are mapped and unmapped: kept, they would break up the heap.
+// Blocks of any size come from the heap and stay there, so that the next step finds its pages already mapped.
 bool keep_large_blocks() {
 #if defined(__GLIBC__)
-    return mallopt(M_MMAP_THRESHOLD, 32 << 20) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+    return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
 #else
     return false;
 #endif
