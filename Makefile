@@ -61,7 +61,7 @@ sanitize: .venv/developer
 architectures: .venv/developer
 	$(BIN)/python -m pytest -q --noconftest -p no:cacheprovider -n 2 tests/kernels/compiled/every_configuration.py
 
-# Do the kernel tests notice? Plants one fault after the other in a copy of the project and runs them there: five minutes to half an hour.
+# Do the kernel tests notice? Plants one fault after the other in a copy of the project and runs them there: 4 to 30 minutes.
 mutate: .venv/developer
 	$(BIN)/python tests/mutate.py
 

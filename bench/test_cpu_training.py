@@ -87,9 +87,9 @@ def test_cpu_start_up(measuring, report, benchmark, tmp_path):
         start = time.perf_counter()
         command = [sys.executable, "-m", "fastlm", *arguments]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            seconds = next(time.perf_counter() - start for line in process.stdout if line.startswith("step 1/1"))
-            process.stdout.read()
-        return seconds
+            seconds = [time.perf_counter() - start for line in process.stdout if line.startswith("step 1/1 ")]
+        assert process.returncode == 0
+        return seconds[0]
 
     helps = [benchmark.pedantic(timed, args=("--help",))] + [timed("--help") for _ in range(4 if measuring else 0)]
     if measuring:  # the smoke test leaves the run to the tests of the command line

@@ -33,7 +33,12 @@ from fastlm.kernels.cross_entropy import (
 
 # Bytes of logits at a time, where the caller does not say: 256 MiB; on a CPU 512 rows, but 100 to 200 MiB. There more rows are
 # hardly faster, 512 of 50,257 take 8% less time than 128 (D = 384), and 384 of 131,072 10% less (D = 256).
-CHUNK_BYTES, CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 256 << 20, (100 << 20, 200 << 20), 512
+CHUNK_BYTES = 256 << 20
+
+
+def cpu_chunk_bytes(width: int, element_size: int) -> int:
+    return max(100 << 20, min(200 << 20, 512 * width * element_size))
+
 
 # A row kernel takes (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, write_grad,
 # *options). It fills loss and lse where write_loss and reads lse otherwise; where write_grad it overwrites logits by
@@ -350,8 +355,7 @@ def linear_nll(
         raise ValueError(f"{name}: bias {tuple(bias.shape)} must be (V,) = ({len(weight)},)")
     h = h.to(matmul_dtype(h))
     if chunk_bytes is None:
-        least, most = CPU_CHUNK_BYTES if h.device.type == "cpu" else (CHUNK_BYTES, CHUNK_BYTES)
-        chunk_bytes = max(least, min(most, CPU_CHUNK_ROWS * len(weight) * h.element_size()))
+        chunk_bytes = cpu_chunk_bytes(len(weight), h.element_size()) if h.device.type == "cpu" else CHUNK_BYTES
     args = (h, weight, bias, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size, chunk_bytes)
     limit = -1 if max_counted is None else max_counted
     if reduction == "none":

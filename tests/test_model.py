@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -225,3 +227,21 @@ def test_compiled_and_eager_gradients_agree(name):
 def test_impossible_shapes_are_named(change, words):
     with pytest.raises(UserError, match=words):
         replace(SMALL, **change)
+
+
+EAGER = """
+import sys, torch
+from fastlm.config import PRESETS
+from fastlm.model import build
+model, tokens = build(PRESETS["tiny"], 0, torch.device("cpu")), torch.zeros(1, 8, dtype=torch.long)
+model.loss(tokens, tokens).backward()
+ends = torch.tensor([0, 3, 8], dtype=torch.int32)
+positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+model.loss(tokens, tokens, positions=positions, cu_seqlens=ends, max_seqlen=5).backward()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_an_eager_step_does_not_import_the_compiler():
+    done = subprocess.run([sys.executable, "-c", EAGER], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -11,7 +11,7 @@ from exactness import check, check_once, error, run, same_bits
 from test_cross_entropy import OPTIONS, plain
 
 from fastlm.kernels import cross_entropy, linear_cross_entropy, linear_logprobs
-from fastlm.kernels.linear_cross_entropy import chunk_rows
+from fastlm.kernels.linear_cross_entropy import chunk_rows, cpu_chunk_bytes
 
 N, D, V = 12, 16, 37
 
@@ -234,3 +234,10 @@ def test_mistakes_are_named(device):
         linear_logprobs(h, w, t[:3])
     with pytest.raises(ValueError, match=r"bias \(3,\)"):
         linear_logprobs(h, w, t, bias=b[:3])
+
+
+def test_a_cpu_takes_512_rows_of_logits_between_100_and_200_mib():
+    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 4)) == 512
+    assert cpu_chunk_bytes(65536, 4) == 512 * 65536 * 4
+    assert cpu_chunk_bytes(1024, 4) == 100 << 20
+    assert chunk_rows(2048, 131072, 4, cpu_chunk_bytes(131072, 4)) == 384
