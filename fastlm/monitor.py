@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ class Power:
     def energy(self) -> float:
         return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
 
-    def read(self, tokens: int) -> dict[str, float]:
+    def read(self, tokens: float) -> dict[str, float]:
         """watts, utilisation (percent) and joules_per_token since the last call."""
         if self.handle is None:
             return {}
@@ -116,17 +117,20 @@ class Monitor:
 
     def __init__(
         self, run: Path, steps: int, start: int, tokens: int, flops_per_token: float, device: torch.device,
-        console: Console, tensorboard: bool = False,
+        console: Console, tensorboard: bool = False, ranks: tuple[int, int] = (0, 1),
     ):  # fmt: skip
-        """tokens: how many the steps before `start` saw; flops_per_token: what one costs to train on."""
+        """tokens: how many the steps before `start` saw; flops_per_token: what one costs to train on; ranks: this process's
+        number and how many share the work. The first alone records; power and memory are its device's."""
         self.steps, self.start, self.tokens, self.flops, self.device = steps, start, tokens, flops_per_token, device
-        self.console, self.path = console, run / "metrics.jsonl"
-        self.peak, self.peak_name = ceiling(device)
+        (rank, self.world), self.console = ranks, console
+        self.path = run / "metrics.jsonl" if rank == 0 else Path(os.devnull)
+        peak, self.peak_name = ceiling(device)
+        self.peak = peak * self.world
         self.power, self.losses = Power(device), keep_lines(self.path, start)
         self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self.validations: list[dict[str, float]] = []
         self.pending: dict[str, Any] | None = None
-        self.events = tensorboard_writer(run) if tensorboard else None
+        self.events = tensorboard_writer(run) if tensorboard and rank == 0 else None
         self.clock = self.begin = self.shown = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
@@ -160,7 +164,7 @@ class Monitor:
             "share_of_peak": rate * self.flops / self.peak,
             "peak_gib": peak_gib(self.device),
             "seconds": seconds,
-        } | self.power.read(tokens)
+        } | self.power.read(tokens / self.world)
         self.losses.append(row["loss"])
         self.write(row)
         if not row["loss"] - row["loss"] == 0:

@@ -25,11 +25,12 @@ from fastlm.data.examples import load_preferences
 from fastlm.data.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
-from fastlm.train import loop, preference, tuning
+from fastlm.train import distributed, loop, preference, tuning
 
 HEAD_PASSES = 4  # the backward pass of linear_logprobs makes the logits again
 
 
+@distributed.over_processes
 def dpo(cfg: DpoConfig) -> int:
     """Train a model on preferences as cfg says; returns the process's exit code (128 + signal number when interrupted)."""
     run = tuning.begin("dpo", cfg, load_preferences, group=2, share=cfg.share_prompt)
@@ -42,10 +43,10 @@ def dpo(cfg: DpoConfig) -> int:
 
     steps = min(run.cfg.steps, math.ceil(len(run.train) / run.cfg.batch_rows))  # that meet rows not met before
     used = itertools.chain.from_iterable(itertools.islice(run.layouts(0), steps))
-    parts = run.cfg.batch_rows // run.cfg.micro_rows
+    parts = run.cfg.batch_rows // run.micro_rows
     training = reference_logprobs(run, logprobs, run.train, used, steps * parts, "training")
-    n_held_out = math.ceil(len(run.held_out or ()) / run.cfg.micro_rows)
-    held_out = reference_logprobs(run, logprobs, run.held_out, run.held_out_batches(), n_held_out, "held-out")
+    n_held_out = math.ceil(len(run.held_out or ()) / run.micro_rows)
+    held_out = reference_logprobs(run, logprobs, run.held_out, distributed.mine(run.held_out_batches()), n_held_out, "held-out")
     tuning.go_on(run)
 
     def loss(batch: PackedBatch, reference: Tensor) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def dpo(cfg: DpoConfig) -> int:
 
 
 def batches(run: tuning.Run, reference: np.ndarray | None) -> Iterator[loop.Step]:
-    """Each step's micro-batches and its number of pairs."""
+    """Each step's micro-batches in this process and their number of pairs."""
     for parts in run.layouts(run.state["position"]):
         real, pairs = sum(part.real for part in parts), sum(part.units for part in parts) // 2
         figures = {"tokens": real, "pairs": pairs, "real_share": real / sum(part.x.numel() for part in parts)}
@@ -122,9 +123,9 @@ def reference_logprobs(
 ) -> np.ndarray | None:  # fmt: skip
     """log p of each target by the model that the run starts from, (n_rows, row_len) fp32, NaN in rows that are not used.
 
-    used: the n_batches batches of the run, one at a time. They are scored as they come in training and by the same program,
-    which is why gradients stay on: so the first step's rewards are 0. What the file for this model and these rows holds
-    already is not computed again.
+    used: this process's of the n_batches batches of the run, one at a time. They are scored as they come in training and by
+    the same program, which is why gradients stay on: so the first step's rewards are 0. What the file for this model and
+    these rows holds already is not computed again, nor is what another process computes.
     """
     if rows is None or run.cfg.loss == "simpo":
         return None
@@ -133,16 +134,19 @@ def reference_logprobs(
         key.update(np.ascontiguousarray(array).data)
     file = loop.cache_folder(run.cfg.cache) / f"reference-{key.hexdigest()[:16]}.npy"
     found = np.load(file) if file.is_file() else np.full((len(rows), rows.row_len), np.nan, np.float32)
-    made = 0
-    for batch in track(used, f"reference, {name} pairs", n_batches, console=run.console, transient=True,
+    made, here = 0, n_batches // distributed.ranks()[1]
+    for batch in track(used, f"reference, {name} pairs", here, console=run.console, transient=True,
                        disable=not run.console.is_terminal):  # fmt: skip
         real = batch.numbers >= 0
         at = batch.numbers[real].numpy()
         if np.isnan(found[at]).any():
             found[at] = logprobs(move(batch, run.device)).detach().cpu()[real].numpy()
             made += 1
+    made = sum(distributed.gathered(made))
     if made:
-        write_array(file, found)
+        found = distributed.joined(found)
+        if distributed.first():
+            write_array(file, found)
     run.say(f"Reference: log-probabilities of the {name} pairs, {made:,} of {n_batches:,} batches computed, the rest kept")
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,25 @@ from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
 from fastlm.monitor import Monitor, perplexity
+from fastlm.options import to_toml
+from fastlm.train import distributed
 from fastlm.train.optim import schedule
 
 # A micro-batch to sums over what is counted in it (targets, or pairs): "loss", and whatever else is worth logging.
 Loss = Callable[..., dict[str, Tensor]]
-# A step's micro-batches, what is counted in all of them, and figures for the log: "tokens" (real ones), and more.
+# A step's micro-batches in this process, what is counted in them, and figures for the log: "tokens" (real ones), and more.
 Step = tuple[list[tuple], int, dict[str, Any]]
 
 
 def choose_run(out: str, name: str) -> Path:
-    """The new run's folder: `out`, which must not hold another run, or the first free runs/NAME, runs/NAME-2, ..."""
+    """The new run's folder: `out`, which must not hold another run, or the first free runs/NAME, runs/NAME-2, ...
+
+    Of several processes the first chooses for all: it may write there before the others look.
+    """
+    return distributed.by_first(partial(free_run, out, name))
+
+
+def free_run(out: str, name: str) -> Path:
     if out:
         path = Path(out)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -37,6 +48,13 @@ def choose_run(out: str, name: str) -> Path:
         return path
     free = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
     return next(path for path in free if not path.exists())
+
+
+def make_folder(run: Path, cfg: StageConfig) -> None:
+    """The run's folder, with all that was set in it."""
+    if distributed.first():
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomic(run / "config.toml", to_toml(dataclasses.replace(cfg, resume="")))
 
 
 def cache_folder(cache: str) -> Path:
@@ -60,8 +78,8 @@ def autocast(device: torch.device) -> torch.autocast:
 def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:
     """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
 
-    n_counted: what is counted in the whole step, so that a micro-batch with few of them weighs little and one with none
-    weighs nothing.
+    n_counted: what is counted in the whole step, of all processes, so that a micro-batch with few of them weighs little and
+    one with none weighs nothing. The means are then this process's part of the step's.
     """
     totals: dict[str, Tensor] = {}
     for micro_batch in micro_batches:
@@ -90,14 +108,20 @@ def step_all(optimizers: list[Optimizer], step: int, steps: int, o: OptimConfig)
 
 @torch.no_grad()
 def validate(loss: Loss, batches: Iterable[tuple[tuple, int]], device: torch.device) -> dict[str, float]:
-    """Means over everything counted in the batches, each with its number of those (added up in fp64, read back once)."""
+    """Means over everything counted in the batches, each with its number of those (added up in fp64, read back once).
+
+    Of several processes each takes its share of the batches.
+    """
     totals: dict[str, Tensor] = {}
     counted = 0
-    for micro_batch, n_counted in batches:
+    for micro_batch, n_counted in distributed.mine(batches):
         counted += n_counted
         sums = loss(*move(micro_batch, device))
         totals = {name: part.double() + totals.get(name, 0) for name, part in sums.items()}
-    return {name: total.item() / max(1, counted) for name, total in totals.items()}
+    parts = distributed.gathered(({name: total.item() for name, total in totals.items()}, counted))
+    counted = sum(number for _, number in parts)
+    names = dict.fromkeys(name for found, _ in parts for name in found)  # a process may have had no batch
+    return {name: sum(found.get(name, 0.0) for found, _ in parts) / max(1, counted) for name in names}
 
 
 def with_perplexity(means: dict[str, float]) -> dict[str, float]:
@@ -135,13 +159,15 @@ def train(
     validate: the means over the held-out data, of which "loss" tells the best checkpoint (empty: nothing is held out).
     Returns the number of the signal that stopped it, or 0; everything is saved then.
     """
-    folder = run / "checkpoints"
+    folder, stop = run / "checkpoints", 0
     with stop_signals() as stopped:
         if state["step"] == 0 and cfg.validate_every:
             monitor.validation(0, validate())  # what the start alone is worth
         for step in range(state["step"], cfg.steps):
             micro_batches, n_counted, figures = next(batches)
-            means = accumulate(loss, micro_batches, n_counted)
+            n_counted, figures = distributed.whole_step(n_counted, figures)
+            means = distributed.add(accumulate(loss, micro_batches, n_counted))
+            distributed.add_gradients(model)
             norm = clip(model, cfg.optim.clip_norm)
             share = step_all(optimizers, step, cfg.steps, cfg.optim)
             done = step + 1
@@ -154,16 +180,21 @@ def train(
                 found = validate()
                 monitor.validation(done, found)
                 state["validation_loss"] = found.get("loss")
-            improved = state["validation_loss"] is not None and state["validation_loss"] < checkpoint.best(folder)[1]
-            if due(done, cfg.checkpoint_every, cfg.steps) or improved or stopped():
+            stop = distributed.largest(stopped())  # a signal to one process stops all, after the same step
+            if distributed.first() and (due(done, cfg.checkpoint_every, cfg.steps) or stop or improved(state, folder)):
                 monitor.flush()
                 checkpoint.save(folder, model, optimizers, state)
                 checkpoint.prune(folder, cfg.keep_checkpoints)
                 monitor.restart_clock()
-            if stopped():
+            if stop:
                 break
         monitor.flush()
-    return stopped()
+    return stop
+
+
+def improved(state: dict[str, Any], folder: Path) -> bool:
+    """Whether this step's validation, if there was one, beats those of the checkpoints in the folder."""
+    return state["validation_loss"] is not None and state["validation_loss"] < checkpoint.best(folder)[1]
 
 
 def due(done: int, every: int, steps: int) -> bool:

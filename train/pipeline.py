@@ -27,7 +27,7 @@ from fastlm.model import Transformer, count_parameters, pick_device
 from fastlm.monitor import perplexity, wide_console
 from fastlm.options import load_run, to_toml
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import loop, preference
+from fastlm.train import distributed, loop, preference
 from fastlm.train.dpo import dpo
 from fastlm.train.pretrain import pretrain
 from fastlm.train.sft import sft
@@ -38,6 +38,7 @@ Row = dict[str, Any]
 
 def pipeline(cfg: PipelineConfig) -> int:
     """Run the stages that are not done yet, score every model, print the table. Returns the exit code of a stopped stage."""
+    check(not distributed.launched(), "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one")
     out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")
     options = to_toml(cfg)
     noted = out / "config.toml"

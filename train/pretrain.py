@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fastlm import checkpoint
@@ -28,18 +27,19 @@ from fastlm.generate import generate
 from fastlm.kernels import cpu
 from fastlm.model import Transformer, build, count_parameters, pick_device, training_flops_per_token
 from fastlm.monitor import Monitor, peak_gib, showing_bytes, sparkline
-from fastlm.options import to_toml
 from fastlm.tokenizer import Tokenizer, load_tokenizer
-from fastlm.train import loop
+from fastlm.train import distributed, loop
 from fastlm.train.optim import make_optimizers
 from fastlm.train.shortlist import by_frequency, draw
 
 
+@distributed.over_processes
 def pretrain(cfg: PretrainConfig) -> int:
     """Train a model as cfg says; returns the process's exit code (128 + signal number after an interruption)."""
-    console = Console()
+    console = distributed.console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     device = pick_device(cfg.device)
+    distributed.micro_rows(cfg)  # says so now if the processes cannot share the rows
     resumed = checkpoint.locate(cfg.resume) if cfg.resume else None
     run = Path(cfg.resume) if cfg.resume else loop.choose_run(cfg.out, f"pretrain-{Path(cfg.recipe).stem}")
     tokenizer = load_tokenizer(cfg.tokenizer)
@@ -67,8 +67,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     }  # fmt: skip
     if resumed is not None:
         state = loop.resume(resumed, model, optimizers, state, cfg.steps)
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(run / "config.toml", to_toml(dataclasses.replace(cfg, resume="")))
+    loop.make_folder(run, cfg)
     describe(say, cfg, run, device, len(train), len(data.validation), state["step"])
 
     model_loss = loop.compiled(model.loss, device) if cfg.compile else model.loss
@@ -82,13 +81,13 @@ def pretrain(cfg: PretrainConfig) -> int:
             return {"loss": model.loss(tokens, targets)}
 
     def validate() -> dict[str, float]:
-        rows = validation_batches(held_out, cfg.seq_len, cfg.batch_rows)
+        rows = validation_batches(held_out, cfg.seq_len, cfg.batch_rows // distributed.ranks()[1])
         return loop.with_perplexity(loop.validate(plain_loss, (((x, y), count(y)) for x, y in rows), device))
 
     ranked = by_frequency(sample, cfg.model.vocab_size) if short and sample is not None else None
     started = time.perf_counter()
     with Monitor(run, cfg.steps, state["step"], state["tokens"], flops_per_token(cfg), device, console,
-                 cfg.tensorboard) as monitor:  # fmt: skip
+                 cfg.tensorboard, distributed.ranks()) as monitor:  # fmt: skip
         steps = batches(cfg, train, state["position"], ranked, tokenizer.eos_id, device)
         stopped = loop.train(cfg, run, model, optimizers, state, steps, loss, validate, monitor)
     if stopped:
@@ -96,20 +95,22 @@ def pretrain(cfg: PretrainConfig) -> int:
         say(f"Stopped by {name} after step {state['step']}; saved {checkpoint.locate(run)}. Go on with:")
         say(f"  fastlm pretrain --resume {run}")
         return 128 + stopped
-    report(say, cfg, run, model, tokenizer, train, held_out, monitor, time.perf_counter() - started)
+    if distributed.first():
+        report(say, cfg, run, model, tokenizer, train, held_out, monitor, time.perf_counter() - started)
     return 0
 
 
 def batches(
     cfg: PretrainConfig, train: Tokens | Mixture, position: int, ranked: Tensor | None, eos_id: int, device: torch.device
 ) -> Iterator[loop.Step]:
-    """Each step's micro-batches on the device, with what is counted in them."""
+    """Each step's micro-batches in this process, on the device, with what is counted in them."""
+    rows = distributed.micro_rows(cfg)
 
     def on_the_host() -> Iterator[loop.Step]:
         for start in itertools.count(position, cfg.batch_rows):
-            tokens, targets = row_batch(train, start, cfg.batch_rows, cfg.seq_len, cfg.seed)
             counted, parts = 0, []
-            for i, (x, y) in enumerate(zip(tokens.split(cfg.micro_rows), targets.split(cfg.micro_rows), strict=True)):
+            for i, first in distributed.mine(enumerate(range(start, start + cfg.batch_rows, rows))):
+                x, y = row_batch(train, first, rows, cfg.seq_len, cfg.seed)
                 options: dict[str, Any] = {}
                 if cfg.isolate_documents:
                     y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id)
@@ -118,7 +119,7 @@ def batches(
                 if ranked is not None:
                     options["shortlist"], options["raised"], y = draw(ranked, y, cfg.shortlist, cfg.seed, start + i)
                 parts.append((x, y, options))
-            figures: dict[str, Any] = {"tokens": tokens.numel()}
+            figures: dict[str, Any] = {"tokens": len(parts) * rows * cfg.seq_len}
             if isinstance(train, Mixture):
                 figures["tokens_by_source"] = train.tokens_drawn(start + cfg.batch_rows, cfg.seq_len)
             yield parts, counted, figures
@@ -132,7 +133,7 @@ def count(targets: Tensor) -> int:
 
 def candidates(cfg: PretrainConfig) -> int:
     """Tokens that the training softmax is over: the shortlist and a micro-batch's targets, or the whole vocabulary."""
-    size = cfg.shortlist + cfg.micro_rows * cfg.seq_len
+    size = cfg.shortlist + distributed.micro_rows(cfg) * cfg.seq_len
     return min(size, cfg.model.vocab_size) if cfg.shortlist else cfg.model.vocab_size
 
 
@@ -145,7 +146,7 @@ def describe(
 ) -> None:
     """What is about to happen, in three lines."""
     tokens = cfg.steps * cfg.batch_rows * cfg.seq_len
-    say(f"Model: {cfg.preset}, {count_parameters(cfg.model) / 1e6:.1f}M parameters on {device}, "
+    say(f"Model: {cfg.preset}, {count_parameters(cfg.model) / 1e6:.1f}M parameters on {distributed.devices(device)}, "
         f"{flops_per_token(cfg) / 1e9:.3f} GFLOP per token")  # fmt: skip
     say(f"Text:  {cfg.data}, {n_train:,} training and {n_validation:,} validation tokens")
     say(f"Run:   {run}, {cfg.steps} steps of {cfg.batch_rows} x {cfg.seq_len} = {tokens:,} tokens "

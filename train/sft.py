@@ -13,11 +13,12 @@ from fastlm.config import SftConfig
 from fastlm.data.examples import load_instructions
 from fastlm.data.packing import PackedBatch
 from fastlm.generate import generate
-from fastlm.train import loop, tuning
+from fastlm.train import distributed, loop, tuning
 
 SAMPLES, SAMPLE_TOKENS = 8, 128
 
 
+@distributed.over_processes
 def sft(cfg: SftConfig) -> int:
     """Train a model on responses as cfg says; returns the process's exit code (128 + signal number after an interruption).
 
@@ -51,7 +52,7 @@ def sft(cfg: SftConfig) -> int:
 
 
 def batches(run: tuning.Run) -> Iterator[loop.Step]:
-    """Each step's micro-batches and its counted targets."""
+    """Each step's micro-batches in this process and their counted targets."""
     for parts in run.layouts(run.state["position"]):
         real = sum(part.real for part in parts)
         figures = {"tokens": real, "real_share": real / sum(part.x.numel() for part in parts)}

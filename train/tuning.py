@@ -24,9 +24,8 @@ from fastlm.data.prefetch import prefetch
 from fastlm.load import open_model
 from fastlm.model import Transformer, count_parameters, pick_device, training_flops_per_token
 from fastlm.monitor import Monitor, peak_gib, sparkline
-from fastlm.options import to_toml
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import loop
+from fastlm.train import distributed, loop
 from fastlm.train.optim import make_optimizers
 
 MAX_LEN = 512  # of an example, where the options do not say
@@ -53,18 +52,23 @@ class Run(Generic[C]):
         self.console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
     @property
+    def micro_rows(self) -> int:
+        """Rows of one pass in this process."""
+        return distributed.micro_rows(self.cfg)
+
+    @property
     def max_counted(self) -> int:
         """Targets that a micro-batch may have."""
-        return self.cfg.micro_rows * max(p.most_counted for p in (self.train, self.held_out) if p is not None)
+        return self.micro_rows * max(p.most_counted for p in (self.train, self.held_out) if p is not None)
 
     def layouts(self, start: int) -> Iterator[list[PackedBatch]]:
-        """The micro-batches of each step from the row `start` on."""
+        """This process's micro-batches of each step from the row `start` on."""
         for first in itertools.count(start, self.cfg.batch_rows):
-            rows = range(first, first + self.cfg.batch_rows, self.cfg.micro_rows)
-            yield [packed_batch(self.train, row, self.cfg.micro_rows, self.cfg.seed) for row in rows]
+            rows = distributed.mine(range(first, first + self.cfg.batch_rows, self.micro_rows))
+            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed) for row in rows]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
-        return packed_epoch(self.held_out, self.cfg.micro_rows) if self.held_out is not None else iter(())
+        return packed_epoch(self.held_out, self.micro_rows) if self.held_out is not None else iter(())
 
 
 def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Run[C]:
@@ -72,11 +76,14 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     check(bool(cfg.model), f"which model? give a run or a Hugging Face folder: fastlm {stage} runs/pretrain-demo --data FILE")
     check(bool(cfg.data), f"which data? give a .jsonl file or a data set: fastlm {stage} {cfg.model} --data FILE.jsonl")
     device = pick_device(cfg.device)
+    distributed.micro_rows(cfg)  # says so now if the processes cannot share the rows
     resumed = checkpoint.locate(cfg.resume) if cfg.resume else None
     folder = Path(cfg.resume) if cfg.resume else loop.choose_run(cfg.out, f"{stage}-{Path(cfg.model).name}")
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
     cfg = with_lengths(cfg, model.config.max_seq_len, group)
-    examples = load(cfg.data, tokenizer, cfg.max_len, cfg.template, cfg.bad_rows, cfg.held_out, loop.cache_folder(cfg.cache))
+    with distributed.in_turn():
+        cache = loop.cache_folder(cfg.cache)
+        examples = load(cfg.data, tokenizer, cfg.max_len, cfg.template, cfg.bad_rows, cfg.held_out, cache)
     train, held_out = pack_examples(examples, cfg.row_len, group, share)
     cfg = dataclasses.replace(cfg, steps=cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_rows))
 
@@ -90,9 +97,9 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     }  # fmt: skip
     if resumed is None:
         torch.manual_seed(cfg.seed)
-    run = Run(cfg, device, folder, Console(), model, tokenizer, train, held_out, optimizers, state)
+    run = Run(cfg, device, folder, distributed.console(), model, tokenizer, train, held_out, optimizers, state)
     what = "pairs" if group > 1 else "examples"
-    run.say(f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {device}")
+    run.say(f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {distributed.devices(device)}")
     run.say(f"Data:  {examples.report.line()}")
     run.say(f"Rows:  {len(examples.train) // group:,} training {what} in {len(train):,} rows of {train.row_len}, "
             f"{train.real_share:.1%} of the slots real; {len(examples.validation) // group:,} held out")  # fmt: skip
@@ -111,8 +118,7 @@ def go_on(run: Run) -> None:
     if run.cfg.resume:
         place = checkpoint.locate(run.cfg.resume)
         run.state.update(loop.resume(place, run.model, run.optimizers, run.state, run.cfg.steps))
-    run.folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(run.folder / "config.toml", to_toml(dataclasses.replace(run.cfg, resume="")))
+    loop.make_folder(run.folder, run.cfg)
     epochs = run.cfg.steps * run.cfg.batch_rows / len(run.train)
     run.say(f"Run:   {run.folder}, {run.cfg.steps} steps of {run.cfg.batch_rows} rows ({epochs:.2f} epochs)"
             + (f", from step {run.state['step']}" if run.state["step"] else ""))  # fmt: skip
@@ -123,7 +129,7 @@ def train(run: Run, batches: Iterator[loop.Step], loss: loop.Loss, validate: Cal
     """The loop; head_passes: matmuls with the head for a counted target. Returns the stopping signal, or 0, and the monitor."""
     cfg, state = run.cfg, run.state
     with Monitor(run.folder, cfg.steps, state["step"], state["tokens"], flops_per_token(run, head_passes), run.device,
-                 run.console, cfg.tensorboard) as monitor:  # fmt: skip
+                 run.console, cfg.tensorboard, distributed.ranks()) as monitor:  # fmt: skip
         prepared = prefetch(batches, run.device)
         stopped = loop.train(cfg, run.folder, run.model, run.optimizers, state, prepared, loss, validate, monitor)
     return stopped, monitor
@@ -143,6 +149,8 @@ def end(run: Run, stage: str, stopped: int, monitor: Monitor, seconds: float, re
         run.say(f"Stopped by {name} after step {run.state['step']}; saved {checkpoint.locate(run.folder)}. Go on with:")
         run.say(f"  fastlm {stage} --resume {run.folder}")
         return 128 + stopped
+    if not distributed.first():
+        return 0
     run.say(f"\nTraining loss   {sparkline(monitor.losses)}")
     result()
     run.say(f"Time {seconds:.0f} s, peak memory {peak_gib(run.device):.1f} GiB")

@@ -1,0 +1,22 @@
+"""A stage in which one process meets a mistake while the others wait for it."""
+
+from __future__ import annotations
+
+import sys
+
+from fastlm import cli
+from fastlm.config import PretrainConfig
+from fastlm.errors import UserError
+from fastlm.train import distributed
+
+
+@distributed.over_processes
+def stage(cfg: PretrainConfig) -> int:
+    if not distributed.first():
+        raise UserError("only the second process knows")
+    return distributed.largest(0)
+
+
+if __name__ == "__main__":
+    cli.COMMANDS["pretrain"] = lambda argv: stage(PretrainConfig(device="cpu"))
+    sys.exit(cli.main(["pretrain"]))

@@ -1,0 +1,196 @@
+"""Training in two processes under torchrun (CPU, gloo) is training in one: same losses, same weights, same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastlm import checkpoint
+from fastlm.cli import main
+from fastlm.config import PretrainConfig
+from fastlm.data.examples import load_instructions, pack_examples
+from fastlm.data.packing import packed_batch
+from fastlm.errors import UserError
+from fastlm.load import open_model
+from fastlm.train import distributed
+
+HERE = Path(__file__).parent
+STAGES = ("pretrain", "shortlist", "sft", "dpo")
+
+
+def torchrun(*command: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    """The command in two processes of one thread each, on a port of their own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(
+        [*launcher, *command], env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=240
+    )
+    assert not ok or done.returncode == 0, done.stderr
+    return done
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(run: Path) -> list[dict]:
+    """The lines without what depends on the clock and the machine."""
+    clock = ("seconds", "tokens_per_s", "share_of_peak", "peak_gib")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.locate(run) / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> None:
+    """The same losses, figures and weights, bit for bit; validations, in other batches, to the rounding of fp32."""
+    a, b = figures(one), figures(other)
+    assert len(a) == 6 + 3
+    assert [row for row in a if "loss" in row] == [row for row in b if "loss" in row]
+    for x, y in zip(a, b, strict=True):
+        assert y == pytest.approx(x, rel=1e-6)
+    old, new = weights(one), weights(other)
+    assert [name for name in old if not old[name].equal(new[name])] == []
+
+
+def stopped_after_step_3(run: Path, to: Path) -> Path:
+    """The run as if it had been killed between its two checkpoints."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "checkpoints" / "step-000006")
+    return to
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    """Answers of one token beside answers of a whole row, and pairs."""
+    folder = tmp_path_factory.mktemp("data")
+    long = " ".join(f"word{n}" for n in range(12))
+    instructions = [{"prompt": f"{long} {n}:", "completion": " a"} if n % 2 else {"prompt": "b:", "completion": f" {n} {long}"}
+                    for n in range(60)]  # fmt: skip
+    pairs = [
+        {"prompt": f"say {n}:", "chosen": f" {n}" * (1 + n % 5), "rejected": f" {n + 1} {long[: n % 40]}"} for n in range(60)
+    ]
+    found = {}
+    for name, lines in {"sft": instructions, "dpo": pairs}.items():
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, small_text, small_tokenizer, data) -> Path:
+    """ONE/STAGE by one process, TWO/STAGE by two, and resumed/STAGE begun by one and ended by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["--steps", "6", "--batch-rows", "4", "--micro-batch-rows", "2", "--device", "cpu",
+              "--validate-every", "3", "--checkpoint-every", "3"]  # fmt: skip
+    text = ["--preset", "tiny", "--model.vocab-size", "384", "--tokenizer", str(small_tokenizer), "--data", str(small_text),
+            "--seq-len", "32", "--optim.warmup-steps", "2", "--validation-tokens", "500", "--isolate-documents"]  # fmt: skip
+
+    def command(stage: str, name: str) -> list[str]:
+        out = ["--out", str(folder / name / stage), "--cache", str(folder / name / "cache"), *common]
+        if stage in ("sft", "dpo"):
+            return [stage, str(folder / "one/pretrain"), "--data", str(data[stage]), "--max-len", "64", "--row-len", "64",
+                    "--optim.lr", "0.003", "--optim.embedding-lr", "0.003", "--optim.warmup-steps", "2", *out]  # fmt: skip
+        return ["pretrain", *text, *(["--shortlist", "100"] if stage == "shortlist" else []), *out]
+
+    for stage in STAGES:
+        assert main(command(stage, "one")) == 0
+    commands = [command(stage, "two") for stage in STAGES]
+    for stage in ("pretrain", "dpo"):
+        resumed = stopped_after_step_3(folder / "one" / stage, folder / "resumed" / stage)
+        commands.append([stage, "--resume", str(resumed)])
+    (folder / "commands.json").write_text(json.dumps(commands))
+    done = torchrun(str(HERE / "each_process.py"), str(folder / "commands.json"))
+    (folder / "output.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_take_the_steps_of_one(stage, runs):
+    """Each has one of a step's two micro-batches, and a sum of two does not depend on their order: every bit is the same."""
+    same(runs / "one" / stage, runs / "two" / stage)
+
+
+def test_the_processes_of_sft_count_very_different_numbers_of_targets(runs, data):
+    """Without which a mean of the processes' means would pass the test above."""
+    tokenizer = open_model(str(runs / "one/pretrain"), torch.device("cpu"))[1]
+    examples = load_instructions(str(data["sft"]), tokenizer, 64)
+    packed = pack_examples(examples, 64, 1, False)[0]
+    counts = [[packed_batch(packed, start + part, 2, 0).counted for part in (0, 2)] for start in range(0, 24, 4)]
+    assert any(max(pair) > 2 * min(pair) for pair in counts), counts
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
+def test_a_run_begun_by_one_process_goes_on_with_two_and_the_other_way_round(stage, runs, tmp_path):
+    back = stopped_after_step_3(runs / "two" / stage, tmp_path / "back")
+    assert main([stage, "--resume", str(back)]) == 0
+    for run in (runs / "resumed" / stage, back):
+        same(runs / "one" / stage, run)
+        assert checkpoint.read_state(checkpoint.locate(run))["position"] == 24
+
+
+def test_only_the_first_process_prints_and_writes(runs):
+    text = (runs / "output.txt").read_text()
+    assert text.count("Checkpoint: ") == len(STAGES) + 2
+    assert "parameters on 2 x cpu" in text
+    for stage in STAGES:
+        one, two = ({str(p.relative_to(runs / n / stage)) for p in (runs / n / stage).rglob("*")} for n in ("one", "two"))
+        assert one == two
+    one, two = (sorted(p.name for p in (runs / n / "cache").glob("*")) for n in ("one", "two"))
+    assert one == two
+    assert sum(name.startswith("reference-") for name in two) == 2
+    computed = [int(line.split(",")[1].split()[0]) for line in text.splitlines() if line.startswith("Reference: ")]
+    assert computed == [12, 1, 0, 0], "each batch by one of the two; the run that went on has the reference of its beginning"
+
+
+def test_rows_that_the_processes_cannot_share_are_one_line_and_exit_code_2(small_run, tmp_path):
+    done = torchrun("-m", "fastlm", "pretrain", *small_run, "--batch-rows", "7", "--out", str(tmp_path / "run"), ok=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert lines == [
+        "fastlm: batch_rows is 7, not a multiple of torchrun's 2 processes; change --batch-rows, or start 1 or 7 of them"
+    ]
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_one_process_is_its_line_alone(tmp_path):
+    done = torchrun(str(HERE / "failing_process.py"), ok=False)
+    told = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert told == ["fastlm: only the second process knows"]
+    assert done.stderr.count("Traceback") <= 1, done.stderr  # torchrun's own
+
+
+def test_micro_batches_are_of_each_process(monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: (0, 4))
+    assert distributed.micro_rows(PretrainConfig(batch_rows=32)) == 8
+    assert distributed.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=4)) == 4
+    assert distributed.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=16)) == 8
+    with pytest.raises(UserError, match="micro_batch_rows is 4, which does not divide the 6 rows"):
+        distributed.micro_rows(PretrainConfig(batch_rows=24, micro_batch_rows=4))
+
+
+def test_buckets_hold_every_parameter_once_in_order(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 4, 20, 1, 1)]
+    found = list(distributed.buckets(parameters))
+    assert [[p.numel() for p in bucket] for bucket in found] == [[3, 5], [4], [20], [1, 1]]
+    assert [id(p) for bucket in found for p in bucket] == list(map(id, parameters))
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_agree_with_one_that_is_not(small_run, tmp_path):
+    common = [*small_run, "--steps", "4", "--validate-every", "0"]
+    assert main(["pretrain", *common, "--out", str(tmp_path / "one")]) == 0
+    torchrun("-m", "fastlm", "pretrain", *common, "--compile", "--out", str(tmp_path / "two"))
+    one, two = ([row["loss"] for row in rows(tmp_path / n) if "loss" in row] for n in ("one", "two"))
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-4)
