@@ -183,7 +183,7 @@ class StageConfig:
     batch_rows: int = 8
     """Rows per optimizer step."""
     micro_batch_rows: int = 0
-    """Rows per forward and backward pass; 0 means batch_rows (no gradient accumulation)."""
+    """Rows per forward and backward pass of a process; 0 means its whole share of batch_rows (no gradient accumulation)."""
     seed: int = 0
     """Seed of the initialisation and of the data order."""
     compile: bool = False

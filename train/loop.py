@@ -189,7 +189,7 @@ def train(
             if stop:
                 break
         monitor.flush()
-    return stop
+    return distributed.largest(stop)  # where each waits for the last checkpoint to be there
 
 
 def improved(state: dict[str, Any], folder: Path) -> bool:

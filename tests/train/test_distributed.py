@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,15 +29,24 @@ HERE = Path(__file__).parent
 STAGES = ("pretrain", "shortlist", "sft", "dpo")
 
 
-def torchrun(*command: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+def start(*command: str) -> subprocess.Popen[str]:
     """The command in two processes of one thread each, on a port of their own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(
-        [*launcher, *command], env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=240
+    return subprocess.Popen(
+        [*launcher, *command], env=environment, cwd=HERE.parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert not ok or done.returncode == 0, done.stderr
-    return done
+
+
+def torchrun(*command: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    """The command to its end, which is a good one unless told otherwise."""
+    process = start(*command)
+    try:
+        out, error = process.communicate(timeout=240)
+    finally:
+        process.terminate()  # and torchrun its own
+    assert not ok or process.returncode == 0, error
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def rows(run: Path) -> list[dict]:
@@ -147,7 +159,15 @@ def test_only_the_first_process_prints_and_writes(runs):
         assert one == two
     one, two = (sorted(p.name for p in (runs / n / "cache").glob("*")) for n in ("one", "two"))
     assert one == two
-    assert sum(name.startswith("reference-") for name in two) == 2
+
+
+def test_the_reference_of_dpo_is_computed_in_shares_and_whole_in_its_file(runs):
+    one, two = (sorted((runs / n / "cache").glob("reference-*")) for n in ("one", "two"))
+    assert [p.name for p in one] == [p.name for p in two]
+    assert len(one) == 2
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(np.load(a), np.load(b))  # where NaN, in both
+    text = (runs / "output.txt").read_text()
     computed = [int(line.split(",")[1].split()[0]) for line in text.splitlines() if line.startswith("Reference: ")]
     assert computed == [12, 1, 0, 0], "each batch by one of the two; the run that went on has the reference of its beginning"
 
@@ -184,6 +204,26 @@ def test_buckets_hold_every_parameter_once_in_order(monkeypatch):
     found = list(distributed.buckets(parameters))
     assert [[p.numel() for p in bucket] for bucket in found] == [[3, 5], [4], [20], [1, 1]]
     assert [id(p) for bucket in found for p in bucket] == list(map(id, parameters))
+
+
+@pytest.mark.slow
+def test_a_signal_stops_both_after_the_same_step_with_a_checkpoint(small_run, tmp_path):
+    run = tmp_path / "run"
+    endless = ["--steps", "100000", "--checkpoint-every", "0", "--validate-every", "0", "--out", str(run)]
+    process = start("-m", "fastlm", "pretrain", *small_run, *endless)
+    end = time.monotonic() + 120
+    try:
+        while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count('"loss"') >= 3):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=60)
+    assert out.count("Stopped by SIGTERM after step") == 1
+    assert out.count(f"fastlm pretrain --resume {run}") == 1
+    assert checkpoint.read_state(checkpoint.locate(run))["step"] == rows(run)[-1]["step"]
+    assert "fastlm: " not in error
 
 
 @pytest.mark.slow
