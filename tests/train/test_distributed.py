@@ -144,7 +144,8 @@ def test_the_processes_of_sft_count_very_different_numbers_of_targets(runs, data
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 def test_a_run_begun_by_one_process_goes_on_with_two_and_the_other_way_round(stage, runs, tmp_path):
     back = stopped_after_step_3(runs / "two" / stage, tmp_path / "back")
-    assert main([stage, "--resume", str(back)]) == 0
+    cache = shutil.copytree(runs / "two/cache", tmp_path / "cache")
+    assert main([stage, "--resume", str(back), "--cache", str(cache)]) == 0
     for run in (runs / "resumed" / stage, back):
         same(runs / "one" / stage, run)
         assert checkpoint.read_state(checkpoint.locate(run))["position"] == 24
