@@ -139,6 +139,54 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor, emit_y: bool) -> tuple[Tensor, 
     return grad, y if emit_y else _empty(gate_up, 0)
 
 
+def _heads(x: Tensor) -> Tensor:
+    """x (N, H, Dh), each token's elements adjacent: x itself where they are."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+def _attention_inputs(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[list[Tensor], tuple]:
+    """What must stay alive, and the arguments that both directions begin with."""
+    q, k, v = alive = [_heads(x) for x in (q, k, v)]
+    bounds = [cu.int().contiguous() for cu in (cu_q, cu_k)]
+    ends = [(cu.data_ptr(), len(x)) for cu, x in zip(bounds, (q, k), strict=True)]
+    tensors = [(x.data_ptr(), x.stride(0)) for x in alive]
+    return alive + bounds, (*tensors, *ends, len(cu_q) - 1, q.shape[1], k.shape[1], q.shape[2])
+
+
+def _for_tokens(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, cu: Tensor) -> Tensor:
+    """To be filled for the tokens of x (N, ...) within the boundaries; 0 for others."""
+    everywhere = len(cu) > 1 and cu[0] == 0 and cu[-1] == len(x)
+    return (torch.empty if everywhere else torch.zeros)(shape, dtype=dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
+    """(out (N, H, Dh), lse (N, H) in fp32) of causal attention within segments: q (N, H, Dh), k, v (M, Hkv, Dh).
+
+    Segment i: queries cu_q[i] to cu_q[i + 1], keys cu_k[i] to cu_k[i + 1]; its last query sees all of its keys, the one
+    before it one less. Tokens of no segment get 0. Raises IndexError where boundaries fall, or pass N or M.
+    """
+    bf16, threads = _common(q)
+    _alive, inputs = _attention_inputs(q, k, v, cu_q, cu_k)
+    out, lse = _for_tokens(q, q.shape, q.dtype, cu_q), _for_tokens(q, q.shape[:2], torch.float32, cu_q)
+    _native.attention(bf16, *inputs, out.data_ptr(), lse.data_ptr(), threads)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of attention(), from its results."""
+    bf16, threads = _common(q)
+    _alive, inputs = _attention_inputs(q, k, v, cu_q, cu_k)
+    dout, out, lse = _heads(dout), out.contiguous(), lse.contiguous()
+    dq, dk, dv = (_for_tokens(x, x.shape, x.dtype, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
+    _native.attention_backward(
+        bf16, *inputs, (dout.data_ptr(), dout.stride(0)), out.data_ptr(), lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+        dv.data_ptr(), threads,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def cross_entropy_rows(
     logits: Tensor,
     targets: Tensor,

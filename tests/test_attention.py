@@ -69,6 +69,16 @@ PACKED = {
 }
 
 
+@pytest.fixture(params=["native", "pytorch"])
+def cpu_path(request, monkeypatch):
+    """The native kernel, and what stands in for it where it is not built."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(module.cpu, "available", lambda *tensors: False)
+    elif not module.cpu.available(torch.ones(1)):
+        pytest.skip("the native module is not built (make native)")
+
+
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("length", [1, 7, 33])
 def test_rows_equal_brute_force_with_every_gradient(heads, kv_heads, length):
@@ -76,6 +86,7 @@ def test_rows_equal_brute_force_with_every_gradient(heads, kv_heads, length):
     check_against_brute_force(q, k, v, None, torch.arange(2).repeat_interleave(length))
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_documents_equal_brute_force_with_every_gradient(name, heads, kv_heads):
@@ -84,6 +95,7 @@ def test_packed_documents_equal_brute_force_with_every_gradient(name, heads, kv_
     check_against_brute_force(*inputs(b, t, heads, kv_heads), cu_seqlens, document)
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_answers_that_share_a_prompt_equal_brute_force_with_every_gradient(rows, heads, kv_heads):

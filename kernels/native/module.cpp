@@ -7,6 +7,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -42,12 +44,16 @@ struct Ops {
     decltype(&baseline::swiglu) swiglu;
     decltype(&baseline::swiglu_backward) swiglu_backward;
     decltype(&baseline::cross_entropy) cross_entropy;
+    decltype(&baseline::attention_scratch) attention_scratch;
+    decltype(&baseline::attention) attention;
+    decltype(&baseline::attention_backward) attention_backward;
     decltype(&baseline::few_rows_linear) few_rows_linear;
 };
 #define FASTLM_OPS(isa)                                                                                     \
     Ops {                                                                                                   \
         #isa, isa::rms_norm, isa::rms_norm_backward, isa::rope, isa::swiglu, isa::swiglu_backward,          \
-            isa::cross_entropy, isa::few_rows_linear                                                        \
+            isa::cross_entropy, isa::attention_scratch, isa::attention, isa::attention_backward,            \
+            isa::few_rows_linear                                                                            \
     }
 
 // The sets this machine can run, widest last.
@@ -93,6 +99,26 @@ bool keep_large_blocks() {
 template <typename T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+using Tensor = std::tuple<uintptr_t, int64_t>;  // address, elements from a token to the next
+using Bounds = std::tuple<uintptr_t, int64_t>;  // address of the boundaries, tokens that there are
+
+Strided strided(const Tensor& x) { return {at<void>(std::get<0>(x)), std::get<1>(x)}; }
+
+const int32_t* bounds(const char* name, const Bounds& b, int64_t segments) {
+    const int32_t* x = at<int32_t>(std::get<0>(b));
+    for (int64_t i = 0; i <= segments; i++)
+        if (x[i] < (i ? x[i - 1] : 0) || x[i] > std::get<1>(b))
+            throw std::out_of_range(std::string("attention: ") + name + "[" + std::to_string(i) + "] is " + std::to_string(x[i]) +
+                                    "; boundaries must not fall, from 0 to at most " + std::to_string(std::get<1>(b)) + " tokens");
+    return x;
+}
+
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Bounds& queries, const Bounds& keys,
+                       int64_t segments, int64_t heads, int64_t kv_heads, int64_t dim) {
+    return {strided(q), strided(k), strided(v), bounds("cu_seqlens", queries, segments), bounds("cu_seqlens_k", keys, segments),
+            segments, heads, heads / kv_heads, dim, 1.0f / std::sqrt((float)dim)};
 }
 
 }  // namespace
@@ -157,6 +183,22 @@ NB_MODULE(_native, m) {
         ops.cross_entropy(is_bf16, at<void>(logits), stride, at<int64_t>(targets), at<float>(loss), at<float>(lse),
                           at<float>(dloss), at<void>(grad), grad_stride, rows, width,
                           Loss{vocab, ignore_index, z_loss, smoothing, softcap}, threads);
+    }, Gil());
+    m.def("attention", [](bool is_bf16, Tensor q, Tensor k, Tensor v, Bounds queries, Bounds keys, int64_t segments,
+                          int64_t heads, int64_t kv_heads, int64_t dim, Address out, Address lse, int threads) {
+        Attention a = attention_of(q, k, v, queries, keys, segments, heads, kv_heads, dim);
+        int64_t each = ops.attention_scratch(a, false);
+        std::unique_ptr<float[]> scratch(new float[each * threads]);
+        ops.attention(is_bf16, a, at<void>(out), at<float>(lse), scratch.get(), each, threads);
+    }, Gil());
+    m.def("attention_backward", [](bool is_bf16, Tensor q, Tensor k, Tensor v, Bounds queries, Bounds keys, int64_t segments,
+                                   int64_t heads, int64_t kv_heads, int64_t dim, Tensor dout, Address out, Address lse,
+                                   Address dq, Address dk, Address dv, int threads) {
+        Attention a = attention_of(q, k, v, queries, keys, segments, heads, kv_heads, dim);
+        int64_t each = ops.attention_scratch(a, true);
+        std::unique_ptr<float[]> scratch(new float[each * threads]);
+        ops.attention_backward(is_bf16, a, strided(dout), at<void>(out), at<float>(lse), at<void>(dq), at<void>(dk),
+                               at<void>(dv), scratch.get(), each, threads);
     }, Gil());
     m.def("few_rows_linear", [](bool is_bf16, Address x, int64_t rows, Address w, int64_t dim, Address y, int64_t out,
                                 int threads) {

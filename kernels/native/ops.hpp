@@ -5,11 +5,29 @@
 #ifndef FASTLM_OPS_TYPES
 #define FASTLM_OPS_TYPES
 #include <stdint.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 namespace fastlm {
+#if defined(_OPENMP)
+static inline int thread_number() { return omp_get_thread_num(); }
+#else
+static inline int thread_number() { return 0; }
+#endif
 struct Heads {  // (batch, tokens, heads, 2 * half) to rotate; the result is contiguous
     const void* from;
     void* to;
     int64_t batch_stride, token_stride, head_stride, heads;
+};
+struct Strided {  // (tokens, heads, dim), the elements of a token adjacent
+    const void* at;
+    int64_t step;  // from a token to the next
+};
+struct Attention {
+    Strided q, k, v;
+    const int32_t *queries, *keys;  // the boundaries of the segments, segments + 1 each
+    int64_t segments, heads, group, dim;  // group: query heads of one key/value head
+    float scale;
 };
 struct Loss {
     int64_t vocab, ignore_index;
@@ -43,6 +61,13 @@ void swiglu_backward(bool is_bf16, const void* gate_up, int64_t stride, const vo
 void cross_entropy(bool is_bf16, const void* logits, int64_t stride, const int64_t* targets, float* loss, float* lse,
                    const float* dloss, void* grad, int64_t grad_stride, int64_t rows, int64_t width, const Loss& options,
                    int threads);
+
+// out and lse (tokens, heads) of causal attention within segments; the last query of a segment sees its last key, the one
+// before it one key less. `scratch` is attention_scratch() floats for each thread.
+int64_t attention_scratch(const Attention& a, bool with_gradients);
+void attention(bool is_bf16, const Attention& a, void* out, float* lse, float* scratch, int64_t scratch_size, int threads);
+void attention_backward(bool is_bf16, const Attention& a, const Strided& dout, const void* out, const float* lse, void* dq,
+                        void* dk, void* dv, float* scratch, int64_t scratch_size, int threads);
 
 // y = x w^T: x (rows, dim), w (out, dim), y (rows, out), all contiguous
 void few_rows_linear(bool is_bf16, const void* x, int64_t rows, const void* w, int64_t dim, void* y, int64_t out,

@@ -96,6 +96,69 @@ def test_few_rows_times_a_matrix_on_every_instruction_set(width, dtype, instruct
     assert cpu.few_rows_linear(torch.ones(2, 3, 4), torch.ones(5, 4)).shape == (2, 3, 5)
 
 
+def attention_of_every_pair(q, k, v, segments):
+    """In float64: of each segment's (queries, keys) the last query sees all keys, the one before it one less."""
+    out, group = torch.zeros(q.shape, dtype=torch.float64), q.shape[1] // k.shape[1]
+    lse = torch.zeros(q.shape[:2], dtype=torch.float64)
+    i = j = 0
+    for n, m in segments:
+        keys, values = (x[j : j + m].double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+        scores = q[i : i + n].double().transpose(0, 1) @ keys.mT / q.shape[2] ** 0.5
+        scores = scores.masked_fill(torch.ones(n, m, dtype=torch.bool).triu(1 + m - n), -torch.inf)
+        out[i : i + n], lse[i : i + n] = (scores.softmax(-1) @ values).transpose(0, 1), scores.logsumexp(-1).T
+        i, j = i + n, j + m
+    return out, lse
+
+
+# Segments around every edge: strips of 6 queries, blocks of 96 and tasks of 384, tiles of 8 to 32 keys and blocks of 192.
+SEGMENTS = {
+    "short": [(1, 1), (5, 5), (0, 0), (6, 6), (7, 7), (16, 16), (33, 33)],
+    "more keys than queries": [(1, 9), (6, 40), (13, 200), (97, 193)],
+    "long": [(385, 385), (96, 96), (100, 400)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 20), (3, 1, 1), (1, 1, 72)])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_attention_on_every_instruction_set(name, heads, kv_heads, dim, dtype, instruction_set):
+    """Tokens of any stride; some behind the last segment, which get 0."""
+    torch.manual_seed(dim)
+    segments = SEGMENTS[name]
+    n, m = (sum(s) + 3 for s in zip(*segments, strict=True))
+    cu_q, cu_k = (torch.tensor([0, *s]).cumsum(0) for s in zip(*segments, strict=True))
+    packed = torch.randn(n, heads + 1, dim).to(dtype)
+    q, k, v = packed[:, :heads], *torch.randn(2, m, kv_heads, dim).to(dtype)
+    dout = torch.randn(n, dim, heads).to(dtype).transpose(1, 2)
+    out, lse = cpu.attention(q, k, v, cu_q, cu_k)
+    grads = cpu.attention_backward(dout, q, k, v, out, lse, cu_q, cu_k)
+    exact = leaves(*(x.double() for x in (q, k, v)))
+    expected, expected_lse = attention_of_every_pair(*exact, segments)
+    wanted = torch.autograd.grad(expected, exact, dout.double())
+    rough = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=3e-2)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=2e-5)
+    for a, e in zip((out, *grads), (expected, *wanted), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), e.to(dtype).double(), **rough)
+    assert not out[-3:].any()
+    assert not grads[1][-3:].any()
+
+
+def test_attention_of_large_scores_does_not_overflow(instruction_set):
+    q, k, v = (torch.randn(40, 1, 16) * s for s in (300.0, 300.0, 1.0))
+    cu = torch.tensor([0, 40])
+    out, _ = cpu.attention(q, k, v, cu, cu)
+    expected, _ = attention_of_every_pair(q, k, v, [(40, 40)])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)  # scores of 1e5 are known to 0.01
+
+
+def test_boundaries_that_fall_or_pass_the_end_are_an_index_error():
+    q = torch.randn(4, 1, 8)
+    for wrong in ([0, 5], [0, 3, 2], [-1, 4]):
+        with pytest.raises(IndexError, match="cu_seqlens.* is -?[0-9]+; boundaries must not fall, from 0 to at most 4 tokens"):
+            cpu.attention(q, q, q, torch.tensor(wrong), torch.tensor(wrong))
+
+
 def test_numbers_at_the_edge(instruction_set):
     """Saturated gates, masked and enormous logits: no overflow, no loss of the exact zeros."""
     gates = torch.tensor([-1e4, -200.0, -88.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 200.0, 1e4])
@@ -129,15 +192,22 @@ def everything() -> list[torch.Tensor]:
     return out
 
 
+def attend() -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    (q, dout), (k, v), cu = torch.randn(2, 900, 4, 24), torch.randn(2, 900, 2, 24), torch.tensor([0, 700, 720, 900])
+    out, lse = cpu.attention(q, k, v, cu, cu)
+    return [out, lse, *cpu.attention_backward(dout, q, k, v, out, lse, cu, cu)]
+
+
 def test_results_do_not_depend_on_the_number_of_threads(instruction_set):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(everything())
+        results.append(attend() + everything())
     torch.set_num_threads(before)
-    norm_swiglu_rope = slice(0, 11)  # behind a matmul the bits are the BLAS's business
+    ours_alone = slice(0, 16)  # behind a matmul the bits are the BLAS's business
     for other in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(results[0][norm_swiglu_rope], other[norm_swiglu_rope], strict=True))
+        assert all(same_bits(a, b) for a, b in zip(results[0][ours_alone], other[ours_alone], strict=True))
 
 
 def test_native_and_reference_agree(monkeypatch):
