@@ -162,8 +162,11 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
         with torch.autocast("cpu", torch.bfloat16):
             return box["step"](*batch)
 
+    def unavailable(*tensors: torch.Tensor) -> bool:  # the native kernels: a GPU takes PyTorch's attention
+        return False
+
     swapped = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
-    with swapped, mock.patch("fastlm.attention.cpu.available", lambda *_: False):  # no GPU takes the CPU's own attention
+    with swapped, mock.patch("fastlm.attention.cpu.available", unavailable):
         report = compile_for_gpu(step, build)
     generated = sum(g.pointwise_bytes for g in report.graphs)
     # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does
