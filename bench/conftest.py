@@ -58,6 +58,16 @@ def place(item) -> dict[str, str]:
     return {"group": group, "case": case.removeprefix(group.rstrip("s") + " ")}
 
 
+def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
+    """Without a GPU its cases can be rehearsed (`make gpu`, or pytest bench/ alone), not measured."""
+    import torch
+
+    if config.getoption("--benchmark") and not torch.cuda.is_available():
+        gpu = [item for item in items if "kernels_on_device" in item.fixturenames]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
 def pytest_runtest_setup(item) -> None:
     if time.monotonic() > item.config.stash[ENDS]:
         pytest.skip(f"not run: {item.config.getoption('--seconds'):g} seconds were over")

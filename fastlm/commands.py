@@ -149,6 +149,8 @@ class EvalConfig:
     """Score only the first so many documents (0: all)."""
     batch_tokens: int = 0
     """Tokens per forward pass (0: 4,096 on a CPU, 131,072 on a GPU)."""
+    compile: bool = False
+    """Compile the model with torch.compile: worth it for a long text."""
     json: bool = False
     """Print JSON instead of a table."""
     device: str = "auto"

@@ -6,6 +6,8 @@ so that each addition is fused with the norm that follows it.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -235,6 +237,13 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch sees no GPU here; pass --device cpu, or install a CUDA build of torch")
     return torch.device(name)
+
+
+def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """torch.compile with static shapes, one graph. On a CPU it needs a C++ compiler; without one, one clear line."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UserError("--compile on a CPU needs a C++ compiler, and none was found; install g++, or leave --compile out")
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def build(config: ModelConfig, seed: int, device: torch.device, text: Tensor | None = None, **options) -> Transformer:

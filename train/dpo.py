@@ -25,6 +25,7 @@ from fastlm.data.examples import load_preferences
 from fastlm.data.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
+from fastlm.model import compiled
 from fastlm.train import distributed, loop, preference, tuning
 
 HEAD_PASSES = 4  # the backward pass of linear_logprobs makes the logits again
@@ -34,7 +35,7 @@ HEAD_PASSES = 4  # the backward pass of linear_logprobs makes the logits again
 def dpo(cfg: DpoConfig) -> int:
     """Train a model on preferences as cfg says; returns the process's exit code (128 + signal number when interrupted)."""
     run = tuning.begin("dpo", cfg, load_preferences, group=2, share=cfg.share_prompt)
-    model_logprobs = loop.compiled(run.model.logprobs, run.device) if run.cfg.compile else run.model.logprobs
+    model_logprobs = compiled(run.model.logprobs, run.device) if run.cfg.compile else run.model.logprobs
 
     def logprobs(batch: PackedBatch) -> Tensor:
         with loop.autocast(run.device):

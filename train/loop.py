@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,13 +59,6 @@ def make_folder(run: Path, cfg: StageConfig) -> None:
 def cache_folder(cache: str) -> Path:
     """Where tokenised data is kept: the folder given, else fastlm in the user's cache folder."""
     return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
-
-
-def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """torch.compile with static shapes, one graph. On a CPU it needs a C++ compiler; without one, one clear line."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("--compile on a CPU needs a C++ compiler, and none was found; install g++, or leave --compile out")
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -25,7 +25,7 @@ from fastlm.data.shards import Settings, prepare
 from fastlm.data.tokens import Tokens, unigram_perplexity
 from fastlm.generate import generate
 from fastlm.kernels import cpu
-from fastlm.model import Transformer, build, count_parameters, pick_device, training_flops_per_token
+from fastlm.model import Transformer, build, compiled, count_parameters, pick_device, training_flops_per_token
 from fastlm.monitor import Monitor, peak_gib, showing_bytes, sparkline
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 from fastlm.train import distributed, loop
@@ -70,7 +70,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     loop.make_folder(run, cfg)
     describe(say, cfg, run, device, len(train), len(data.validation), state["step"])
 
-    model_loss = loop.compiled(model.loss, device) if cfg.compile else model.loss
+    model_loss = compiled(model.loss, device) if cfg.compile else model.loss
 
     def loss(tokens: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
         with loop.autocast(device):

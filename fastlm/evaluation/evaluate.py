@@ -111,7 +111,8 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
         for protocol in views(wanted, documents, tokenizer, longest, console):
             with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
                 task = progress.add_task(f"{place}  {protocol.name}", total=sum(s.n_scored for s in protocol.segments))
-                nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, partial(progress.advance, task))
+                advance = partial(progress.advance, task)
+                nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, advance, cfg.compile)
             rows.append((place, summarise(protocol, nats)))
     if cfg.json and first:
         print(json.dumps({"data": cfg.data, "text_sha256": digest,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastlm import kernels
 from fastlm.evaluation.protocols import Protocol, Segment
-from fastlm.model import Transformer
+from fastlm.model import Transformer, compiled
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}  # more is no faster
 LOGIT_ROWS = 512  # of logits at a time, where all of them are needed
@@ -23,11 +24,11 @@ LOGIT_ROWS = 512  # of logits at a time, where all of them are needed
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def logps_of(model: Transformer) -> Logps:
-    """The head runs on the scored positions alone, and its logits are never all in memory."""
+def logps_of(model: Transformer, trunk: Callable[[Tensor], Tensor]) -> Logps:
+    """The head runs on the scored positions alone, and its logits are never all in memory. trunk: the model, or it compiled."""
 
     def logps(tokens: Tensor, index: Tensor, targets: Tensor) -> Tensor:
-        h = model(tokens).flatten(0, 1)[index]
+        h = trunk(tokens).flatten(0, 1)[index]
         return kernels.linear_logprobs(h, model.head_weight, targets, vocab_size=model.config.vocab_size)
 
     return logps
@@ -35,12 +36,16 @@ def logps_of(model: Transformer) -> Logps:
 
 def segment_nats(
     model: Transformer | Logps, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], None] = lambda n: None, compile: bool = False,
 ) -> np.ndarray:  # fmt: skip
-    """-log p of each segment's scored tokens, nats, float64 (n_segments,); the other arguments as in segment_sums()."""
+    """-log p of each segment's scored tokens, nats, float64 (n_segments,); the other arguments as in segment_sums().
+
+    compile: with torch.compile, where the model is fastlm's own.
+    """
     if not isinstance(model, Transformer):
         return -segment_sums(model, segments, device, batch_tokens, progress)
-    return -segment_sums(logps_of(model), segments, device, batch_tokens or tokens_that_fit(model, device), progress)
+    logps = logps_of(model, compiled(model, device) if compile else model)
+    return -segment_sums(logps, segments, device, batch_tokens or tokens_that_fit(model, device), progress, few_shapes=compile)
 
 
 def tokens_that_fit(model: Transformer, device: torch.device) -> int:
@@ -67,24 +72,22 @@ def ranks() -> tuple[int, int]:
 @torch.no_grad()
 def segment_sums(
     score: Logps, segments: Sequence[Segment], device: torch.device, batch_tokens: int = 0,
-    progress: Callable[[int], None] = lambda n: None, width: tuple[int, ...] = (),
+    progress: Callable[[int], None] = lambda n: None, width: tuple[int, ...] = (), few_shapes: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """The sum over each segment's scored tokens of what score() gives for one, of shape width: float64 (n_segments, *width).
 
-    Longest first, in batches of at most batch_tokens padded tokens (0: by device). Padding stands behind a segment, where
-    causal attention never looks. Of several processes each takes every so-manieth batch, and all get the whole result.
+    Longest first, in batches of at most batch_tokens padded tokens (0: by device), with few_shapes padded to a few shapes.
+    Padding stands behind a segment, where causal attention never looks. Of several processes each takes every so-manieth
+    batch, and all get the whole result.
     """
-    budget = batch_tokens or BATCH_TOKENS[device.type]
-    order = sorted(range(len(segments)), key=lambda i: -len(segments[i].ids))
+    lengths = [len(s.ids) - 1 for s in segments]
+    split = batches_of_few_shapes if few_shapes else batches
     totals = torch.zeros(len(segments), *width, dtype=torch.float64, device=device)
-    (rank, world), turn = ranks(), 0
-    while order:
-        length = len(segments[order[0]].ids) - 1
-        batch, order = order[: max(1, budget // length)], order[max(1, budget // length) :]
-        turn += 1
+    rank, world = ranks()
+    for turn, (batch, rows, length) in enumerate(split(lengths, batch_tokens or BATCH_TOKENS[device.type])):
         if turn % world != rank:
             continue
-        tokens, index, targets, owner = layout([segments[i] for i in batch], length)
+        tokens, index, targets, owner = layout([segments[i] for i in batch], rows, length)
         scored = score(tokens.to(device), index.to(device), targets.to(device)).double()
         totals.index_add_(0, torch.tensor(batch)[owner].to(device), scored)
         progress(len(targets))
@@ -93,9 +96,30 @@ def segment_sums(
     return totals.cpu().numpy()
 
 
-def layout(segments: Sequence[Segment], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens (n, length); of each scored token the flat position that predicts it, its id, and its segment's row."""
-    tokens = torch.zeros(len(segments), length, dtype=torch.long)
+def batches(lengths: Sequence[int], budget: int) -> Iterator[tuple[list[int], int, int]]:
+    """Indices, longest first, and the rows and columns of a batch that holds them, of at most budget tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        rows = max(1, budget // lengths[order[0]])
+        batch, order = order[:rows], order[rows:]
+        yield batch, len(batch), lengths[batch[0]]
+
+
+def batches_of_few_shapes(lengths: Sequence[int], budget: int) -> Iterator[tuple[list[int], int, int]]:
+    """The same, with a power of two of columns, or the longest's, and as many rows in all batches of so many columns."""
+    longest = max(lengths, default=0)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for length, group in groupby(order, lambda i: min(longest, 1 << (lengths[i] - 1).bit_length())):
+        alike = list(group)
+        count = -(-len(alike) // max(1, budget // length))
+        rows = -(-len(alike) // count)
+        for start in range(0, len(alike), rows):
+            yield alike[start : start + rows], rows, length
+
+
+def layout(segments: Sequence[Segment], rows: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens (rows, length); of each scored token the flat position that predicts it, its id, and its segment's row."""
+    tokens = torch.zeros(rows, length, dtype=torch.long)
     index, targets, owner = [], [], []
     for row, s in enumerate(segments):
         ids = torch.as_tensor(s.ids, dtype=torch.long)

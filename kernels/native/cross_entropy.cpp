@@ -46,6 +46,7 @@ float sum_exp(const T* x, float m, float cap, float* kept, int64_t n) {
         vf z[K];
         for (int k = 0; k < K; k++) z[k] = load(x + i + k * kLanes, lanes);
         soften<kCapped>(z, cap);
+        prefetch<K>(x + n + i);  // the next block, or the next row's first
         for (int k = 0; k < K; k++) z[k] -= m;
         exp(z);
         for (int k = 0; k < K; k++) {
@@ -75,6 +76,7 @@ void gradient(const T* x, float lse, float scale, float shift, float cap, T* gra
         vf z[K], p[K];
         for (int k = 0; k < K; k++) z[k] = load(x + i + k * kLanes, lanes);
         soften<kCapped>(z, cap);
+        prefetch<K>(x + i + 1024);  // a page ahead
         for (int k = 0; k < K; k++) p[k] = z[k] - lse;
         exp(p);
         for (int k = 0; k < K; k++) {

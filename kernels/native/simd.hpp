@@ -94,6 +94,12 @@ static inline bool streams(const T* p, int64_t rows, int64_t dim) {
 template <typename T>
 static inline void store(T* p, vf v, int64_t n, bool streamed) { streamed ? stream(p, v) : store(p, v, n); }
 
+// Ask for K vectors ahead of their use. The hardware does so by itself within a page, which a row hardly outlasts.
+template <int K, typename T>
+static inline void prefetch(const T* p) {
+    for (int64_t i = 0; i < K * kLanes; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
+}
+
 // Sum and maximum of the lanes, always in the same order.
 static inline float sum(vf v) {
     float s[kLanes];

@@ -15,18 +15,26 @@ inline void sigmoid(const T* gate, int64_t lanes, vf (&s)[K]) {
 
 template <typename T>
 void forward(const T* gate_up, int64_t stride, T* y, int64_t rows, int64_t dim, [[maybe_unused]] int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * stride, *up = gate + dim;
-        T* out = y + row * dim;
-        walk(dim, [=]<int K>(int64_t i, int64_t lanes) {
-            vf s[K];
-            sigmoid(gate + i, lanes, s);
-            for (int k = 0; k < K; k++) {
-                int64_t j = i + k * kLanes;
-                store(out + j, load(gate + j, lanes) * s[k] * load(up + j, lanes), lanes);
-            }
-        });
+    bool streamed = streams(y, rows, dim);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            const T *gate = gate_up + row * stride, *up = gate + dim;
+            T* out = y + row * dim;
+            int64_t next = row + 1 < rows ? stride : 0;
+            walk(dim, [=]<int K>(int64_t i, int64_t lanes) {
+                vf s[K];
+                prefetch<K>(gate + next + i);
+                prefetch<K>(up + next + i);
+                sigmoid(gate + i, lanes, s);
+                for (int k = 0; k < K; k++) {
+                    int64_t j = i + k * kLanes;
+                    store(out + j, load(gate + j, lanes) * s[k] * load(up + j, lanes), lanes, streamed);
+                }
+            });
+        }
+        stream_end();
     }
 }
 
@@ -40,8 +48,12 @@ void backward(const T* gate_up, int64_t stride, const T* dy, int64_t dy_stride, 
         for (int64_t row = 0; row < rows; row++) {
             const T *gate = gate_up + row * stride, *up = gate + dim, *dout = dy + row * dy_stride;
             T *dgate = dgate_up + row * 2 * dim, *dup = dgate + dim, *out = y ? y + row * dim : nullptr;
+            int64_t next = row + 1 < rows ? stride : 0;
             walk(dim, [=]<int K>(int64_t i, int64_t lanes) {
                 vf s[K];
+                prefetch<K>(gate + next + i);
+                prefetch<K>(up + next + i);
+                if (next) prefetch<K>(dout + dy_stride + i);
                 sigmoid(gate + i, lanes, s);
                 for (int k = 0; k < K; k++) {
                     int64_t j = i + k * kLanes;

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastlm.cli import main
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
 from fastlm.evaluation import protocols
 from fastlm.evaluation.protocols import Segment, detokenise, make, wikitext_documents, window_segments
-from fastlm.evaluation.score import segment_nats, summarise
+from fastlm.evaluation.score import batches, batches_of_few_shapes, segment_nats, summarise
 from fastlm.interop import export
 from fastlm.model import build
 from fastlm.tokenizer import load_tokenizer
@@ -128,6 +130,31 @@ def test_total_nats_do_not_depend_on_the_batches(model, tokenizer):
     for budget in (1, 50, 97):
         assert segment_nats(model, segments, CPU, batch_tokens=budget) == pytest.approx(whole, rel=1e-5)
         assert segment_nats(model, segments, CPU, batch_tokens=budget).sum() == pytest.approx(whole.sum(), rel=1e-6)
+
+
+def test_compiled_nats_are_the_eager_ones_from_one_graph_a_shape(model, tokenizer):
+    segments = make("line", [TEXT, "b " * 30, "some words\n" * 9], tokenizer, 40).segments
+    shapes = {tuple(shape) for _, *shape in batches_of_few_shapes([len(s.ids) - 1 for s in segments], 97)}
+    assert len(shapes) > 1
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    nats = segment_nats(model, segments, CPU, batch_tokens=97, compile=True)
+    assert nats == pytest.approx(segment_nats(model, segments, CPU), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(shapes)
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=60), budget=st.integers(1, 1000))
+@settings(max_examples=200, deadline=None)
+def test_batches_hold_each_segment_once_within_the_budget(lengths, budget):
+    for split in (batches, batches_of_few_shapes):
+        found = list(split(lengths, budget))
+        assert sorted(i for batch, _, _ in found for i in batch) == list(range(len(lengths)))
+        for batch, rows, columns in found:
+            assert 0 < len(batch) <= rows
+            assert rows == 1 or rows * columns <= budget
+            assert max(lengths[i] for i in batch) <= columns < 2 * min(lengths[i] for i in batch) or split is batches
+    shapes = {tuple(shape) for _, *shape in batches_of_few_shapes(lengths, budget)}
+    assert len({columns for _, columns in shapes}) == len(shapes) <= 10
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from fastlm.config import ModelConfig
 from fastlm.data.batches import IGNORED
 from fastlm.errors import UserError
-from fastlm.model import build, pick_device
+from fastlm.model import build, compiled, pick_device
 from fastlm.train import loop
 
 SMALL = ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
@@ -141,6 +141,6 @@ def test_unusable_devices_are_named(monkeypatch):
 
 
 def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and none was found"):
-        loop.compiled(torch.sin, torch.device("cpu"))
+        compiled(torch.sin, torch.device("cpu"))
