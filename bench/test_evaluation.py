@@ -48,3 +48,16 @@ def test_evaluation(protocol, contender, measuring, record, benchmark):
         faster = ratio(values["loop of 8"], values["ours"])
         assert faster >= 1.4, f"window: {faster:.2f} times the loop of 8 (target 1.4)"
         assert peaks["ours"] <= 0.4 * peaks["loop of 8"]
+
+
+def test_evaluation_word(contender, measuring, record, benchmark):
+    """word: whole documents, tokenising included, against lm-eval's own Hugging Face model, eight windows at a time."""
+    pytest.importorskip("lm_eval", reason="lm-eval, the peer of this case, is not installed")
+    players = {name: contender(command) for name, command in {"ours": "our word", "lm-eval": "lm-eval word"}.items()}
+    players["ours"]()
+    turns = rounds_of(players, 2 if measuring else 1, benchmark)
+    if measuring:
+        values = each(turns, "seconds")
+        record(values)
+        record({name: v[-1:] for name, v in each(turns, "peak_gib").items()}, unit="peak GiB")
+        assert (faster := ratio(values["lm-eval"], values["ours"])) >= 1, f"word: {faster:.2f} times lm-eval"

@@ -115,6 +115,9 @@ def test_only_ratios_that_fall_beyond_the_noise_are_regressions():
     noisy = row("peer", 2.0, 1.6)
     noisy["ratio"]["q90"] = 2.1
     assert not results.falls(old, [noisy])
+    before = row("peer", 2.0, 2.0)
+    before["ratio"]["q10"] = 1.5
+    assert not results.falls([before], [row("peer", 2.0, 1.6)])
     assert "from 2.00 to 1.60" in results.falls(old, [row("peer", 2.0, 1.6)])[0]
     assert "out of memory" in results.falls(old, [{"group": "g", "case": "c", "peer": "peer", "failed": "out of memory"}])[0]
     assert not results.falls(old, [{"group": "g", "case": "c", "peer": "never", "failed": "out of memory"}])
@@ -163,6 +166,14 @@ def test_a_case_that_raises_and_one_that_was_not_reached_are_rows(bench):
 def test_every_cpu_case_runs_once_small():
     done = python("-m", "pytest", "-q", "bench", "-k", "not gpu", cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and its cases are measured")
+def test_without_a_gpu_its_cases_are_not_measured():
+    done = python("-m", "pytest", "-q", "bench", "--benchmark", "--collect-only", cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "deselected" in done.stdout
+    assert "test_gpu" not in done.stdout
 
 
 @pytest.mark.slow
