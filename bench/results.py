@@ -84,9 +84,9 @@ def save(path: Path, about: dict, rows: list[dict]) -> None:
 def falls(old: list[dict], new: list[dict], band: float = NOISE) -> list[str]:
     """What became worse: ratios that fell by more than the band, contenders measured before that now fail.
 
-    A ratio fell where its median is below the earlier one by more than the band, and nine in ten rounds are below nine in ten of
-    the earlier ones. Only ratios are compared, never times: another machine, or the same one busier, has other times and about
-    these ratios.
+    A ratio fell where its median is below the earlier one by more than the band, and nine in ten rounds are below nine in ten
+    of the earlier ones. Only ratios are compared, never times: another machine, or the same one busier, has other times and
+    about these ratios.
     """
     before, found = {key(row): row for row in old}, []
     measured = {key(row)[:3] for row in old if "median" in row}
