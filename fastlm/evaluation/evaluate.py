@@ -47,7 +47,7 @@ def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str]
                 break
     check(bool(documents), f"{data} has no text in its split {chosen}; name another --split")
     if len(documents) == 1:
-        documents = protocols.wikitext_documents(documents[0])
+        documents = protocols.wikitext_documents(documents[0])[: max_documents or None]
     return documents, hashlib.sha256("".join(documents).encode()).hexdigest()[:16]
 
 

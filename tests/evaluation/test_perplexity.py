@@ -21,6 +21,7 @@ from fastlm.cli import main
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
 from fastlm.evaluation import protocols
+from fastlm.evaluation.evaluate import read_documents
 from fastlm.evaluation.protocols import Segment, detokenise, make, wikitext_documents, window_segments
 from fastlm.evaluation.score import batches, batches_of_few_shapes, segment_nats, summarise
 from fastlm.interop import export
@@ -213,6 +214,13 @@ def test_articles_start_at_level_one_headings():
     parts = wikitext_documents(text)
     assert "".join(parts).strip() == text.strip()
     assert [p.strip().split("\n")[0].strip() for p in parts] == ["= One =", "= Two ="]
+
+
+def test_the_first_documents_of_one_text_are_its_first_articles(tmp_path):
+    articles = [f" = {name} = \n\n{name} is a place . \n" for name in ("Alba", "Brno", "Cork")]
+    (tmp_path / "text.txt").write_text("".join(articles), encoding="utf-8")
+    for many, expected in ((0, articles), (2, articles[:2])):
+        assert read_documents(str(tmp_path / "text.txt"), "", many)[0] == expected
 
 
 def test_the_command_scores_runs_and_hugging_face_folders_alike(model, small_tokenizer, small_text, tmp_path, capsys):
