@@ -44,8 +44,12 @@ def segment_nats(
     """
     if not isinstance(model, Transformer):
         return -segment_sums(model, segments, device, batch_tokens, progress)
-    logps = logps_of(model, compiled(model, device) if compile else model)
-    return -segment_sums(logps, segments, device, batch_tokens or tokens_that_fit(model, device), progress, few_shapes=compile)
+    budget = batch_tokens or tokens_that_fit(model, device)
+    if not compile:
+        return -segment_sums(logps_of(model, model), segments, device, budget, progress)
+    logps = logps_of(model, compiled(model, device))
+    with torch._dynamo.config.patch(recompile_limit=64):  # a graph for each shape, one for each bit of the longest length
+        return -segment_sums(logps, segments, device, budget, progress, few_shapes=True)
 
 
 def tokens_that_fit(model: Transformer, device: torch.device) -> int:
