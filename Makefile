@@ -20,8 +20,8 @@ test: .venv/developer
 gpu:
 	$(PYTHON) bench/gpu.py
 
-# Every benchmark that runs on this machine, the peers installed first: about an hour on two slow cores. A target that was missed
-# is an error, but the last one.
+# Every benchmark that runs on this machine, the peers installed first: about 40 minutes on two slow cores. Where a target was
+# missed it fails, but after the rest.
 bench: .venv/developer
 	$(INSTALL) '.[bench]'
 	$(BIN)/python -m pytest bench --benchmark; missed=$$?; \
