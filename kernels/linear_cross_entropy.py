@@ -87,9 +87,9 @@ def _rows_triton(
 # ---------------------------------------------------------------- the chunk loop
 
 
-def _counted_rows(targets: Tensor, ignore_index: int, max_counted: int) -> Tensor | None:
+def _counted_rows(on_cpu: bool, targets: Tensor, ignore_index: int, max_counted: int) -> Tensor | None:
     """Indices of the rows to multiply, or None for all of them. max_counted < 0: not known."""
-    if targets.device.type == "cpu" and max_counted < 0:
+    if on_cpu:
         keep = (targets != ignore_index).nonzero().squeeze(1)
         return None if len(keep) == len(targets) else keep
     if 0 <= max_counted < len(targets):
@@ -133,7 +133,7 @@ def run_chunks(
     """(loss (N,), lse (N,), dh, dW, dbias), chunk by chunk. With lse given the loss is not computed. Gradients not
     needed are empty."""
     width, acc = len(weight), accumulation_dtype(h.dtype)
-    keep = _counted_rows(targets, options[0], max_counted)
+    keep = _counted_rows(rows is _rows_cpu, targets, options[0], max_counted)
     all_h, all_lse = h, lse
     if keep is not None:
         h, targets = h[keep], targets[keep]

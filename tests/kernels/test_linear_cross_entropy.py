@@ -128,7 +128,8 @@ def test_a_bound_on_the_counted_rows_changes_nothing(reduction, device):
             torch.testing.assert_close(a, b_, atol=1e-6, rtol=1e-5)
 
 
-def test_ignored_rows_take_no_part_in_the_matmuls_on_a_cpu(cpu_path):
+@pytest.mark.parametrize("max_counted", [-1, 64])
+def test_ignored_rows_take_no_part_in_the_matmuls_on_a_cpu(max_counted, cpu_path):
     from torch.utils.flop_counter import FlopCounterMode
 
     h, w, _, targets = make(torch.device("cpu"), n=64)
@@ -140,7 +141,7 @@ def test_ignored_rows_take_no_part_in_the_matmuls_on_a_cpu(cpu_path):
         from fastlm.kernels.linear_cross_entropy import _rows_cpu, run_chunks
 
         with FlopCounterMode(display=False) as counter:
-            run_chunks(_rows_cpu, h, w, None, kept, None, None, (-100, 0.0, 0.0, 0.0, V), 1 << 20, -1, True, True)
+            run_chunks(_rows_cpu, h, w, None, kept, None, None, (-100, 0.0, 0.0, 0.0, V), 1 << 20, max_counted, True, True)
         flops[share] = counter.get_total_flops()
     assert 0 < flops[4] * 4 == flops[1]
 
