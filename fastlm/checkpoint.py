@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
@@ -50,16 +48,6 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of the optimizers' states as optimizer.parameter.name (learning rates follow from the step)."""
-    return {
-        f"{i}.{index}.{name}": value.contiguous()
-        for i, optimizer in enumerate(optimizers)
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-
-
 def random_state() -> dict[str, Tensor]:
     state = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -67,9 +55,10 @@ def random_state() -> dict[str, Tensor]:
     return state
 
 
-def save(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any]) -> Path:
+def save(folder: Path, model: nn.Module, optimizer: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write folder/step-NNNNNN and return it.
 
+    optimizer: every tensor of the optimizers' states, by name.
     state: plain values; holds at least step, validation_loss (None where it was not measured) and model, the shape.
     """
     final = folder / f"step-{state['step']:06d}"
@@ -79,7 +68,7 @@ def save(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], state:
         beside.mkdir(parents=True)
         parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
         save_file(parameters, beside / FILES[0])
-        save_file(optimizer_tensors(optimizers) | random_state(), beside / FILES[1])
+        save_file(optimizer | random_state(), beside / FILES[1])
         whole = state | {"sha256": {name: digest(beside / name) for name in FILES}}
         (beside / "state.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         for path in beside.iterdir():
@@ -149,21 +138,22 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def fill(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+    """Copy the tensors found into those wanted; other names or shapes raise UserError, before anything is copied."""
+    for name in sorted(found.keys() | wanted.keys()):
+        a, b = (str(tuple(t[name].shape)) if name in t else "missing" for t in (found, wanted))
+        if a != b:
+            raise UserError(f"{what}: {name} is {a} there and {b} here; use the run's own configuration")
+    for name, tensor in wanted.items():
+        tensor.copy_(found[name])
+
+
 def load_parameters(checkpoint: Path, model: nn.Module) -> None:
     """Copy the checkpoint's parameters into the model; other names or shapes raise UserError."""
-    found, wanted = tensors(checkpoint / FILES[0]), dict(model.named_parameters())
-    for name in sorted(found.keys() | wanted.keys()):
-        a, b = (tuple(t[name].shape) if name in t else None for t in (found, wanted))
-        if a != b:
-            raise UserError(
-                f"{checkpoint} holds a model of another shape: {name} is {a} there and {b} here; "
-                f"use the run's own configuration"
-            )
-    for name, p in wanted.items():
-        p.copy_(found[name])
+    fill(dict(model.named_parameters()), tensors(checkpoint / FILES[0]), f"{checkpoint} holds a model of another shape")
 
 
-def load(checkpoint: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+def load(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, Any]:
     """Put everything back where save() found it; returns the plain values."""
     state = read_state(checkpoint)
     load_parameters(checkpoint, model)
@@ -172,17 +162,7 @@ def load(checkpoint: Path, model: nn.Module, optimizers: Sequence[Optimizer]) ->
     cuda = found.pop("random.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    for i, optimizer in enumerate(optimizers):
-        whole = optimizer.state_dict()
-        whole["state"] = {}
-        for key, value in found.items():
-            which, index, name = key.split(".", 2)
-            if int(which) == i:
-                whole["state"].setdefault(int(index), {})[name] = value
-        try:
-            optimizer.load_state_dict(whole)
-        except (ValueError, KeyError) as e:
-            raise UserError(f"{checkpoint} holds another optimizer's state: {e}; use the run's own configuration") from None
+    fill(optimizer, found, f"{checkpoint} holds another optimizer's state")
     return state
 
 

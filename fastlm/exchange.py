@@ -88,7 +88,7 @@ def import_folder(cfg: ImportConfig) -> int:
             "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
             "start": cfg.model, "template": chat_template(cfg.model, tokenizer, default="auto"),
         }  # fmt: skip
-        checkpoint.save(run / "checkpoints", model, [], state)
+        checkpoint.save(run / "checkpoints", model, {}, state)
     except (OSError, UserError) as e:
         shutil.rmtree(run, ignore_errors=True)
         raise UserError(f"could not write {run}: {e}") from None

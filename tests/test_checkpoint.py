@@ -13,7 +13,7 @@ from fastlm import checkpoint
 from fastlm.config import ModelConfig, OptimConfig
 from fastlm.errors import UserError
 from fastlm.model import build
-from fastlm.train.optim import make_optimizers
+from fastlm.train.optim import make_optimizers, named_state
 
 SMALL = ModelConfig(vocab_size=100, dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
 
@@ -38,7 +38,7 @@ def advance(model, optimizers) -> None:
 def save(folder, step: int = 2, nats: float | None = None, **made):
     model, optimizers = trained(**made)
     state = {"step": step, "position": 16 * step, "validation_loss": nats, "model": asdict(model.config)}
-    return checkpoint.save(folder, model, optimizers, state), model, optimizers
+    return checkpoint.save(folder, model, named_state(optimizers), state), model, optimizers
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -49,7 +49,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, optimizer):
     checkpoint_again, _, _ = save(tmp_path, step=3, optimizer=optimizer)
     assert checkpoint_again.name == "step-000003"
     twin, twins = trained(steps=0, seed=5, optimizer=optimizer)
-    state = checkpoint.load(path, twin, twins)
+    state = checkpoint.load(path, twin, named_state(twins))
     assert (state["step"], state["position"]) == (2, 32)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def test_the_random_state_comes_back(tmp_path):
     expected = torch.rand(5)  # what follows the save
     torch.manual_seed(123)
     model, optimizers = trained(steps=0)
-    checkpoint.load(path, model, optimizers)
+    checkpoint.load(path, model, named_state(optimizers))
     assert torch.equal(torch.rand(5), expected)
 
 
@@ -96,7 +96,7 @@ def test_a_path_names_a_run_or_a_checkpoint(tmp_path):
 
 def load_fresh(path, **made):
     model, optimizers = trained(steps=0, **made)
-    return checkpoint.load(path, model, optimizers)
+    return checkpoint.load(path, model, named_state(optimizers))
 
 
 def flip(path) -> None:

@@ -35,7 +35,7 @@ def a_run(place: Path, config: ModelConfig, tokenizer: str, **state) -> Path:
 
     found = load_tokenizer(tokenizer)
     whole = {"step": 3, "validation_loss": None, "model": asdict(config), "tokenizer": found.name} | state
-    checkpoint.save(place / "checkpoints", randomised(config), [], whole)
+    checkpoint.save(place / "checkpoints", randomised(config), {}, whole)
     return place
 
 

@@ -231,13 +231,17 @@ def test_impossible_shapes_are_named(change, words):
 
 EAGER = """
 import sys, torch
-from fastlm.config import PRESETS
+from fastlm.config import PRESETS, OptimConfig
 from fastlm.model import build
+from fastlm.train.optim import make_optimizers
 model, tokens = build(PRESETS["tiny"], 0, torch.device("cpu")), torch.zeros(1, 8, dtype=torch.long)
 model.loss(tokens, tokens).backward()
 ends = torch.tensor([0, 3, 8], dtype=torch.int32)
 positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
 model.loss(tokens, tokens, positions=positions, cu_seqlens=ends, max_seqlen=5).backward()
+torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+for optimizer in make_optimizers(model, OptimConfig()):
+    optimizer.step()
 print("torch._dynamo" in sys.modules)
 """
 

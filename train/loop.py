@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fastlm import checkpoint
 from fastlm.config import OptimConfig, StageConfig
@@ -23,7 +22,7 @@ from fastlm.errors import UserError
 from fastlm.monitor import Monitor, perplexity
 from fastlm.options import to_toml
 from fastlm.train import distributed
-from fastlm.train.optim import schedule
+from fastlm.train.optim import Optimizer, named_state, schedule
 
 # A micro-batch to sums over what is counted in it (targets, or pairs): "loss", and whatever else is worth logging.
 Loss = Callable[..., dict[str, Tensor]]
@@ -91,10 +90,10 @@ def step_all(optimizers: list[Optimizer], step: int, steps: int, o: OptimConfig)
     """One step of every optimizer at the schedule's learning rate; gradients are then gone. Returns the schedule's share."""
     share = schedule(step, steps, o)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
+        for group in optimizer.groups:
             group["lr"] = group["peak_lr"] * share
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return share
 
 
@@ -123,7 +122,7 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
 
 def resume(place: Path, model: nn.Module, optimizers: list[Optimizer], fresh: dict[str, Any], steps: int) -> dict[str, Any]:
     """Load a checkpoint for going on with the run it belongs to; `fresh` is the state that a new run would start with."""
-    state = checkpoint.load(place, model, optimizers)
+    state = checkpoint.load(place, model, named_state(optimizers))
     for key in ("tokenizer_hash", "train_tokens", "start_hash"):
         if state.get(key) != fresh.get(key):
             raise UserError(
@@ -175,7 +174,7 @@ def train(
             stop = distributed.largest(stopped())  # a signal to one process stops all, after the same step
             if distributed.first() and (due(done, cfg.checkpoint_every, cfg.steps) or stop or improved(state, folder)):
                 monitor.flush()
-                checkpoint.save(folder, model, optimizers, state)
+                checkpoint.save(folder, model, named_state(optimizers), state)
                 checkpoint.prune(folder, cfg.keep_checkpoints)
                 monitor.restart_clock()
             if stop:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
 
 from fastlm.config import OptimConfig
 
@@ -30,6 +31,44 @@ def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+class Optimizer:
+    """Groups of parameters and each parameter's state, which is there from the start.
+
+    Not torch.optim's class: making one imports torch._dynamo, 2.3 s and 76 MiB that a run without --compile has no use for
+    (two slow cores).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], zeros_like: tuple[str, ...]):
+        """groups: "params", and options with "lr". zeros_like: names of the state tensors that start as zeros."""
+        self.groups = groups
+        self.state = {p: {name: torch.zeros_like(p.detach()) for name in zeros_like} for g in groups for p in g["params"]}
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        for p in self.state:
+            p.grad = None
+
+
+class AdamW(Optimizer):
+    """PyTorch's fused AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    def __init__(self, groups: list[dict[str, Any]], beta1: float, beta2: float):
+        super().__init__(groups, ("exp_avg", "exp_avg_sq"))
+        self.beta1, self.beta2 = beta1, beta2
+        for p, state in self.state.items():
+            state["step"] = torch.zeros((), device=p.device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            averages, squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+            adamw(params, [p.grad for p in params], averages, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+                  beta1=self.beta1, beta2=self.beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8)  # fmt: skip
+
+
 class Muon(Optimizer):
     """Momentum, orthogonalised: W <- W - lr (0.2 sqrt(max(m, n)) O + weight_decay W), O = orthogonalise(momentum).
 
@@ -39,12 +78,13 @@ class Muon(Optimizer):
     Zen 1 cores, 256 x 768 to 1024 x 1024).
     """
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, groups: list[dict[str, Any]], momentum: float):
+        super().__init__(groups, ("momentum",))
+        self.momentum = momentum
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
+    def step(self) -> None:
+        for group in self.groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
@@ -53,13 +93,12 @@ class Muon(Optimizer):
                 self._step_one_shape(group, shape, params)
 
     def _step_one_shape(self, group: dict, shape: torch.Size, params: list[Tensor]) -> None:
-        momentum, lr = group["momentum"], group["lr"]
-        updates = []
+        lr, updates = group["lr"], []
         for p in params:
-            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            average = self.state[p]["momentum"]
             assert p.grad is not None
-            average.lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(average, momentum))  # Nesterov
+            average.lerp_(p.grad, 1 - self.momentum)
+            updates.append(p.grad.lerp(average, self.momentum))  # Nesterov
         batch = torch.stack(updates)
         update = orthogonalise(batch.bfloat16() if batch.is_cuda else batch)
         for p, u in zip(params, update, strict=True):
@@ -72,18 +111,23 @@ def make_optimizers(model: nn.Module, o: OptimConfig) -> list[Optimizer]:
     for name, p in model.named_parameters():
         parts["vectors" if p.dim() == 1 else name if name in parts else "hidden"].append(p)
     rates = {"hidden": o.lr, "embedding": o.embedding_lr, "head": o.head_lr, "vectors": o.embedding_lr}
-    groups: list[dict[str, Any]] = [
-        {"params": params, "lr": rates[part], "weight_decay": 0.0 if part == "vectors" else o.weight_decay}
-        for part, params in parts.items()
-        if params and (part != "hidden" or o.name == "adamw")
-    ]
-    optimizers: list[Optimizer] = [AdamW(groups, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)]
-    if o.name == "muon":
-        optimizers.insert(0, Muon(parts["hidden"], lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
+    groups = {
+        part: {"params": params, "lr": rates[part], "peak_lr": rates[part],
+               "weight_decay": 0.0 if part == "vectors" else o.weight_decay}
+        for part, params in parts.items() if params
+    }  # fmt: skip
+    optimizers: list[Optimizer] = [Muon([groups.pop("hidden")], o.momentum)] if o.name == "muon" else []
+    return [*optimizers, AdamW(list(groups.values()), o.beta1, o.beta2)]
+
+
+def named_state(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of the optimizers' states as optimizer.parameter.name (learning rates follow from the step)."""
+    return {
+        f"{i}.{index}.{name}": tensor
+        for i, optimizer in enumerate(optimizers)
+        for index, state in enumerate(optimizer.state.values())
+        for name, tensor in state.items()
+    }
 
 
 def schedule(step: int, steps: int, o: OptimConfig) -> float:

@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
-from torch.optim import Optimizer
 
 from fastlm import checkpoint
 from fastlm.config import TuningConfig, check
@@ -26,7 +25,7 @@ from fastlm.model import Transformer, count_parameters, pick_device, training_fl
 from fastlm.monitor import Monitor, peak_gib, sparkline
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
-from fastlm.train.optim import make_optimizers
+from fastlm.train.optim import Optimizer, make_optimizers
 
 MAX_LEN = 512  # of an example, where the options do not say
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlm.config import ModelConfig, OptimConfig
 from fastlm.model import build
-from fastlm.train.optim import Muon, make_optimizers, orthogonalise, schedule
+from fastlm.train.optim import AdamW, Muon, make_optimizers, orthogonalise, schedule
 
 SMALL = ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
 
@@ -37,7 +37,7 @@ def test_muon_takes_the_steps_of_torch_muon():
     ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((16, 24), (40, 16), (16, 24))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     begin = [p.detach().clone() for p in ours]
-    a = Muon(ours, lr=0.02, weight_decay=0.1, momentum=0.9)
+    a = Muon([{"params": ours, "lr": 0.02, "weight_decay": 0.1}], momentum=0.9)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):
@@ -53,13 +53,13 @@ def test_every_parameter_has_one_optimizer_and_norms_do_not_decay():
     for name in ("muon", "adamw"):
         model = build(SMALL, 0, torch.device("cpu"))
         optimizers = make_optimizers(model, replace(OptimConfig(), name=name))
-        seen = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        seen = [p for o in optimizers for g in o.groups for p in g["params"]]
         assert len(seen) == len(set(seen)) == len(list(model.parameters()))
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
+            for group in optimizer.groups:
                 decays = group["weight_decay"] > 0
                 assert all((p.dim() == 2) == decays for p in group["params"])
-        muon = {p for o in optimizers if isinstance(o, Muon) for g in o.param_groups for p in g["params"]}
+        muon = {p for o in optimizers if isinstance(o, Muon) for g in o.groups for p in g["params"]}
         assert muon == ({p for b in model.blocks for p in b.parameters() if p.dim() == 2} if name == "muon" else set())
 
 
@@ -76,6 +76,27 @@ def test_adamw_takes_the_textbook_step():
     m, v = (1 - 0.9) * g / (1 - 0.9), (1 - 0.99) * g * g / (1 - 0.99)
     expected = start * (1 - 0.01 * 0.1) - 0.01 * m / (v.sqrt() + 1e-8)
     torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_takes_the_steps_of_torch_adamw():
+    """Bit for bit, with the learning rate changing and a parameter that has no gradient in every other step."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((16, 24), (7,), (3, 5))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    options = [{"lr": 0.02, "weight_decay": 0.1}, {"lr": 0.01, "weight_decay": 0.0}]
+    a = AdamW([{"params": p, **o} for p, o in zip((ours[:1], ours[1:]), options, strict=True)], 0.9, 0.95)
+    b = torch.optim.AdamW([{"params": p, **o} for p, o in zip((theirs[:1], theirs[1:]), options, strict=True)],
+                          betas=(0.9, 0.95), eps=1e-8, fused=True)  # fmt: skip
+    for step in range(6):
+        for p, q in list(zip(ours, theirs, strict=True))[: 3 - step % 2]:
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for mine, its in zip(a.groups, b.param_groups, strict=True):
+            mine["lr"] = its["lr"] = 0.01 * (step + 1)
+        for optimizer in (a, b):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
 def lr(step: int, steps: int = 100, **changes) -> float:
