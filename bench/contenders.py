@@ -26,15 +26,14 @@ BACKEND = {"full": "inductor", "small": "eager"}  # the smoke test leaves the co
 HEAD = {"full": (4096, 384, 50257), "small": (64, 32, 512)}
 
 
-def optimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def training_step(model: torch.nn.Module, optimizer, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
     """A training step of any contender: backward, clip, fused AdamW."""
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
 
     def step() -> None:
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     return step
 
@@ -45,9 +44,10 @@ def tokens(size: str) -> torch.Tensor:
 
 
 def ours(size: str, compiled: bool) -> Callable[[], None]:
-    from fastlm.config import ModelConfig
+    from fastlm.config import ModelConfig, OptimConfig
     from fastlm.kernels.cpu import keep_large_blocks
     from fastlm.model import build
+    from fastlm.train.optim import make_optimizers
 
     keep_large_blocks()
     vocab, dim, layers, heads, ffn, batch, length = SHAPE[size]
@@ -58,7 +58,8 @@ def ours(size: str, compiled: bool) -> Callable[[], None]:
     y = x.roll(-1, 1)
     y[:, -1] = -100
     loss = torch.compile(model.loss, fullgraph=True, dynamic=False, backend=BACKEND[size]) if compiled else model.loss
-    return optimise(list(model.parameters()), lambda: loss(x, y) / (batch * (length - 1)))
+    (adamw,) = make_optimizers(model, OptimConfig(name="adamw"))
+    return training_step(model, adamw, lambda: loss(x, y) / (batch * (length - 1)))
 
 
 def hugging_face(size: str, compiled: bool) -> Callable[[], None]:
@@ -71,7 +72,8 @@ def hugging_face(size: str, compiled: bool) -> Callable[[], None]:
     )  # fmt: skip
     model, x = LlamaForCausalLM(config), tokens(size)
     forward = torch.compile(model) if compiled and size == "full" else model
-    return optimise(list(model.parameters()), lambda: forward(input_ids=x, labels=x).loss)
+    adamw = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    return training_step(model, adamw, lambda: forward(input_ids=x, labels=x).loss)
 
 
 def head(size: str, loss: Callable) -> Callable[[], None]:

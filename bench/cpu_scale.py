@@ -16,17 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from contenders import optimise
+from contenders import training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import results  # noqa: E402
 
-from fastlm.config import ModelConfig  # noqa: E402
+from fastlm.config import ModelConfig, OptimConfig  # noqa: E402
 from fastlm.kernels.cpu import keep_large_blocks  # noqa: E402
 from fastlm.memory import process_peak_gib  # noqa: E402
 from fastlm.model import build, count_parameters, training_flops_per_token  # noqa: E402
+from fastlm.train.optim import make_optimizers  # noqa: E402
 
 MATMUL = 1024
 SECONDS = 3.0
@@ -63,7 +64,8 @@ def run(p: Point, seconds: float) -> dict:
     keep_large_blocks()
     model = build(p.config, 0, torch.device("cpu"))
     tokens = torch.randint(p.vocab_size, (2, p.rows, p.seq_len), generator=torch.Generator().manual_seed(0))
-    step = optimise(list(model.parameters()), lambda: model.loss(tokens[0], tokens[1]) / tokens[0].numel())
+    (adamw,) = make_optimizers(model, OptimConfig(name="adamw"))
+    step = training_step(model, adamw, lambda: model.loss(tokens[0], tokens[1]) / tokens[0].numel())
     a, b = torch.randn(2, MATMUL, MATMUL)
     out = torch.empty_like(a)
     flops = training_flops_per_token(p.config, p.seq_len) * p.rows * p.seq_len
