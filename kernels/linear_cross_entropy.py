@@ -5,7 +5,8 @@
 
 h: (N, D); W: (V, D); bias: (V,). The matmuls run in h's dtype (autocast's, where it is on); loss and lse are fp32.
 "sum" and "mean": the forward leaves dh and dW ready, so that a step takes 3 matmuls; the backward scales them.
-"none" (and linear_logprobs): the forward keeps lse, the backward makes each chunk's logits again: 4 matmuls.
+"none" (and linear_logprobs): the forward keeps lse, the backward makes each chunk's logits again: 4 matmuls. On a CPU
+KEPT_BYTES of logits are kept, and not made again: between 3 and 4 matmuls.
 On a CPU, rows whose target is ignored are dropped before the matmul. Elsewhere that would need the count on the host,
 hence a synchronisation: pass max_counted, a bound the host knows, and only that many rows are multiplied.
 Beside the matmuls, in chunk-of-logits-sized passes: 2 reads and 1 write in the fused forward; 1 read in a forward
@@ -35,14 +36,17 @@ from fastlm.kernels.cross_entropy import (
 # hardly faster, 512 of 50,257 take 8% less time than 128 (D = 384), and 384 of 131,072 10% less (D = 256).
 CHUNK_BYTES = 256 << 20
 
+# Bytes of logits that the forward of "none" keeps for its backward on a CPU.
+KEPT_BYTES = 256 << 20
+
 
 def cpu_chunk_bytes(width: int, element_size: int) -> int:
     return max(100 << 20, min(200 << 20, 512 * width * element_size))
 
 
-# A row kernel takes (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, write_grad,
-# *options). It fills loss and lse where write_loss and reads lse otherwise; where write_grad it overwrites logits by
-# their gradient times dloss.
+# A row kernel takes (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, grad (n, V) or None,
+# *options). It fills loss and lse where write_loss and reads lse otherwise; grad, which may be logits, becomes their
+# gradient times dloss.
 RowKernel = Callable[..., None]
 Options = tuple[int, float, float, float, int]  # ignore_index, z_loss, label_smoothing, softcap, vocab_size
 
@@ -54,21 +58,19 @@ def _rows_cpu(
     lse: Tensor,
     dloss: Tensor | None,
     write_loss: bool,
-    write_grad: bool,
+    grad: Tensor | None,
     *options: Any,
 ) -> None:
     if cpu.available(logits):
-        cpu.cross_entropy_rows(
-            logits, targets, loss if write_loss else None, lse, dloss, logits if write_grad else None, *options
-        )
+        cpu.cross_entropy_rows(logits, targets, loss if write_loss else None, lse, dloss, grad, *options)
         return
     if write_loss:
         rows = cross_entropy_reference(logits, targets, *options)
         loss.copy_(rows[0])
         lse.copy_(rows[1])
-    if write_grad:
+    if grad is not None:
         upstream = torch.ones_like(lse) if dloss is None else dloss
-        logits.copy_(cross_entropy_backward_reference(upstream, logits, targets, lse, *options))
+        grad.copy_(cross_entropy_backward_reference(upstream, logits, targets, lse, *options))
 
 
 def _rows_triton(
@@ -78,10 +80,10 @@ def _rows_triton(
     lse: Tensor,
     dloss: Tensor | None,
     write_loss: bool,
-    write_grad: bool,
+    grad: Tensor | None,
     *options: Any,
 ) -> None:
-    launch_rows(logits, targets, loss if write_loss else loss[:0], lse, dloss, logits if write_grad else None, options)
+    launch_rows(logits, targets, loss if write_loss else loss[:0], lse, dloss, grad, options)
 
 
 # ---------------------------------------------------------------- the chunk loop
@@ -116,6 +118,11 @@ def chunk_rows(n: int, width: int, element_size: int, chunk_bytes: int) -> int:
     return max(1, -(-n // (chunks * 128))) * 128
 
 
+def room(like: Tensor, rows: int, width: int) -> Tensor:
+    """For rows of logits: each starts at a multiple of 128 bytes, whatever the vocabulary's size."""
+    return like.new_empty(rows, -(-width // 64) * 64)
+
+
 def run_chunks(
     rows: RowKernel,
     h: Tensor,
@@ -129,17 +136,17 @@ def run_chunks(
     max_counted: int,
     need_dh: bool,
     need_dw: bool,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss (N,), lse (N,), dh, dW, dbias), chunk by chunk. With lse given the loss is not computed. Gradients not
-    needed are empty."""
+    needed are empty. kept: room for the first chunks' logits, filled where lse is not given and read where it is."""
     width, acc = len(weight), accumulation_dtype(h.dtype)
-    keep = _counted_rows(rows is _rows_cpu, targets, options[0], max_counted)
+    counted = _counted_rows(rows is _rows_cpu, targets, options[0], max_counted)
     all_h, all_lse = h, lse
-    if keep is not None:
-        h, targets = h[keep], targets[keep]
-        dloss, lse = (t if t is None else t[keep] for t in (dloss, lse))
-    n = len(h)
-    write = (lse is None, need_dh or need_dw)
+    if counted is not None:
+        h, targets = h[counted], targets[counted]
+        dloss, lse = (t if t is None else t[counted] for t in (dloss, lse))
+    n, forward, backward = len(h), lse is None, need_dh or need_dw
     loss = h.new_empty(n, dtype=acc)
     lse = h.new_empty(n, dtype=acc) if lse is None else lse
     dh = h.new_empty(h.shape if need_dh else (0,))
@@ -148,51 +155,54 @@ def run_chunks(
     db = torch.zeros(width if need_dw and bias is not None else 0, dtype=acc, device=h.device)
     w, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
     size = chunk_rows(n, width, h.element_size(), chunk_bytes)
-    # every row of the buffer starts at a multiple of 128 bytes, whatever the vocabulary's size
-    buffer = h.new_empty(min(size, n), -(-width // 64) * 64)[:, :width]
+    buffer = room(h, min(size, n), width)[:, :width]
     for start in range(0, n, size):
         at = slice(start, min(start + size, n))
-        logits = buffer[: at.stop - start]
-        if b is None:
-            torch.mm(h[at], w.t(), out=logits)
-        else:
-            torch.addmm(b, h[at], w.t(), out=logits)
-        rows(logits, targets[at], loss[at], lse[at], None if dloss is None else dloss[at], *write, *options)
+        grad = buffer[: at.stop - start]
+        keeps = at.stop <= len(kept)
+        logits = kept[at, :width] if keeps else grad
+        if forward or not keeps:
+            if b is None:
+                torch.mm(h[at], w.t(), out=logits)
+            else:
+                torch.addmm(b, h[at], w.t(), out=logits)
+        upstream = None if dloss is None else dloss[at]
+        rows(logits, targets[at], loss[at], lse[at], upstream, forward, grad if backward else None, *options)
         if need_dh:
-            torch.mm(logits, w, out=dh[at])
+            torch.mm(grad, w, out=dh[at])
         if need_dw:
-            _add_product(dw, logits.t(), h[at], first=start == 0)
+            _add_product(dw, grad.t(), h[at], first=start == 0)
             if bias is not None:
-                db += logits.sum(0, dtype=acc)
-    if keep is not None:
-        loss, dh = _spread(loss, keep, len(all_h)), _spread(dh, keep, len(all_h)) if need_dh else dh
-        lse = _spread(lse, keep, len(all_h)) if all_lse is None else all_lse
+                db += grad.sum(0, dtype=acc)
+    if counted is not None:
+        loss, dh = _spread(loss, counted, len(all_h)), _spread(dh, counted, len(all_h)) if need_dh else dh
+        lse = _spread(lse, counted, len(all_h)) if all_lse is None else all_lse
     return loss, lse, dh, dw, db
 
 
-def _spread(part: Tensor, keep: Tensor, n: int) -> Tensor:
-    """part's rows at the indices keep of n rows, zeros elsewhere."""
-    return part.new_zeros(n, *part.shape[1:]).index_copy_(0, keep, part)
+def _spread(part: Tensor, indices: Tensor, n: int) -> Tensor:
+    """part's rows at these indices of n rows, zeros elsewhere."""
+    return part.new_zeros(n, *part.shape[1:]).index_copy_(0, indices, part)
 
 
 def _fused(rows: RowKernel, h, weight, bias, targets, *rest):
     *options, chunk_bytes, max_counted, need_dh, need_dw = rest
-    loss, _, dh, dw, db = run_chunks(
-        rows, h, weight, bias, targets, None, None, tuple(options), chunk_bytes, max_counted, need_dh, need_dw
-    )
+    limits = (chunk_bytes, max_counted, need_dh, need_dw, room(h, 0, len(weight)))
+    loss, _, dh, dw, db = run_chunks(rows, h, weight, bias, targets, None, None, tuple(options), *limits)
     return loss.sum(), dh, dw, db
 
 
 def _nll(rows: RowKernel, h, weight, bias, targets, *rest):
-    *options, chunk_bytes, max_counted = rest
-    out = run_chunks(rows, h, weight, bias, targets, None, None, tuple(options), chunk_bytes, max_counted, False, False)
-    return out[:2]
+    *options, chunk_bytes, max_counted, kept_rows = rest
+    kept = room(h, kept_rows, len(weight))
+    limits = (chunk_bytes, max_counted, False, False, kept)
+    return *run_chunks(rows, h, weight, bias, targets, None, None, tuple(options), *limits)[:2], kept
 
 
-def _nll_backward(rows: RowKernel, dloss, h, weight, bias, targets, lse, *rest):
+def _nll_backward(rows: RowKernel, dloss, h, weight, bias, targets, lse, kept, *rest):
     *options, chunk_bytes, max_counted, need_dh, need_dw = rest
-    out = run_chunks(rows, h, weight, bias, targets, dloss, lse, tuple(options), chunk_bytes, max_counted, need_dh, need_dw)
-    return out[2:]
+    limits = (chunk_bytes, max_counted, need_dh, need_dw, kept)
+    return run_chunks(rows, h, weight, bias, targets, dloss, lse, tuple(options), *limits)[2:]
 
 
 # ---------------------------------------------------------------- registration
@@ -231,9 +241,10 @@ def _linear_nll(
     vocab_size: int,
     chunk_bytes: int,
     max_counted: int,
-) -> tuple[Tensor, Tensor]:
+    kept_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
-    return _nll(_rows_triton, h, weight, bias, targets, *options, chunk_bytes, max_counted)
+    return _nll(_rows_triton, h, weight, bias, targets, *options, chunk_bytes, max_counted, kept_rows)
 
 
 @torch.library.custom_op("fastlm::linear_nll_backward", mutates_args=())
@@ -244,6 +255,7 @@ def _linear_nll_backward(
     bias: Tensor | None,
     targets: Tensor,
     lse: Tensor,
+    kept: Tensor,
     ignore_index: int,
     z_loss: float,
     label_smoothing: float,
@@ -256,7 +268,7 @@ def _linear_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
     limits = (chunk_bytes, max_counted, need_dh, need_dw)
-    return _nll_backward(_rows_triton, dloss, h, weight, bias, targets, lse, *options, *limits)
+    return _nll_backward(_rows_triton, dloss, h, weight, bias, targets, lse, kept, *options, *limits)
 
 
 cpu_kernel(_linear_cross_entropy, partial(_fused, _rows_cpu))
@@ -281,11 +293,11 @@ def _(h, weight, bias, targets, *rest):
 @_linear_nll.register_fake
 def _(h, weight, bias, targets, *rest):
     loss = h.new_empty(h.shape[0], dtype=accumulation_dtype(h.dtype))
-    return loss, torch.empty_like(loss)
+    return loss, torch.empty_like(loss), room(h, rest[-1], weight.shape[0])
 
 
 @_linear_nll_backward.register_fake
-def _(dloss, h, weight, bias, targets, lse, *rest):
+def _(dloss, h, weight, bias, targets, lse, kept, *rest):
     return _gradients_like(h, weight, bias, *rest[-2:])
 
 
@@ -307,24 +319,24 @@ def _backward(ctx, dloss, *_):
 
 
 def _nll_setup(ctx, inputs, output) -> None:
-    h, weight, bias, targets, *ctx.options = inputs
-    ctx.save_for_backward(h, weight, bias, targets, output[1])
-    ctx.mark_non_differentiable(output[1])
+    h, weight, bias, targets, *ctx.options, _ = inputs
+    ctx.save_for_backward(h, weight, bias, targets, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _nll_backward_formula(ctx, dloss, _):
+def _nll_backward_formula(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 11
-    h, weight, bias, targets, lse = ctx.saved_tensors
+        return (None,) * 12
+    h, weight, bias, targets, lse, kept = ctx.saved_tensors
     need_dh, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    dh, dw, db = _linear_nll_backward(dloss, h, weight, bias, targets, lse, *ctx.options, need_dh, need_dw)
+    dh, dw, db = _linear_nll_backward(dloss, h, weight, bias, targets, lse, kept, *ctx.options, need_dh, need_dw)
     grads = (
         dh if need_dh else None,
         dw.to(weight.dtype) if need_dw else None,
         db.to(bias.dtype) if need_dw and bias is not None else None,
     )
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * 9)
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
@@ -354,15 +366,17 @@ def linear_nll(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias {tuple(bias.shape)} must be (V,) = ({len(weight)},)")
     h = h.to(matmul_dtype(h))
+    on_cpu, row = h.device.type == "cpu", len(weight) * h.element_size()
+    kept_bytes = KEPT_BYTES if on_cpu and chunk_bytes is None else 0
     if chunk_bytes is None:
-        chunk_bytes = cpu_chunk_bytes(len(weight), h.element_size()) if h.device.type == "cpu" else CHUNK_BYTES
+        chunk_bytes = cpu_chunk_bytes(len(weight), h.element_size()) if on_cpu else CHUNK_BYTES
     args = (h, weight, bias, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size, chunk_bytes)
-    limit = -1 if max_counted is None else max_counted
+    limit, grad = -1 if max_counted is None else max_counted, torch.is_grad_enabled()
+    need_dh, need_dw = h.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad)
     if reduction == "none":
-        return _linear_nll(*args, limit)[0]
-    grad = torch.is_grad_enabled()
-    need_dw = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    return _linear_cross_entropy(*args, limit, grad and h.requires_grad, need_dw)[0]
+        kept_rows = min(len(h), kept_bytes // row) if grad and (need_dh or need_dw) else 0
+        return _linear_nll(*args, limit, kept_rows)[0]
+    return _linear_cross_entropy(*args, limit, grad and need_dh, grad and need_dw)[0]
 
 
 def linear_cross_entropy(
@@ -384,7 +398,8 @@ def linear_cross_entropy(
     them (None: 256 MiB, on a CPU 100 to 200).
 
     h (N, D), weight (V, D), bias (V,), targets (N,) integers; columns from vocab_size on are padding. Returns fp32
-    whatever autocast says, a scalar, or (N,) for "none"; the matmuls run in h's dtype, or autocast's. dW is added up
+    whatever autocast says, a scalar, or (N,) for "none", whose forward on a CPU keeps 256 MiB more where chunk_bytes is None
+    and gradients are wanted; the matmuls run in h's dtype, or autocast's. dW is added up
     in fp32. max_counted: the caller's promise that at most so many targets count; the others then cost no matmul (on
     a CPU they never do). Gradients of gradients are not defined. Raises ValueError on shapes or options that do not
     fit.

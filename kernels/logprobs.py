@@ -4,7 +4,8 @@
     dlogits = upstream_i ([j = t] - p_j)          dh = dlogits W          dW = dlogits^T h
 
 It is the negated loss of linear_cross_entropy.py with one upstream gradient per row, on the same chunks: the forward
-keeps the log-sum-exp (fp32, one per row), the backward makes each chunk's logits again, 4 matmuls in all.
+keeps the log-sum-exp (fp32, one per row), the backward makes each chunk's logits again, 4 matmuls in all; on a CPU, where
+matmuls are dear and memory is not, 256 MiB of logits are kept instead of made again.
 Source: Rafailov et al., Direct Preference Optimization, 2023, equation 7.
 """
 

@@ -28,8 +28,6 @@ from fastlm.errors import UserError
 from fastlm.model import compiled
 from fastlm.train import distributed, loop, preference, tuning
 
-HEAD_PASSES = 4  # the backward pass of linear_logprobs makes the logits again
-
 
 @distributed.over_processes
 def dpo(cfg: DpoConfig) -> int:
@@ -58,7 +56,7 @@ def dpo(cfg: DpoConfig) -> int:
         return loop.validate(loss, pairs, run.device)
 
     started = time.perf_counter()
-    stopped, monitor = tuning.train(run, batches(run, training), loss, validate, HEAD_PASSES)
+    stopped, monitor = tuning.train(run, batches(run, training), loss, validate)
 
     def result() -> None:
         if monitor.validations:

@@ -123,20 +123,21 @@ def go_on(run: Run) -> None:
             + (f", from step {run.state['step']}" if run.state["step"] else ""))  # fmt: skip
 
 
-def train(run: Run, batches: Iterator[loop.Step], loss: loop.Loss, validate: Callable[[], dict[str, float]],
-          head_passes: int = 3) -> tuple[int, Monitor]:  # fmt: skip
-    """The loop; head_passes: matmuls with the head for a counted target. Returns the stopping signal, or 0, and the monitor."""
+def train(
+    run: Run, batches: Iterator[loop.Step], loss: loop.Loss, validate: Callable[[], dict[str, float]]
+) -> tuple[int, Monitor]:
+    """The loop. Returns the signal that stopped it, or 0, and the monitor."""
     cfg, state = run.cfg, run.state
-    with Monitor(run.folder, cfg.steps, state["step"], state["tokens"], flops_per_token(run, head_passes), run.device,
-                 run.console, cfg.tensorboard, distributed.ranks()) as monitor:  # fmt: skip
+    with Monitor(run.folder, cfg.steps, state["step"], state["tokens"], flops_per_token(run), run.device, run.console,
+                 cfg.tensorboard, distributed.ranks()) as monitor:  # fmt: skip
         prepared = prefetch(batches, run.device)
         stopped = loop.train(cfg, run.folder, run.model, run.optimizers, state, prepared, loss, validate, monitor)
     return stopped, monitor
 
 
-def flops_per_token(run: Run, head_passes: int) -> float:
+def flops_per_token(run: Run) -> float:
     """Of a real token, on average: the head is multiplied for counted targets only."""
-    share = float(run.train.counted.sum()) / max(1, run.train.real_slots) * head_passes / 3
+    share = float(run.train.counted.sum()) / max(1, run.train.real_slots)
     shape = dataclasses.replace(run.model.config, vocab_size=max(1, round(run.model.config.vocab_size * share)))
     return training_flops_per_token(shape, round(run.train.real_slots / max(1, len(run.train.ends))))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from exactness import check, check_once, error, run, same_bits
 from test_cross_entropy import OPTIONS, plain
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.kernels import cross_entropy, linear_cross_entropy, linear_logprobs
-from fastlm.kernels.linear_cross_entropy import chunk_rows, cpu_chunk_bytes
+from fastlm.kernels.linear_cross_entropy import _linear_nll, chunk_rows, cpu_chunk_bytes
 
 N, D, V = 12, 16, 37
 
@@ -138,12 +140,54 @@ def test_ignored_rows_take_no_part_in_the_matmuls_on_a_cpu(max_counted, cpu_path
         kept = targets.clamp(min=0)
         kept[torch.arange(64) % share != 0] = -100
         # the op hides its matmuls from the counter: count its inside
-        from fastlm.kernels.linear_cross_entropy import _rows_cpu, run_chunks
+        from fastlm.kernels.linear_cross_entropy import _rows_cpu, room, run_chunks
 
         with FlopCounterMode(display=False) as counter:
-            run_chunks(_rows_cpu, h, w, None, kept, None, None, (-100, 0.0, 0.0, 0.0, V), 1 << 20, max_counted, True, True)
+            limits = (1 << 20, max_counted, True, True, room(h, 0, V))
+            run_chunks(_rows_cpu, h, w, None, kept, None, None, (-100, 0.0, 0.0, 0.0, V), *limits)
         flops[share] = counter.get_total_flops()
     assert 0 < flops[4] * 4 == flops[1]
+
+
+@pytest.mark.parametrize("kept_rows", [99, 150, 300])  # none, one and all of the chunks of 100
+def test_kept_logits_give_the_bits_of_those_made_again(kept_rows, cpu_path):
+    h, w, b, targets = make(torch.device("cpu"), n=300)
+    up, results = torch.randn(300), []
+    for rows in (0, kept_rows):
+        leaves = [x.clone().requires_grad_() for x in (h, w, b)]
+        loss, *_ = _linear_nll(*leaves, targets, -100, 0.0, 0.0, 0.0, V, 100 * V * 4, -1, rows)
+        first = torch.autograd.grad(loss, leaves, up, retain_graph=True)
+        assert all(map(same_bits, first, torch.autograd.grad(loss, leaves, up)))
+        results.append([loss.detach(), *first])
+    assert all(map(same_bits, *results))
+
+
+def test_logits_are_kept_for_a_backward_on_a_cpu_up_to_a_limit(cpu_path, monkeypatch):
+    h, w, _, targets = make(torch.device("cpu"))
+    for limit, grad, chunk_bytes, rows in [
+        (100, True, None, N),
+        (5, True, None, 5),
+        (100, True, 1 << 20, 0),
+        (100, False, None, 0),
+    ]:
+        monkeypatch.setattr(sys.modules[chunk_rows.__module__], "KEPT_BYTES", limit * V * 4)
+        with torch.set_grad_enabled(grad), KeptRows() as seen:
+            linear_logprobs(h.requires_grad_(), w, targets, chunk_bytes=chunk_bytes)
+        assert seen.kept == [rows]
+
+
+class KeptRows(TorchDispatchMode):
+    """Notes how many rows of logits each call of linear_nll keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.fastlm.linear_nll.default:
+            self.kept.append(len(out[2]))
+        return out
 
 
 @pytest.mark.parametrize("frozen", ["h", "weight"])

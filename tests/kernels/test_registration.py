@@ -36,7 +36,8 @@ def op_calls():
         "linear_cross_entropy": (
             _linear_cross_entropy, (rand(N, D), rand(V, D), rand(V), TARGETS, *options, 4 * V * 3, -1, True, True),
         ),
-        "linear_nll": (_linear_nll, (rand(N, D), rand(V, D), None, TARGETS, *options, 4 * V * 3, -1)),
+        "linear_nll": (_linear_nll, (rand(N, D), rand(V, D), None, TARGETS, *options, 4 * V * 3, -1, 0)),
+        "linear_nll kept": (_linear_nll, (rand(N, D), rand(64, D), None, TARGETS, *options, 4 * 64 * 3, -1, 3)),
     }  # fmt: skip
 
 
