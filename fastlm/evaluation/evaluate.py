@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,22 +62,25 @@ def open_scorer(place: str, device: torch.device, tokenizer: str) -> tuple[Trans
     return model, loaded, model.config.max_seq_len
 
 
-def views(wanted: list[str], documents: list[str], tokenizer: Tokenizer, longest: int, console: Console) -> list[Protocol]:
-    """The text as each protocol sees it; of all of them (none named) those that apply, and a line for each that does not."""
-    if wanted:
-        return [protocols.make(name, documents, tokenizer, longest) for name in wanted]
-    found: list[Protocol] = []
+def views(wanted: list[str], documents: list[str], tokenizer: Tokenizer, longest: int, console: Console) -> Iterator[Protocol]:
+    """The text as each protocol sees it, those to come tokenised in a thread while this one is scored; of all protocols
+    (none named) those that apply, and a line for each that does not."""
     reasons: list[UserError] = []
-    for name in protocols.NAMES:
-        try:
-            found.append(protocols.make(name, documents, tokenizer, longest))
-        except UserError as e:
-            reasons.append(e)
-    if not found:
+    names = wanted or protocols.NAMES
+    with ThreadPoolExecutor(1) as thread:
+        for made in [thread.submit(protocols.make, name, documents, tokenizer, longest) for name in names]:
+            try:
+                protocol = made.result()
+            except UserError as e:
+                if wanted:
+                    raise
+                reasons.append(e)
+            else:
+                yield protocol
+    if len(reasons) == len(names):
         raise reasons[0]
     for reason in reasons:
         console.print(f"left out: {reason}", highlight=False, markup=False, soft_wrap=True)
-    return found
 
 
 def evaluate(cfg: EvalConfig) -> int:

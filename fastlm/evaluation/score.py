@@ -152,6 +152,7 @@ class Result:
     bits_per_byte: float
 
 
+@np.errstate(over="ignore")  # of a hopeless model, perplexity per word may be inf
 def summarise(protocol: Protocol, nats: np.ndarray, resamples: int = 1000) -> Result:
     """perplexity = exp(nats / tokens), with a bootstrap 95% interval over documents (Efron's percentiles, fixed seed)."""
     documents = np.array([s.document for s in protocol.segments])

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from fastlm.cli import main
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
-from fastlm.evaluation import protocols
+from fastlm.evaluation import evaluate, protocols
 from fastlm.evaluation.evaluate import read_documents
 from fastlm.evaluation.protocols import Segment, detokenise, make, wikitext_documents, window_segments
 from fastlm.evaluation.score import batches, batches_of_few_shapes, segment_nats, summarise
@@ -275,6 +276,25 @@ def test_protocols_that_do_not_apply_are_left_out_unless_they_were_named(model, 
     assert capsys.readouterr().err.count("\n") == 1
     assert main([*command[:-1], str(tmp_path / "blank.txt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_text_of_the_next_protocol_is_tokenised_while_one_is_scored(
+    model, small_tokenizer, small_text, tmp_path, monkeypatch
+):
+    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    scoring, plain_make, plain_nats = threading.Event(), protocols.make, evaluate.segment_nats
+
+    def make_after_scoring_began(name, *rest):
+        assert name == "window" or scoring.wait(timeout=60)
+        return plain_make(name, *rest)
+
+    def nats(*arguments):
+        scoring.set()
+        return plain_nats(*arguments)
+
+    monkeypatch.setattr(protocols, "make", make_after_scoring_began)
+    monkeypatch.setattr(evaluate, "segment_nats", nats)
+    assert main(["eval", str(tmp_path / "m"), "--data", str(small_text), "--protocols", "window,word"]) == 0
 
 
 def foreign(tmp_path, kind: str, small_tokenizer, **options):
