@@ -166,7 +166,8 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
         return False
 
     swapped = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
-    with swapped, mock.patch("fastlm.attention.cpu.available", unavailable):
+    no_kept_logits = mock.patch.object(sys.modules["fastlm.kernels.linear_cross_entropy"], "KEPT_BYTES", 0)  # nor there
+    with swapped, no_kept_logits, mock.patch("fastlm.attention.cpu.available", unavailable):
         report = compile_for_gpu(step, build)
     generated = sum(g.pointwise_bytes for g in report.graphs)
     # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does
