@@ -48,7 +48,10 @@ def command(source, folder, dedup="none"):
 
 
 def written(folder):
-    return sum(f.stat().st_size for f in folder.glob("*.bin")) if folder.exists() else 0
+    try:
+        return sum(f.stat().st_size for f in folder.glob("*.bin"))
+    except FileNotFoundError:  # renamed since the glob: the run has just ended
+        return 0
 
 
 def killed_many_times(source, folder, dedup, marks):
