@@ -31,7 +31,7 @@ def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Optimizer:
+class Groups:
     """Groups of parameters and each parameter's state, which is there from the start.
 
     Not torch.optim's class: making one imports torch._dynamo, 2.3 s and 76 MiB that a run without --compile has no use for
@@ -43,15 +43,12 @@ class Optimizer:
         self.groups = groups
         self.state = {p: {name: torch.zeros_like(p.detach()) for name in zeros_like} for g in groups for p in g["params"]}
 
-    def step(self) -> None:
-        raise NotImplementedError
-
     def zero_grad(self) -> None:
         for p in self.state:
             p.grad = None
 
 
-class AdamW(Optimizer):
+class AdamW(Groups):
     """PyTorch's fused AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
 
     def __init__(self, groups: list[dict[str, Any]], beta1: float, beta2: float):
@@ -69,7 +66,7 @@ class AdamW(Optimizer):
                   beta1=self.beta1, beta2=self.beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8)  # fmt: skip
 
 
-class Muon(Optimizer):
+class Muon(Groups):
     """Momentum, orthogonalised: W <- W - lr (0.2 sqrt(max(m, n)) O + weight_decay W), O = orthogonalise(momentum).
 
     The factor 0.2 sqrt(max(m, n)) gives each update AdamW's usual root mean square, 0.2 (Liu et al. 2025, "Muon is
@@ -103,6 +100,9 @@ class Muon(Optimizer):
         update = orthogonalise(batch.bfloat16() if batch.is_cuda else batch)
         for p, u in zip(params, update, strict=True):
             p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+Optimizer = AdamW | Muon
 
 
 def make_optimizers(model: nn.Module, o: OptimConfig) -> list[Optimizer]:
