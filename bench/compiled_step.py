@@ -149,6 +149,7 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
     """Counts of one compiled step of a stage: rows x seq_len tokens, bf16 autocast, forward and backward."""
     from gpucompile import compile_for_gpu
 
+    import fastlm.kernels.flops
     import fastlm.model
 
     box, tokens = {}, rows * seq_len

@@ -78,9 +78,6 @@ def cross_entropy_backward_reference(
 
 # ---------------------------------------------------------------- Triton
 
-LOG2E = tl.constexpr(1.4426950408889634) if tl is not None else None
-LN2 = tl.constexpr(0.6931471805599453) if tl is not None else None
-
 
 @jit()
 def _load_logits(pointers, mask, SOFTCAP: tl.constexpr):
@@ -96,6 +93,7 @@ def _load_logits(pointers, mask, SOFTCAP: tl.constexpr):
 def _dlogits(v, columns, target, lse2, upstream, scale,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr,
 ):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
     g = tl.exp2(v * LOG2E - lse2) * scale
     if SMOOTHING > 0:
         g -= upstream * (SMOOTHING / VOCAB)
@@ -115,6 +113,8 @@ def _rows_kernel(
     ALIGN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One row: its bulk in 32-byte aligned, 16-byte wide accesses; the columns before and after the bulk as `edges`."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i)
     counted = target != IGNORE

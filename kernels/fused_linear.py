@@ -19,7 +19,6 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastlm.kernels.common import accumulation_dtype, cpu_kernel, matmul_dtype
 from fastlm.kernels.rms_norm import _add_rms_norm, _rms_norm, _rms_norm_backward, check_norm
@@ -63,11 +62,6 @@ def _(dz: Sequence[Tensor], weight: Tensor) -> Tensor:
 @_weight_gradient.register_fake
 def _(dz: Sequence[Tensor], x: Tensor) -> Tensor:
     return x.new_empty(sum(z.shape[1] for z in dz), x.shape[1], dtype=accumulation_dtype(x.dtype))
-
-
-@register_flop_formula([torch.ops.fastlm.input_gradient, torch.ops.fastlm.weight_gradient])
-def _flops(dz_shapes, other_shape, *_, **__) -> int:
-    return sum(2 * m * o * other_shape[1] for m, o in dz_shapes)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent / "shared" / "tools")]
 from gpucompile import compile_for_gpu  # noqa: E402
 from gpurun import run_for_gpu  # noqa: E402
 
+import fastlm.kernels.flops  # noqa: E402, F401
 from fastlm.config import PRESETS  # noqa: E402
 from fastlm.model import Transformer, build  # noqa: E402
 
