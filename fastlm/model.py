@@ -136,19 +136,22 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         return self.embedding if self.config.tie_embeddings else self.head
 
-    def forward(
+    def forward(self, tokens: Tensor, **packed) -> Tensor:
+        """Hidden states after the last norm, (B, T, D), of tokens (B, T)."""
+        return self.stream(kernels.embedding(tokens, self.embedding), **packed)
+
+    def stream(
         self,
-        tokens: Tensor,
+        update: Tensor,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         sharing: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states after the last norm, (B, T, D), of tokens (B, T).
+        """Hidden states after the last norm, (B, T, D), of the tokens' embeddings (B, T, D).
 
         Packed rows: positions (B, T) restart in each document; cu_seqlens, max_seqlen and sharing as in attention().
         """
-        update = kernels.embedding(tokens, self.embedding)
         if torch.is_autocast_enabled(update.device.type):  # the residual stream has the matmuls' dtype
             update = update.to(torch.get_autocast_dtype(update.device.type))
         rotary = (self.cos_half, self.sin_half) if update.dtype.itemsize == 2 else (self.cos, self.sin)
@@ -159,6 +162,13 @@ class Transformer(nn.Module):
             else:
                 update, x = block(update, x, *rest)
         return add_norm(update, x, self.norm, self.config.norm_eps)[0]
+
+    def stream_and_head(self, tokens: Tensor, **packed) -> tuple[Tensor, Tensor]:
+        """Hidden states (B * T, D) of tokens (B, T), and the head's weight, whose gradient a tied embedding adds its own to."""
+        if not self.config.tie_embeddings:
+            return self(tokens, **packed).flatten(0, 1), self.head
+        update, head = kernels.tied_embedding(tokens, self.embedding)
+        return self.stream(update, **packed).flatten(0, 1), head
 
     def logits(self, tokens: Tensor, **packed) -> Tensor:
         """Logits (B, T, vocab_size) of tokens (B, T)."""
@@ -180,20 +190,20 @@ class Transformer(nn.Module):
         token ids (C,) the softmax is over these, with raised (C,) added to their logits, and targets index the shortlist.
         max_counted: the caller's promise that no more targets count, so that on a GPU the others cost no matmul.
         """
-        head, size = self.head_weight, self.config.vocab_size
+        h, head = self.stream_and_head(tokens, **packed)
+        size = self.config.vocab_size
         if shortlist is not None:
             head, size = kernels.embedding(shortlist, head), len(shortlist)
-        h = self(tokens, **packed).flatten(0, 1)
         return kernels.linear_cross_entropy(
             h, head, targets.flatten(), bias=raised, reduction="sum", z_loss=z_loss, vocab_size=size, max_counted=max_counted
         )
 
     def logprobs(self, tokens: Tensor, targets: Tensor, max_counted: int | None = None, **packed) -> Tensor:
         """log p(target) at each position, nats, fp32 (B, T), 0 where not counted: the arguments of loss()."""
+        h, head = self.stream_and_head(tokens, **packed)
         return kernels.linear_logprobs(
-            self(tokens, **packed).flatten(0, 1), self.head_weight, targets.flatten(), vocab_size=self.config.vocab_size,
-            max_counted=max_counted,
-        ).view(targets.shape)  # fmt: skip
+            h, head, targets.flatten(), vocab_size=self.config.vocab_size, max_counted=max_counted
+        ).view(targets.shape)
 
 
 @torch.no_grad()

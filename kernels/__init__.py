@@ -1,7 +1,7 @@
 """The fused operations: RMSNorm, RoPE, SwiGLU, cross-entropy and the log-prob gather, each with its plain reference."""
 
 from fastlm.kernels.cross_entropy import cross_entropy
-from fastlm.kernels.embedding import embedding
+from fastlm.kernels.embedding import embedding, tied_embedding
 from fastlm.kernels.fused_linear import add_rms_norm_linear, linear, rms_norm_linear, swiglu_linear
 from fastlm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastlm.kernels.logprobs import linear_logprobs
@@ -22,4 +22,5 @@ __all__ = [
     "rope",
     "swiglu",
     "swiglu_linear",
+    "tied_embedding",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastlm.kernels.common import accumulation_dtype, cpu_kernel
 
@@ -59,8 +60,37 @@ def _backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
 _embedding.register_autograd(_backward, setup_context=_save)
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """weight[ids]: ids (...) int64 within [0, V), weight (V, D); (..., D). Raises ValueError where weight is not (V, D)."""
+def check_table(weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"embedding: weight has shape {tuple(weight.shape)}, expected (V, D)")
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dhead):
+        (ids,) = ctx.saved_tensors
+        return None, dhead.contiguous().index_add_(0, ids.flatten(), dy.flatten(0, -2))
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """weight[ids]: ids (...) int64 within [0, V), weight (V, D); (..., D). Raises ValueError where weight is not (V, D)."""
+    check_table(weight)
     return _embedding(ids, weight)
+
+
+def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """embedding(ids, weight), and weight for a head that shares it: dW_v = dhead_v + the sum of dy_n, in dhead's own memory.
+
+    On a CPU that spares two more blocks of (V, D), zeroed, filled and added. For a head that makes a gradient of its own, as
+    matmuls do. Compiled, and elsewhere, it is embedding(ids, weight) and weight itself. Raises ValueError as embedding does.
+    """
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or accumulation_dtype(weight.dtype) != weight.dtype:
+        return embedding(ids, weight), weight
+    check_table(weight)
+    return _Tied.apply(ids, weight)

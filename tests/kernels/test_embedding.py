@@ -52,3 +52,59 @@ def test_the_gradient_has_the_same_bits_on_every_run_compiled_too():
 def test_a_weight_that_is_no_table_is_named():
     with pytest.raises(ValueError, match="expected \\(V, D\\)"):
         kernels.embedding(torch.zeros(2, dtype=torch.long), torch.zeros(3))
+    with pytest.raises(ValueError, match="expected \\(V, D\\)"):
+        kernels.tied_embedding(torch.zeros(2, dtype=torch.long), torch.zeros(3))
+
+
+def tied_loss(embed, ids, weight, factor):
+    """Twice the same table: rows in, and a head whose gradient is dense."""
+    rows, head = embed(ids, weight)
+    return (torch.tanh(rows @ factor) @ head.T).logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 17)])
+def test_a_tied_table_s_gradient_is_the_sum_of_the_rows_and_the_head_s(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(11, shape, generator=generator).to(DEVICE)
+    weight, factor = torch.randn(11, 7, generator=generator), torch.randn(7, 7, generator=generator)
+    truth = weight.double().to(DEVICE).requires_grad_()
+    tied_loss(
+        lambda ids, w: (embedding_reference(ids, w) if ids.numel() else w[ids], w), ids, truth, factor.double().to(DEVICE)
+    ).backward()
+    torch._dynamo.reset()
+    for embed in (kernels.tied_embedding, torch.compile(kernels.tied_embedding, fullgraph=True)):
+        ours = weight.to(DEVICE, dtype, copy=True).requires_grad_()
+        tied_loss(embed, ids, ours, factor.to(DEVICE, dtype)).backward()
+        tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+        assert (ours.grad.double() - truth.grad).norm() <= tolerance * truth.grad.norm()
+
+
+def test_a_tied_table_s_gradient_survives_a_second_backward_and_a_head_that_is_not_used():
+    ids, dy = torch.tensor([1, 1, 3], device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    weight = torch.randn(5, 4, device=DEVICE, requires_grad=True)
+    targets = torch.tensor([0, 4, 2], device=DEVICE)
+    rows, head = kernels.tied_embedding(ids, weight)
+    loss = kernels.linear_cross_entropy(rows, head, targets, reduction="sum")
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 3 * once)
+    assert torch.equal(kernels.tied_embedding(ids, weight)[0], kernels.embedding(ids, weight))
+    weight.grad = None
+    kernels.tied_embedding(ids, weight)[0].backward(dy)
+    expected = torch.zeros(5, 4, device=DEVICE).index_add_(0, ids, dy)
+    torch.testing.assert_close(weight.grad, expected)
+    weight.grad = None
+    kernels.tied_embedding(ids, weight)[1].sum().backward()  # a gradient without memory of its own
+    assert torch.equal(weight.grad, torch.ones(5, 4, device=DEVICE))
+
+
+def test_a_tied_table_s_gradient_is_the_head_s_block(cpu_path):
+    """No second (V, D) block: what the head's backward gave out is what the table gets."""
+    weight, seen = torch.randn(50, 4, requires_grad=True), []
+    rows, head = kernels.tied_embedding(torch.tensor([1, 1, 3]), weight)
+    head.register_hook(lambda g: seen.append(g.data_ptr()))
+    kernels.linear_cross_entropy(rows, head, torch.tensor([0, 4, 2])).backward()
+    assert seen == [weight.grad.data_ptr()]

@@ -281,8 +281,9 @@ def test_mistakes_are_named(device):
         linear_logprobs(h, w, t, bias=b[:3])
 
 
-def test_a_cpu_takes_512_rows_of_logits_between_100_and_200_mib():
-    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 4)) == 512
-    assert cpu_chunk_bytes(65536, 4) == 512 * 65536 * 4
-    assert cpu_chunk_bytes(1024, 4) == 100 << 20
-    assert chunk_rows(2048, 131072, 4, cpu_chunk_bytes(131072, 4)) == 384
+def test_a_cpu_takes_as_many_logits_as_the_weight_has_elements_between_256_and_512_rows_50_and_200_mib():
+    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 64, 4)) == 256
+    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 384, 4)) == 384
+    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 1024, 4)) == 512
+    assert cpu_chunk_bytes(1024, 512, 4) == 50 << 20
+    assert cpu_chunk_bytes(131072, 1024, 4) == 200 << 20
