@@ -119,7 +119,8 @@ def version(package: str) -> str | None:
 def cpu_name() -> str:
     """The processor's name, with family and model: several generations call themselves AMD EPYC."""
     info = Path("/proc/cpuinfo")
-    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info.read_text("utf-8") if info.is_file() else "", re.M))
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
     if not facts.keys() >= {"model name", "cpu family", "model"}:
         return facts.get("model name") or platform.processor() or platform.machine()
     return f"{facts['model name'].strip()} family {facts['cpu family']} model {facts['model']}"

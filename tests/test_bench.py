@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_make_gpu_rehearsed_with_nothing_but_torch_triton_numpy_and_pytest(tmp_p
     assert plain < ours / 5, "the plain model must not run our kernels, which take their time in the interpreter"
     last = done.stdout.splitlines()
     assert last[-1].startswith(str(out))
-    assert any(line.startswith("tests: 30 passed, 0 failed") for line in last[-5:])
+    assert any(re.match("tests: [1-9][0-9]* passed, 0 failed", line) for line in last[-5:])
 
 
 BROKEN = """
