@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RMS, ROPE, SWI, CE = "rms_norm", "rope", "swiglu", "cross_entropy"
-LIN, FUSED = "linear_cross_entropy", "fused_linear"
+LIN, FUSED, EMB = "linear_cross_entropy", "fused_linear", "embedding"
 
 # (file, fault, the code, what it becomes)
 FAULTS = [
@@ -71,10 +71,11 @@ FAULTS = [
      "total.copy_((total * beta).to(a.dtype) + a @ b)"),
     (LIN, "weight gradient of the last chunk alone", "first=start == 0", "first=True"),
     (LIN, "last chunk skipped", "for start in range(0, n, size):", "for start in range(0, max(n - size, 1), size):"),
-    (LIN, "upstream scales dh only", "(saved * dloss).to(dtype)", "(saved * (dloss if i == 0 else 1)).to(dtype)"),
+    (LIN, "upstream scales dh only", "(saved[i] * dloss)", "(saved[i] * (dloss if i == 0 else 1))"),
     (FUSED, "norm's sum gradient dropped", "total, norm_weight, rstd, dsum, True)", "total, norm_weight, rstd, None, True)"),
+    (EMB, "a tied table's rows forgotten", ".index_add_(0, ids.flatten(), dy.flatten(0, -2))", ""),
 ]  # fmt: skip
-TESTS = {RMS: "rms_norm", ROPE: "rope", SWI: "swiglu", CE: "cross_entropy", LIN: "linear_cross_entropy", FUSED: "registration"}
+TESTS = {file: file for file in (RMS, ROPE, SWI, CE, LIN, EMB)} | {FUSED: "registration"}
 
 
 def survives(fault: tuple[str, str, str, str]) -> bool:
