@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         return self.embedding if self.config.tie_embeddings else self.head
 
     def forward(self, tokens: Tensor, **packed) -> Tensor:
-        """Hidden states after the last norm, (B, T, D), of tokens (B, T)."""
+        """Hidden states after the last norm, (B, T, D), of tokens (B, T); packed as in stream()."""
         return self.stream(kernels.embedding(tokens, self.embedding), **packed)
 
     def stream(

@@ -90,7 +90,7 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU that spares two more blocks of (V, D), zeroed, filled and added. For a head that makes a gradient of its own, as
     matmuls do. Compiled, and elsewhere, it is embedding(ids, weight) and weight itself. Raises ValueError as embedding does.
     """
-    if torch.compiler.is_compiling() or weight.device.type != "cpu" or accumulation_dtype(weight.dtype) != weight.dtype:
-        return embedding(ids, weight), weight
     check_table(weight)
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or accumulation_dtype(weight.dtype) != weight.dtype:
+        return _embedding(ids, weight), weight
     return _Tied.apply(ids, weight)
