@@ -143,7 +143,7 @@ def feed(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
         keys[:, :, a:b], values[:, :, a:b] = k.transpose(1, 2), v.transpose(1, 2)
         if n == 1:  # a group's query heads, which share keys, as so many queries of one head: no copies of the keys
             q = q.view(rows, c.n_kv_heads, -1, c.head_dim)
-            return F.scaled_dot_product_attention(q, keys[:, :, :b], values[:, :, :b], mask).view(rows, 1, -1)
+            return F.scaled_dot_product_attention(q, keys[:, :, :b], values[:, :, :b], mask).reshape(rows, 1, -1)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :b], values[:, :, :b], mask, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)
 

@@ -115,7 +115,7 @@ class Transformer(nn.Module):
     cos_half: Tensor
     sin_half: Tensor
 
-    def __init__(self, config: ModelConfig, checkpoint_activations: bool = False, attention_backend: str = "auto"):
+    def __init__(self, config: ModelConfig, checkpoint_activations: bool = False, attention_backend: str = "torch"):
         super().__init__()
         self.config = config
         self.checkpoint_activations = checkpoint_activations
@@ -253,7 +253,25 @@ def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[
     """torch.compile with static shapes, one graph. On a CPU it needs a C++ compiler; without one, one clear line."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise UserError("--compile on a CPU needs a C++ compiler, and none was found; install g++, or leave --compile out")
+    if device.type == "cuda":
+        own_ops_have_no_lowering()
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def own_ops_have_no_lowering() -> None:
+    """Tell Inductor that our ops are called as they are.
+
+    It would find out by itself, but on torch 2.11 each time with a log message that prints the op's inputs and theirs, at a
+    cost exponential in the number of layers: four of them already take minutes.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("fastlm::"):
+            packet = getattr(torch.ops.fastlm, name.removeprefix("fastlm::").partition(".")[0])
+            for overload in packet.overloads():
+                if (op := getattr(packet, overload)) not in lowerings:
+                    make_fallback(op, warn=False)
 
 
 def build(config: ModelConfig, seed: int, device: torch.device, text: Tensor | None = None, **options) -> Transformer:

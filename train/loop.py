@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import checkpoint
+from fastlm.attention import choose
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
@@ -62,8 +63,17 @@ def cache_folder(cache: str) -> Path:
 
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 on GPUs that have it; fp32 elsewhere (bf16 matmuls are slower than fp32 on most CPUs)."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device) == torch.bfloat16)
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """What autocast() makes of the matmuls."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def attention_backend(cfg: StageConfig, device: torch.device) -> str:
+    """The backend that cfg names, or that auto takes: decided here, once, as a compiled step cannot look for packages."""
+    return choose(device.type, matmul_dtype(device))[0] if cfg.attention == "auto" else cfg.attention
 
 
 def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:

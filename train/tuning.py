@@ -87,7 +87,8 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     cfg = dataclasses.replace(cfg, steps=cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_rows))
 
     model.train()
-    model.checkpoint_activations, model.attention_backend = cfg.checkpoint_activations, cfg.attention
+    model.checkpoint_activations = cfg.checkpoint_activations
+    model.attention_backend = loop.attention_backend(cfg, device)
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {
         "step": 0, "position": 0, "tokens": 0, "train_tokens": train.real_slots, "validation_loss": None,
