@@ -58,8 +58,9 @@ def pretrain(cfg: PretrainConfig) -> int:
     counted = cfg.init == "bigram" or (cfg.init == "auto" and not cfg.model.tie_embeddings)
     short = candidates(cfg) < cfg.model.vocab_size
     sample = torch.from_numpy(train[:MOST].astype("int64")) if short or counted else None
-    model = build(cfg.model, cfg.seed, device, sample if counted and resumed is None else None,
-                  checkpoint_activations=cfg.checkpoint_activations, attention_backend=loop.attention_backend(cfg, device))  # fmt: skip
+    start = sample if counted and resumed is None else None
+    model = build(cfg.model, cfg.seed, device, start, checkpoint_activations=cfg.checkpoint_activations)
+    model.attention_backend = loop.attention_backend(cfg, device)
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {
         "step": 0, "position": 0, "tokens": 0, "train_tokens": len(train), "validation_loss": None,
