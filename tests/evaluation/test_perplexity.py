@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -175,6 +176,15 @@ def test_total_nats_do_not_depend_on_the_number_of_processes(model, small_tokeni
     for a, b in zip(alone, together, strict=True):
         assert b["nats"] == pytest.approx(a["nats"], rel=1e-6)
         assert b["low"] == pytest.approx(a["low"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_with_unlike_free_memory_score_each_segment_once():
+    script = Path(__file__).with_name("uneven_memory.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("vocab_size", [384, 385])
