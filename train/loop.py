@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import checkpoint
-from fastlm.attention import choose
-from fastlm.config import OptimConfig, StageConfig
+from fastlm.attention_backend import Choice, choose
+from fastlm.config import ModelConfig, OptimConfig, StageConfig, check
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
 from fastlm.monitor import Monitor, perplexity
@@ -71,9 +71,22 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def attention_backend(cfg: StageConfig, device: torch.device) -> str:
-    """The backend that cfg names, or that auto takes: decided here, once, as a compiled step cannot look for packages."""
-    return choose(device.type, matmul_dtype(device))[0] if cfg.attention == "auto" else cfg.attention
+def choose_attention(
+    cfg: StageConfig,
+    device: torch.device,
+    config: ModelConfig,
+    packed: bool,
+) -> Choice:
+    """The attention that cfg names, or that auto takes: decided once, before anything is compiled.
+
+    packed: whether the stage's rows hold documents to keep apart.
+    """
+    choice = choose(cfg.attention, device, matmul_dtype(device), config)
+    check(
+        choice.backend != "xformers" or not packed or not cfg.compile,
+        "xformers cannot be compiled with packed documents; leave --compile or --attention out",
+    )
+    return choice
 
 
 def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:
@@ -141,7 +154,7 @@ def resume(place: Path, model: nn.Module, optimizers: list[Optimizer], fresh: di
             )
     if state["step"] >= steps:
         raise UserError(f"{place} has done its {state['step']} steps; pass --steps with a larger number")
-    return fresh | state
+    return fresh | state | {"attention": fresh.get("attention")}  # that of this machine
 
 
 def train(

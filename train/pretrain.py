@@ -18,7 +18,7 @@ from fastlm import checkpoint
 from fastlm.bigram import MOST
 from fastlm.commands import Sampling
 from fastlm.config import PretrainConfig, check
-from fastlm.data.batches import IGNORED, isolate_documents, row_batch, validation_batches
+from fastlm.data.batches import IGNORED, isolate_documents, most_documents, row_batch, validation_batches
 from fastlm.data.mixture import Mixture
 from fastlm.data.prefetch import prefetch
 from fastlm.data.shards import Settings, prepare
@@ -60,16 +60,20 @@ def pretrain(cfg: PretrainConfig) -> int:
     sample = torch.from_numpy(train[:MOST].astype("int64")) if short or counted else None
     start = sample if counted and resumed is None else None
     model = build(cfg.model, cfg.seed, device, start, checkpoint_activations=cfg.checkpoint_activations)
-    model.attention_backend = loop.attention_backend(cfg, device)
+    attention = loop.choose_attention(cfg, device, cfg.model, cfg.isolate_documents)
+    model.attention_backend = attention.backend
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {
         "step": 0, "position": 0, "tokens": 0, "train_tokens": len(train), "validation_loss": None,
         "model": dataclasses.asdict(cfg.model), "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
+        "attention": str(attention),
     }  # fmt: skip
     if resumed is not None:
         state = loop.resume(resumed, model, optimizers, state, cfg.steps)
     loop.make_folder(run, cfg)
     describe(say, cfg, run, device, len(train), len(data.validation), state["step"])
+    if device.type == "cuda":
+        say(f"Attention: {attention}")
 
     model_loss = compiled(model.loss, device) if cfg.compile else model.loss
 
@@ -106,6 +110,10 @@ def batches(
 ) -> Iterator[loop.Step]:
     """Each step's micro-batches in this process, on the device, with what is counted in them."""
     rows = distributed.micro_rows(cfg)
+    room = 0
+    if cfg.isolate_documents:
+        run = range(position, position + cfg.steps * cfg.batch_rows, rows)
+        room = most_documents(train, run, cfg.seq_len, cfg.seed)
 
     def on_the_host() -> Iterator[loop.Step]:
         for start in itertools.count(position, cfg.batch_rows):
@@ -114,7 +122,7 @@ def batches(
                 x, y = row_batch(train, first, rows, cfg.seq_len, cfg.seed)
                 options: dict[str, Any] = {}
                 if cfg.isolate_documents:
-                    y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id)
+                    y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id, room)
                     options |= {"positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
                 counted += count(y)
                 if ranked is not None:

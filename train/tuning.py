@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -60,14 +61,20 @@ class Run(Generic[C]):
         """Targets that a micro-batch may have."""
         return self.micro_rows * max(p.most_counted for p in (self.train, self.held_out) if p is not None)
 
+    @cached_property
+    def room(self) -> tuple[int, int]:
+        """Segments and keys that a micro-batch may have: one size for all, so that nothing is compiled twice."""
+        found = [p.room(self.micro_rows) for p in (self.train, self.held_out) if p is not None]
+        return max(segments for segments, _ in found), max(keys for _, keys in found)
+
     def layouts(self, start: int) -> Iterator[list[PackedBatch]]:
         """This process's micro-batches of each step from the row `start` on."""
         for first in itertools.count(start, self.cfg.batch_rows):
             rows = distributed.mine(range(first, first + self.cfg.batch_rows, self.micro_rows))
-            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed) for row in rows]
+            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in rows]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
-        return packed_epoch(self.held_out, self.micro_rows) if self.held_out is not None else iter(())
+        return packed_epoch(self.held_out, self.micro_rows, self.room) if self.held_out is not None else iter(())
 
 
 def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Run[C]:
@@ -88,12 +95,14 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
 
     model.train()
     model.checkpoint_activations = cfg.checkpoint_activations
-    model.attention_backend = loop.attention_backend(cfg, device)
+    attention = loop.choose_attention(cfg, device, model.config, packed=True)
+    model.attention_backend = attention.backend
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {
         "step": 0, "position": 0, "tokens": 0, "train_tokens": train.real_slots, "validation_loss": None,
         "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
         "start": cfg.model, "start_hash": model_hash(model), "template": examples.report.template,
+        "attention": str(attention),
     }  # fmt: skip
     if resumed is None:
         torch.manual_seed(cfg.seed)
@@ -103,6 +112,8 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     run.say(f"Data:  {examples.report.line()}")
     run.say(f"Rows:  {len(examples.train) // group:,} training {what} in {len(train):,} rows of {train.row_len}, "
             f"{train.real_share:.1%} of the slots real; {len(examples.validation) // group:,} held out")  # fmt: skip
+    if device.type == "cuda":
+        run.say(f"Attention: {attention}")
     return run
 
 
