@@ -49,7 +49,7 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        return f"rows: {self.rows}; packed documents: {self.packed} ({self.why})"
+        return f"rows: {self.rows}; packed documents: {self.packed}; because: {self.why}"
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig) -> Choice:
@@ -69,7 +69,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, config: ModelCon
     else:
         why = f"asked for: {name}"
         problem = unusable(name, device, dtype)
-        check(not problem, f"attention {name} cannot run: {problem}; leave --attention out")
+        check(not problem, f"attention {name} {problem}; leave --attention out")
         if name in FLASH:
             torch.backends.cuda.enable_cudnn_sdp(False)
     activate(FLASH[name][0] if name in FLASH else None)
@@ -80,7 +80,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, config: ModelCon
     grouped = backend == "torch" and dtype in HALF
     rows = "PyTorch's " + sdpa_kernel(device, dtype, config, grouped)
     if grouped:
-        return Choice(backend, rows, f"PyTorch's {flash_attention()} (varlen_attn)", why)
+        return Choice(backend, rows, f"PyTorch's varlen_attn, {flash_attention()}", why)
     with_mask = sdpa_kernel(device, dtype, config, grouped, mask=True)
     return Choice(backend, rows, f"PyTorch's {with_mask}, with a mask", why)
 
@@ -101,35 +101,34 @@ def preferred(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         problem = unusable(name, device, dtype)
         if not problem:
             return name, f"{gpu}, and {name} is installed"
-        problems.append(f"{name}: {problem}")
-    return "torch", "; ".join([gpu, *problems])
+        problems.append(f"{name} {problem}")
+    return "torch", ", ".join([gpu, *problems])
 
 
 def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the backend of that name cannot run here; empty where it can."""
+    """What keeps the backend of that name from running here; empty where nothing does."""
     if name == "torch":
         return ""
     if dtype not in HALF:
-        return f"it takes fp16 and bf16, and this run is in {dtype}"
+        return f"takes fp16 or bf16, and this run is in {dtype}"
     on_nvidia = torch.version.hip is None
     if name == "flash" and on_nvidia and capability(device) < (8, 0):
-        return "it serves NVIDIA GPUs from sm_80 on"
-    if name in FLASH:
-        implementation, generations = FLASH[name]
-        if not on_nvidia or capability(device)[0] not in generations:
-            return f"it serves NVIDIA GPUs of sm_{'x, sm_'.join(map(str, generations))}x"
-        if name == "flash4" and torch.__version__ < "2.12":
-            return f"it needs torch 2.12, whose varlen_attn knows it; this is {torch.__version__}"
+        return "serves NVIDIA GPUs from sm_80 on"
+    if name in FLASH and not (on_nvidia and capability(device)[0] in FLASH[name][1]):
+        return "serves " + " and ".join(f"sm_{major}x" for major in FLASH[name][1])
+    if name == "flash4" and torch.__version__ < "2.12":
+        return "needs torch 2.12"
     package, functions = PACKAGES[name]
     try:
         found = import_module(package)
         if name in FLASH:
-            activate(implementation)
-    except (ImportError, OSError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{package} does not import ({first})"
+            activate(FLASH[name][0])
+    except ModuleNotFoundError:
+        return "is not installed"
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or in part
+        return f"does not import ({(str(error).splitlines() or ['no reason'])[0]})"
     missing = [function for function in functions if not hasattr(found, function)]
-    return f"{package} has no {missing[0]}" if missing else ""
+    return f"has no {missing[0]}" if missing else ""
 
 
 def activate(implementation: str | None) -> None:
