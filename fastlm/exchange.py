@@ -13,7 +13,7 @@ import torch
 from fastlm import checkpoint
 from fastlm.commands import ExportConfig, ImportConfig
 from fastlm.config import check
-from fastlm.data.templates import published_template
+from fastlm.data.examples.templates import published_template
 from fastlm.errors import UserError
 from fastlm.interop import export, is_hugging_face
 from fastlm.load import chat_template, local, open_model, stop_tokens

@@ -20,10 +20,10 @@ from rich.progress import track
 from torch import Tensor
 
 from fastlm.config import DpoConfig
-from fastlm.data.batches import IGNORED
-from fastlm.data.examples import load_preferences
-from fastlm.data.packing import PackedBatch, PackedRows
+from fastlm.data.examples.load import load_preferences
+from fastlm.data.examples.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
+from fastlm.data.text.batches import IGNORED
 from fastlm.errors import UserError
 from fastlm.model import compiled
 from fastlm.train import distributed, loop, preference, tuning

@@ -17,8 +17,8 @@ from rich.table import Table
 from fastlm import checkpoint
 from fastlm.commands import PipelineConfig
 from fastlm.config import DpoConfig, PretrainConfig, SftConfig, check
-from fastlm.data.examples import load_instructions, load_preferences, pack_examples
-from fastlm.data.packing import PackedRows, packed_epoch
+from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
+from fastlm.data.examples.packing import PackedRows, packed_epoch
 from fastlm.data.prefetch import move
 from fastlm.evaluation import protocols
 from fastlm.evaluation.evaluate import open_scorer, read_documents, views

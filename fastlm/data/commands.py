@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.data.manifest import MANIFEST, Manifest, Settings, read_manifest
-from fastlm.data.shards import write_folder
 from fastlm.data.sources import open_source
-from fastlm.data.tokens import Tokens, open_data
+from fastlm.data.text.manifest import MANIFEST, Manifest, Settings, read_manifest
+from fastlm.data.text.shards import write_folder
+from fastlm.data.text.tokens import Tokens, open_data
 from fastlm.errors import UserError, printable
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -70,7 +70,7 @@ def _mixture(sources: list[str], out: str, several: bool) -> str:
 def prepare_folder(name: str, tokenizer: Tokenizer, folder: Path, settings: Settings, workers: int | None = None) -> str:
     """Tokenise a source into a folder with a progress bar (MB/s, time left); a summary, or that it was there already.
 
-    Raises UserError where the folder holds something else, and for all that `fastlm.data.shards.prepare` refuses.
+    Raises UserError where the folder holds something else, and for all that `fastlm.data.text.shards.prepare` refuses.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from fastlm import checkpoint
 from fastlm.cli import main
 from fastlm.commands import Sampling
-from fastlm.data.examples import load_instructions
-from fastlm.data.formats import Message
-from fastlm.data.templates import render_prompt
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.load import load_instructions
+from fastlm.data.examples.templates import render_prompt
 from fastlm.generate import generate
 from fastlm.load import chat_template, open_model
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.data.manifest import MANIFEST, MEND, SPLITS, Manifest, file_in, read_manifest
+from fastlm.data.text.manifest import MANIFEST, MEND, SPLITS, Manifest, file_in, read_manifest
 from fastlm.errors import UserError, printable
 from fastlm.tokenizer import Tokenizer
 

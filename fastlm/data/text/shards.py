@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.data.dedup import Duplicates, drop_duplicates
-from fastlm.data.encode import encode_batches
 from fastlm.data.hub import HubOffline
-from fastlm.data.manifest import DEFAULTS, FORMAT, MANIFEST, Settings, read_manifest
-from fastlm.data.mixture import Mixture, ShuffledTokens, join_tokens, parse_mixture
 from fastlm.data.sources import HELD_OUT_EVERY, Piece, Source, open_source
-from fastlm.data.tokens import TokenData, Tokens, open_data, open_tokens, unigram_perplexity
-from fastlm.data.writer import SplitWriter, top_up_validation
+from fastlm.data.text.dedup import Duplicates, drop_duplicates
+from fastlm.data.text.encode import encode_batches
+from fastlm.data.text.manifest import DEFAULTS, FORMAT, MANIFEST, Settings, read_manifest
+from fastlm.data.text.mixture import Mixture, ShuffledTokens, join_tokens, parse_mixture
+from fastlm.data.text.tokens import TokenData, Tokens, open_data, open_tokens, unigram_perplexity
+from fastlm.data.text.writer import SplitWriter, top_up_validation
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
 

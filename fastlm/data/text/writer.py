@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastlm.data.tokens import file_sha256
+from fastlm.data.text.tokens import file_sha256
 
 SHARD_TOKENS = 1 << 27
 VALIDATION_TOKENS = (4096, 500_000)  # wanted at least (a tenth of the text at most), taken at most from the tail

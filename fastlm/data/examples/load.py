@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlm.data.formats import RowProblem, read_dialogue, read_preference
+from fastlm.data.examples.formats import RowProblem, read_dialogue, read_preference
+from fastlm.data.examples.packing import PackedRows, pack
+from fastlm.data.examples.templates import Encoded, encode_dialogue, template_of, template_source
 from fastlm.data.functions import function_rows
-from fastlm.data.packing import PackedRows, pack
-from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
-from fastlm.data.templates import Encoded, encode_dialogue, template_of, template_source
+from fastlm.data.records import BadRows, read_json_rows, read_parquet_rows
 from fastlm.errors import UserError
 from fastlm.schema import parse
 from fastlm.tokenizer import Tokenizer
