@@ -9,22 +9,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
 
+from fastlm import files
 from fastlm.config import DpoConfig
 from fastlm.data.examples.load import load_preferences
 from fastlm.data.examples.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
 from fastlm.data.text.batches import IGNORED
-from fastlm.errors import UserError
 from fastlm.model import compiled
 from fastlm.train import distributed, loop, preference, tuning
 
@@ -145,20 +143,6 @@ def reference_logprobs(
     if made:
         found = distributed.joined(found)
         if distributed.first():
-            write_array(file, found)
+            files.write_array(file, found)
     run.say(f"Reference: log-probabilities of the {name} pairs, {made:,} of {n_batches:,} batches computed, the rest kept")
     return found
-
-
-def write_array(file: Path, array: np.ndarray) -> None:
-    """The array in the file, whole or not at all."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as stream:
-            np.save(stream, array)
-        os.replace(beside, file)
-    except OSError as e:
-        raise UserError(f"could not write {file}: {e.strerror}; free some space, or name another folder with --cache") from None
-    finally:
-        beside.unlink(missing_ok=True)

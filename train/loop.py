@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.attention import choose
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
@@ -52,8 +52,8 @@ def free_run(out: str, name: str) -> Path:
 def make_folder(run: Path, cfg: StageConfig) -> None:
     """The run's folder, with all that was set in it."""
     if distributed.first():
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(run / "config.toml", to_toml(dataclasses.replace(cfg, resume="")))
+        files.remove_leftovers(run / "checkpoints")
+        files.write_text(run / "config.toml", to_toml(dataclasses.replace(cfg, resume="")))
 
 
 def cache_folder(cache: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.commands import PipelineConfig
 from fastlm.config import DpoConfig, PretrainConfig, SftConfig, check
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
@@ -48,7 +47,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     else:
         check(not out.exists() or not any(out.iterdir()), f"{out} is not empty; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(noted, options)
+        files.write_text(noted, options)
     folders = {name: out / name for name in ("pretrain", "sft", "dpo")}
     stages = (
         partial(run_stage, pretrain, cfg.pretrain, folders["pretrain"]),
@@ -67,7 +66,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     for name, place in places.items():
         print(f"scoring {place}")
         rows.append({"model": name} | score(cfg, place, console))
-    checkpoint.write_atomic(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    files.write_json(out / "results.json", rows)
     show(console, cfg, rows)
     return 0
 

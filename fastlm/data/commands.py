@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlm import files
 from fastlm.data.sources import open_source
 from fastlm.data.text.manifest import MANIFEST, Manifest, Settings, read_manifest
 from fastlm.data.text.shards import write_folder
@@ -141,7 +142,7 @@ def inspect_folder(folder: Path, n_documents: int = 3, picture: Path | None = No
     histogram = length_histogram(data.train)
     parts.append("\ntraining documents by length in tokens\n" + histogram_text(histogram))
     if picture is not None:
-        picture.write_text(histogram_svg(histogram, f"{manifest.source}: documents by length"))
+        files.write_text(picture, histogram_svg(histogram, f"{manifest.source}: documents by length"))
         parts.append(f"picture: {picture}")
     tokenizer = load_tokenizer(made.name)
     if tokenizer.hash != made.hash:
