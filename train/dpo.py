@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlm.config import DpoConfig, check
-from fastlm.data.examples import load_preferences
-from fastlm.data.packing import PackedBatch
+from fastlm.data.examples.load import load_preferences
+from fastlm.data.examples.packing import PackedBatch
 from fastlm.model import compiled
 from fastlm.monitor import Monitor
 from fastlm.options import nearest

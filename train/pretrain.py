@@ -14,10 +14,10 @@ from torch import Tensor
 from fastlm.bigram import MOST
 from fastlm.commands import Sampling
 from fastlm.config import PretrainConfig, check
-from fastlm.data.batches import IGNORED, isolate_documents, row_batch, validation_batches
-from fastlm.data.mixture import Mixture
-from fastlm.data.shards import Settings, prepare
-from fastlm.data.tokens import TokenData, Tokens, unigram_perplexity
+from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch, validation_batches
+from fastlm.data.text.mixture import Mixture
+from fastlm.data.text.shards import Settings, prepare
+from fastlm.data.text.tokens import TokenData, Tokens, unigram_perplexity
 from fastlm.generate import generate
 from fastlm.kernels import cpu
 from fastlm.model import build, compiled, count_parameters, training_flops_per_token
