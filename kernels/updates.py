@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from fastlm.kernels.common import cdiv, jit, tl
+from fastlm.kernels.common import cdiv, jit, takes_triton, tl
 
 BLOCK = 4096  # elements of one program: with 8 warps each thread has four 16-byte loads of a list under way
 EPS = 1e-8  # of AdamW
@@ -66,12 +66,11 @@ def _place(sizes, tensor_of, block_of, skip, BLOCK: tl.constexpr, ALIGNED: tl.co
     pid = tl.program_id(0)
     t = tl.load(tensor_of + pid)
     size = tl.load(sizes + t)
+    if skip is not None:
+        size = tl.where(tl.load(skip) == 0.0, size, 0)
     size = tl.multiple_of(size, 16) if ALIGNED else size
     element = tl.load(block_of + pid).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    touched = element < size
-    if skip is not None:
-        touched &= tl.load(skip) == 0.0
-    return t, element, touched
+    return t, element, element < size
 
 
 @jit()
@@ -208,7 +207,7 @@ def _on_device(values: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype, 
 
 
 def _launch(kernel: Any, lists: dict[str, list[Tensor]], **arguments: Any) -> None:
-    """One program for every BLOCK elements of the tensors, those of each list alike; partials are made by count()."""
+    """One program for every BLOCK elements. The tensors of one place in all lists have as many elements, or one."""
     some = next(iter(lists.values()))
     device = some[0].device
     sizes = tuple(tensor.numel() for tensor in some)
@@ -225,76 +224,21 @@ def _launch(kernel: Any, lists: dict[str, list[Tensor]], **arguments: Any) -> No
 
 def _partials(tensors: list[Tensor]) -> Tensor:
     """Room for one sum of each program."""
-    return tensors[0].new_empty(sum(cdiv(tensor.numel(), BLOCK) for tensor in tensors), dtype=torch.float32)
+    blocks = sum(cdiv(tensor.numel(), BLOCK) for tensor in tensors)
+    return torch.empty(blocks, dtype=torch.float32, device=tensors[0].device)
 
 
-def launch_global_norm(grads: list[Tensor], max_norm: float, scale: Tensor | None) -> Tensor:
-    partials = _partials(grads)
-    _launch(_squares_kernel, {"grads": grads}, partials=partials)
-    found = partials.new_empty(3)
-    _clip_kernel[(1,)](partials, found, scale, len(partials), max_norm, CHUNK=CHUNK, num_warps=8)
-    return found
-
-
-def launch_momentum_step(
-    grads: list[Tensor],
-    averages: list[Tensor],
-    updates: list[Tensor],
-    momentum: float,
-    factor: Tensor | None,
-    skip: Tensor | None,
-) -> None:
-    partials = _partials(grads)
-    lists = {"grads": grads, "averages": averages, "updates": updates}
-    _launch(_momentum_kernel, lists, partials=partials, factor=factor, skip=skip, momentum=momentum)
-    _launch(_normalise_kernel, {"updates": updates}, partials=partials, CHUNK=CHUNK)
-
-
-def launch_muon_step(
-    parameters: list[Tensor],
-    updates: list[Tensor],
-    scales: list[float],
-    lr: float,
-    decay: float,
-    skip: Tensor | None,
-) -> None:
-    on_device = _on_device(tuple(scales), torch.float32, parameters[0].device)
-    lists = {"parameters": parameters, "updates": updates}
-    _launch(_muon_kernel, lists, scales=on_device, skip=skip, kept=1 - lr * decay, lr=lr)
-
-
-def launch_adamw_step(
-    tensors: AdamWTensors,
-    rates: list[Rate],
-    share: float,
-    betas: tuple[float, float],
-    factor: Tensor | None,
-    skip: Tensor | None,
-) -> None:
-    flat = tuple(number for rate in rates for number in rate)
-    logs = [math.log(beta) if beta else -math.inf for beta in betas]
-    _launch(
-        _adamw_kernel,
-        tensors._asdict(),
-        rates=_on_device(flat, torch.float32, tensors.parameters[0].device),
-        factor=factor,
-        skip=skip,
-        share=share,
-        beta1=betas[0],
-        beta2=betas[1],
-        log_beta1=logs[0],
-        log_beta2=logs[1],
-        eps=EPS,
-    )
-
-
-# ---------------------------------------------------------------- public functions, and what a CPU does
+# ---------------------------------------------------------------- public functions
 
 
 def global_norm(grads: list[Tensor], max_norm: float, scale: Tensor | None = None) -> Tensor:
     """(norm, factor, 1 where the norm is not finite and else 0) of gradients that are scale times too large."""
-    if grads[0].is_cuda:
-        return launch_global_norm(grads, max_norm, scale)
+    if takes_triton(grads[0]):
+        partials = _partials(grads)
+        _launch(_squares_kernel, {"grads": grads}, partials=partials)
+        found = partials.new_empty(3)
+        _clip_kernel[(1,)](partials, found, scale, len(partials), max_norm, CHUNK=CHUNK, num_warps=8)
+        return found
     norm = nn.utils.get_total_norm(grads)
     if scale is not None:
         norm = norm / scale
@@ -304,10 +248,15 @@ def global_norm(grads: list[Tensor], max_norm: float, scale: Tensor | None = Non
     return torch.stack([norm, factor, (~norm.isfinite()).to(norm.dtype)])
 
 
-def _scale(grads: list[Tensor], factor: Tensor | None) -> None:
-    """On a CPU the gradients themselves are scaled, and only where that changes them."""
+def _scale_in_place(grads: list[Tensor], factor: Tensor | None) -> None:
+    """A CPU's pass over the gradients, where it changes anything: on a CPU to look at the factor is to wait for nothing."""
     if factor is not None and factor != 1:
         torch._foreach_mul_(grads, factor)
+
+
+def update_dtype(parameter: Tensor) -> torch.dtype:
+    """What Muon's updates are made in."""
+    return torch.float16 if takes_triton(parameter) else parameter.dtype
 
 
 def momentum_step(
@@ -318,17 +267,18 @@ def momentum_step(
     factor: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """Muon's momentum, and into updates (fp16 on a GPU) each matrix's direction, with a Frobenius norm of 1."""
-    if grads[0].is_cuda:
-        return launch_momentum_step(grads, averages, updates, momentum, factor, skip)
-    if skip is not None and skip:
-        return None
-    _scale(grads, factor)
-    for grad, average, update in zip(grads, averages, updates, strict=True):
-        average.lerp_(grad, 1 - momentum)
-        torch.lerp(grad, average, momentum, out=update)
-        update.div_(update.norm().clamp_min(1e-7))
-    return None
+    """Muon's momentum, and into updates, of update_dtype, each matrix's direction with a Frobenius norm of 1."""
+    if takes_triton(grads[0]):
+        partials = _partials(grads)
+        lists = {"grads": grads, "averages": averages, "updates": updates}
+        _launch(_momentum_kernel, lists, partials=partials, factor=factor, skip=skip, momentum=momentum)
+        _launch(_normalise_kernel, {"updates": updates}, partials=partials, CHUNK=CHUNK)
+    elif skip is None or not skip:
+        _scale_in_place(grads, factor)
+        for grad, average, update in zip(grads, averages, updates, strict=True):
+            average.lerp_(grad, 1 - momentum)
+            torch.lerp(grad, average, momentum, out=update)
+            update.div_(update.norm().clamp_min(1e-7))
 
 
 def muon_step(
@@ -339,14 +289,14 @@ def muon_step(
     decay: float,
     skip: Tensor | None = None,
 ) -> None:
-    """Each parameter's step along its update, which its scale makes as large as one of AdamW's."""
-    if parameters[0].is_cuda:
-        return launch_muon_step(parameters, updates, scales, lr, decay, skip)
-    if skip is not None and skip:
-        return None
-    for param, update, scale in zip(parameters, updates, scales, strict=True):
-        param.mul_(1 - lr * decay).add_(update, alpha=-lr * scale)
-    return None
+    """Weight decay, and each parameter's step along its update, of update_dtype, times its scale."""
+    if takes_triton(parameters[0]):
+        lists = {"parameters": parameters, "updates": updates}
+        on_device = _on_device(tuple(scales), torch.float32, parameters[0].device)
+        _launch(_muon_kernel, lists, scales=on_device, skip=skip, kept=1 - lr * decay, lr=lr)
+    elif skip is None or not skip:
+        for parameter, update, scale in zip(parameters, updates, scales, strict=True):
+            parameter.mul_(1 - lr * decay).add_(update, alpha=-lr * scale)
 
 
 def adamw_step(
@@ -358,15 +308,21 @@ def adamw_step(
     skip: Tensor | None = None,
 ) -> None:
     """AdamW's step, by a share of each parameter's learning rate."""
-    if tensors.parameters[0].is_cuda:
+    if takes_triton(tensors.parameters[0]):
         torch._foreach_add_(tensors.steps, 1 if skip is None else 1 - skip)
-        return launch_adamw_step(tensors, rates, share, betas, factor, skip)
-    _scale(tensors.grads, factor)
+        flat = tuple(number for rate in rates for number in rate)
+        on_device = _on_device(flat, torch.float32, tensors.parameters[0].device)
+        logs = [math.log(beta) if beta else -math.inf for beta in betas]
+        given = {"rates": on_device, "factor": factor, "skip": skip, "share": share, "eps": EPS}
+        given |= {"beta1": betas[0], "beta2": betas[1], "log_beta1": logs[0], "log_beta2": logs[1]}
+        _launch(_adamw_kernel, tensors._asdict(), **given)
+        return
+    _scale_in_place(tensors.grads, factor)
     for rate in dict.fromkeys(rates):
         alike = [index for index, other in enumerate(rates) if other == rate]
-        params, grads, averages, squares, steps = ([tensors_[index] for index in alike] for tensors_ in tensors)
+        parameters, grads, averages, squares, steps = ([part[index] for index in alike] for part in tensors)
         adamw(
-            params,
+            parameters,
             grads,
             averages,
             squares,
@@ -376,10 +332,9 @@ def adamw_step(
             found_inf=skip,
             amsgrad=False,
             maximize=False,
+            lr=share * rate.lr,
+            weight_decay=rate.decay,
             beta1=betas[0],
             beta2=betas[1],
-            lr=rate.lr * share,
-            weight_decay=rate.decay,
             eps=EPS,
         )
-    return None

@@ -170,8 +170,8 @@ class Muon(Groups):
             params = [p for alike in by_shape.values() for p in alike]
             if not params:
                 continue
-            dtype = torch.float16 if params[0].is_cuda else params[0].dtype
-            stacks = [alike[0].new_empty(len(alike), *shape, dtype=dtype) for shape, alike in by_shape.items()]
+            dtype = updates.update_dtype(params[0])
+            stacks = [params[0].new_empty(len(alike), *shape, dtype=dtype) for shape, alike in by_shape.items()]
             grads = [p.grad for p in params if p.grad is not None]
             averages = [self.state[p]["momentum"] for p in params]
             directions = [direction for stack in stacks for direction in stack]
