@@ -25,7 +25,7 @@ POLAR_EXPRESS = tuple(
         (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     )
 )
-RESTART = 3  # iterations after which 16-bit arithmetic needs the Gram matrix afresh
+RESTART = 2  # iterations after which 16-bit arithmetic needs the Gram matrix afresh
 
 
 def orthogonalise(stacks: list[Tensor]) -> list[Tensor]:
