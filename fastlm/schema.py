@@ -19,7 +19,7 @@ from fastlm.errors import UserError
 
 T = TypeVar("T")
 
-MAX_BYTES = 16 << 20  # of a file: a manifest of 100,000 shards fits, and no JSON of this size takes 500 MB
+MAX_BYTES = 40 << 20  # of a file: a tokenizer of 256,000 tokens fits, and no JSON of this size takes 500 MB
 
 
 class SchemaError(ValueError):
@@ -34,8 +34,19 @@ def parse(kind: type[T], value: Any, name: str = "") -> T:
 def read_json(file: Path, kind: type[T], mend: str) -> T:
     """The JSON object in a file as a dataclass.
 
+    Raises UserError as read_object() does, and where a field is missing or has another type.
+    """
+    try:
+        return parse(kind, read_object(file, mend))
+    except SchemaError as error:
+        raise UserError(f"{file}: {error}; {mend}") from error
+
+
+def read_object(file: Path, mend: str) -> dict[str, Any]:
+    """The JSON object in a file, whatever its fields hold.
+
     mend: what a user can do about a damaged file. Raises UserError where the file cannot be read, is not a regular file,
-    is larger than MAX_BYTES, is not JSON, or where a field is missing or has another type.
+    is larger than MAX_BYTES, or is not a JSON object.
     """
     try:
         status = file.stat()
@@ -43,14 +54,15 @@ def read_json(file: Path, kind: type[T], mend: str) -> T:
             raise UserError(f"{file}: not a regular file; {mend}")
         if status.st_size > MAX_BYTES:
             raise UserError(f"{file}: {status.st_size:,} bytes, expected at most {MAX_BYTES:,}; {mend}")
-        return parse(kind, json.loads(file.read_bytes()))
+        value = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file}: unreadable ({error.strerror or error}); {mend}") from error
-    except SchemaError as error:
-        raise UserError(f"{file}: {error}; {mend}") from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{file}: unreadable, not JSON ({reason}); {mend}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: got {_shown(value)}, expected a JSON object; {mend}")
+    return value
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
@@ -105,6 +117,12 @@ def _text(value: Any, name: str) -> str:
 
 
 def _refuse(name: str, value: Any, expected: str) -> typing.NoReturn:
-    got = ascii(value) if not isinstance(value, int) or abs(value) < 1 << 70 else "a number of many digits"
-    got = got if len(got) <= 60 else f"{got[:57]}..."
-    raise SchemaError(f"field {name or 'at the top'}: got {got}, expected {expected}")
+    raise SchemaError(f"field {name or 'at the top'}: got {_shown(value)}, expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    """The value in at most 60 characters."""
+    if isinstance(value, int) and abs(value) >= 1 << 70:
+        return "a number of many digits"
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
