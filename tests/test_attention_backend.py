@@ -14,7 +14,7 @@ from fastlm import attention_backend as module
 from fastlm.attention_backend import choose
 from fastlm.config import PRESETS, SftConfig
 from fastlm.errors import UserError
-from fastlm.train import loop
+from fastlm.train import loop, run
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -150,8 +150,8 @@ def test_xformers_is_not_compiled_with_packed_documents(machine, monkeypatch):
     machine(H100, XFORMERS)
     monkeypatch.setattr(loop, "matmul_dtype", lambda device: torch.bfloat16)
     cfg = SftConfig(attention="xformers")
-    assert loop.choose_attention(cfg, GPU, TINY, packed=True).backend == "xformers"
+    assert run.choose_attention(cfg, GPU, TINY, packed=True).backend == "xformers"
     compiled = dataclasses.replace(cfg, compile=True)
-    assert loop.choose_attention(compiled, GPU, TINY, packed=False).backend == "xformers"
+    assert run.choose_attention(compiled, GPU, TINY, packed=False).backend == "xformers"
     with pytest.raises(UserError, match="leave --compile or --attention out"):
-        loop.choose_attention(compiled, GPU, TINY, packed=True)
+        run.choose_attention(compiled, GPU, TINY, packed=True)
