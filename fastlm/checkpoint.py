@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastlm.config import ModelConfig
+from fastlm.config.toml import override
 from fastlm.errors import UserError
 from fastlm.model import Transformer
-from fastlm.options import override
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from fastlm import attention, kernels
+from fastlm.config import DoctorConfig
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
 from fastlm.monitor import matmul_rate, wide_console
@@ -41,7 +42,8 @@ def kernel_choice(device: torch.device) -> tuple[str, str]:
     return "PyTorch reference", cpu.status()
 
 
-def print_report() -> int:
+def doctor(cfg: DoctorConfig) -> int:
+    """Print the machine, the choice for every operation with its reason, and what else is there."""
     console = wide_console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

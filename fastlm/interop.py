@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlm.config import ModelConfig, check
-from fastlm.errors import UserError
+from fastlm.config import ModelConfig
+from fastlm.errors import UserError, check
 from fastlm.model import Transformer
 
 KINDS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}

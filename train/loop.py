@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fastlm import checkpoint
 from fastlm.attention import choose
 from fastlm.config import OptimConfig, StageConfig
+from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
 from fastlm.monitor import Monitor, perplexity
-from fastlm.options import to_toml
 from fastlm.train import distributed
 from fastlm.train.optim import Optimizer, named_state, schedule
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fastlm import checkpoint
 from fastlm.bigram import MOST
-from fastlm.commands import Sampling
-from fastlm.config import PretrainConfig, check
+from fastlm.config import PretrainConfig, Sampling
 from fastlm.data.batches import IGNORED, isolate_documents, row_batch, validation_batches
 from fastlm.data.mixture import Mixture
 from fastlm.data.prefetch import prefetch
 from fastlm.data.shards import Settings, prepare
 from fastlm.data.tokens import Tokens, unigram_perplexity
+from fastlm.errors import check
 from fastlm.generate import generate
 from fastlm.kernels import cpu
 from fastlm.model import Transformer, build, compiled, count_parameters, pick_device, training_flops_per_token

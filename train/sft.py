@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastlm.commands import Sampling
-from fastlm.config import SftConfig
+from fastlm.config import Sampling, SftConfig
 from fastlm.data.examples import load_instructions
 from fastlm.data.packing import PackedBatch
 from fastlm.generate import generate

@@ -16,13 +16,14 @@ import torch
 from rich.console import Console
 
 from fastlm import checkpoint
-from fastlm.config import TuningConfig, check
+from fastlm.config import TuningConfig
 from fastlm.data.examples import Examples, pack_examples
 from fastlm.data.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
 from fastlm.data.prefetch import prefetch
-from fastlm.load import open_model
+from fastlm.errors import check
 from fastlm.model import Transformer, count_parameters, pick_device, training_flops_per_token
 from fastlm.monitor import Monitor, peak_gib, sparkline
+from fastlm.places import open_model
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.optim import Optimizer, make_optimizers
@@ -72,8 +73,6 @@ class Run(Generic[C]):
 
 def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Run[C]:
     """Open the model and the examples, pack them, settle the steps, load the checkpoint to go on from, and say so."""
-    check(bool(cfg.model), f"which model? give a run or a Hugging Face folder: fastlm {stage} runs/pretrain-demo --data FILE")
-    check(bool(cfg.data), f"which data? give a .jsonl file or a data set: fastlm {stage} {cfg.model} --data FILE.jsonl")
     device = pick_device(cfg.device)
     distributed.micro_rows(cfg)  # says so now if the processes cannot share the rows
     resumed = checkpoint.locate(cfg.resume) if cfg.resume else None
