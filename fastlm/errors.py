@@ -33,3 +33,9 @@ def nearest(word: str, choices: Iterable[str], otherwise: str = "") -> str:
 def divisors(n: int) -> list[int]:
     """What a message offers where a number must divide n."""
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def printable(text: str) -> str:
+    """The text of a stranger with all that a terminal would act on spelled out: escape sequences,
+    line ends."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -27,11 +27,12 @@ from fastlm.evaluation.score import segment_nats, summarise
 from fastlm.model import Transformer, count_parameters, pick_device
 from fastlm.monitor import perplexity, wide_console
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed, loop, preference
+from fastlm.train import distributed, loop
 from fastlm.train.dpo import dpo
+from fastlm.train.losses import membership, of_answers
+from fastlm.train.packed import read_examples, with_lengths
 from fastlm.train.pretrain import pretrain
 from fastlm.train.sft import sft
-from fastlm.train.tuning import with_lengths
 
 Row = dict[str, Any]
 
@@ -129,8 +130,8 @@ def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, dev
     for batch in (move(b, device) for b in packed_epoch(rows, 1)):
         with loop.autocast(device):
             logps = model.logprobs(batch.x, batch.y, **batch.layout())
-        member = preference.membership(batch.unit, batch.units)
-        means = preference.of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)
+        member = membership(batch.unit, batch.units)
+        means = of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)
         right += int((means[:, 0] > means[:, 1]).sum())
         pairs += len(means)
     return right / pairs
@@ -140,8 +141,8 @@ def held_out(
     load: Callable[..., Any], cfg: SftConfig | DpoConfig, model: Transformer, tokenizer: Tokenizer, group: int = 1
 ) -> PackedRows | None:
     """The stage's own held-out rows, as long as the model can read."""
-    cfg, cache = with_lengths(cfg, model.config.max_seq_len, group), loop.cache_folder(cfg.cache)
-    examples = load(cfg.data, tokenizer, cfg.max_len, cfg.template, cfg.bad_rows, cfg.held_out, cache)
+    cfg = with_lengths(cfg, model.config.max_seq_len, group)
+    examples = read_examples(cfg, tokenizer, load)
     return pack_examples(examples, cfg.row_len, group, share=group > 1)[1]
 
 

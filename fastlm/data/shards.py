@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ import numpy as np
 from fastlm.data.dedup import Duplicates, drop_duplicates
 from fastlm.data.encode import encode_batches
 from fastlm.data.hub import HubOffline
+from fastlm.data.manifest import DEFAULTS, FORMAT, MANIFEST, Settings, read_manifest
 from fastlm.data.mixture import Mixture, ShuffledTokens, join_tokens, parse_mixture
 from fastlm.data.sources import HELD_OUT_EVERY, Piece, Source, open_source
-from fastlm.data.tokens import FORMAT, MANIFEST, TokenData, Tokens, open_data, open_tokens, read_manifest, unigram_perplexity
+from fastlm.data.tokens import TokenData, Tokens, open_data, open_tokens, unigram_perplexity
 from fastlm.data.writer import SplitWriter, top_up_validation
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
@@ -42,21 +43,12 @@ MIN_TOKENS = 256  # less than this is no text to train on
 Progress = Callable[[int, int | None, int], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What besides source and tokenizer decides the shards' content."""
-
-    text_field: str = "text"
-    on_bad_row: str = "fail"
-    dedup: str = "none"
-
-
 def prepare(
     source: str,
     tokenizer: Tokenizer,
     cache: Path,
     progress: Progress | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     workers: int | None = None,
 ) -> TokenData:
     """Tokens of a source, from the cache where it holds them, else tokenised into it.
@@ -96,9 +88,8 @@ def _prepare_mixture(
 ) -> TokenData:
     data = [prepare(name, tokenizer, cache, progress, settings, workers) for name, _ in parts]
     epochs = tuple(epochs for _, epochs in parts)
-    manifest = {"mixture": [{"source": name, "epochs": n, **d.manifest} for (name, n), d in zip(parts, data, strict=True)]}
     validation = ShuffledTokens(join_tokens([d.validation for d in data], "mixture/validation"), seed=0)
-    return TokenData(Path(cache), manifest, Mixture(tuple(d.train for d in data), epochs), validation)
+    return TokenData(Path(cache), None, Mixture(tuple(d.train for d in data), epochs), validation)
 
 
 def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Settings) -> Path | None:
@@ -109,8 +100,7 @@ def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Set
             manifest = read_manifest(file.parent)
         except UserError:  # a damaged folder is no help here
             continue
-        same = [manifest["source"], manifest["tokenizer"]["hash"], manifest["settings"]]
-        if same == [name, tokenizer.hash, asdict(settings)]:
+        if (manifest.source, manifest.tokenizer.hash, manifest.settings) == (name, tokenizer.hash, settings):
             found.append((file.stat().st_mtime, file.parent))
     return max(found)[1] if found else None
 
@@ -120,7 +110,7 @@ def prepare_source(
     tokenizer: Tokenizer,
     cache: Path,
     progress: Progress | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     workers: int | None = None,
 ) -> TokenData:
     """`prepare` for a source that is already open."""
@@ -136,7 +126,7 @@ def write_folder(
     tokenizer: Tokenizer,
     folder: Path,
     progress: Progress | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     workers: int | None = None,
 ) -> TokenData:
     """Tokenise a source into `folder`, unless it is already there."""

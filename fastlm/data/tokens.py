@@ -8,7 +8,6 @@ Every document ends with the end-of-text token.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +15,34 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.errors import UserError
+from fastlm.data.manifest import MANIFEST, MEND, SPLITS, Manifest, file_in, read_manifest
+from fastlm.errors import UserError, printable
 from fastlm.tokenizer import Tokenizer
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+BLOCK = 1 << 22  # items read at a time where a whole file is gone through
 
 
 class Tokens:
     """One long array of token ids over memory-mapped shards, with the end of every document.
 
     len(tokens) counts tokens; tokens[a:b] is a numpy copy of the ids in [a, b); tokens[i] is one id. `document_ends` is an
-    int64 array, (n_documents,): the position after each document's end-of-text.
+    int64 array, (n_documents,): the position after each document's end-of-text. Where vocab_size is given, reading an id
+    outside it raises UserError: shards may come from a stranger, and an id is an index into the embedding.
     """
 
-    def __init__(self, shards: list[np.ndarray], document_ends: np.ndarray, eos_id: int, name: str = "tokens") -> None:
+    def __init__(
+        self,
+        shards: list[np.ndarray],
+        document_ends: np.ndarray,
+        eos_id: int,
+        name: str = "tokens",
+        vocab_size: int | None = None,
+    ) -> None:
         self.shards = [np.asarray(shard).view(np.ndarray) for shard in shards]  # slicing a memmap object is slow
         self.document_ends = document_ends
         self.eos_id = eos_id
         self.name = name
+        self.vocab_size = vocab_size
         self._starts = np.concatenate([[0], np.cumsum([len(s) for s in shards])]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -59,9 +67,12 @@ class Tokens:
             parts.append(part)
             start += len(part)
             first += 1
-        if len(parts) == 1:
-            return np.array(parts[0])
-        return np.concatenate(parts) if parts else np.empty(0, self.shards[0].dtype if self.shards else np.uint16)
+        if not parts:
+            return np.empty(0, self.shards[0].dtype if self.shards else np.uint16)
+        ids = np.array(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+        if self.vocab_size is not None and int(ids.max()) >= self.vocab_size:
+            raise UserError(f"{self.name}: holds the id {ids.max()}, its tokenizer has {self.vocab_size}; {MEND}")
+        return ids
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document with its end-of-text."""
@@ -73,67 +84,79 @@ class TokenData:
     """A prepared source: its folder, manifest, and both splits."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest | None  # None for a mixture
     train: Any  # Tokens, or a Mixture of them
     validation: Tokens
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder; UserError where there is none that this version reads."""
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST}; expected a folder written by `fastlm data prepare`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: unreadable ({error}); delete the folder and prepare it again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "splits" not in manifest:
-        raise UserError(f"{file}: not a manifest of format {FORMAT}; delete the folder and prepare it again")
-    return manifest
 
 
 def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None = None, verify: bool = False) -> Tokens:
     """Open one split of a prepared folder.
 
-    Sizes are always checked against the manifest; with verify=True the sha256 of every file is too. Raises UserError for a
-    missing, truncated, unreadable or altered shard, an unknown split, or shards of another tokenizer than the one given.
+    Sizes are always checked against the manifest; with verify=True the sha256 of every file and the range of every id are
+    too. Raises UserError for a manifest that cannot be believed, a missing, truncated, unreadable or altered shard, an
+    unknown split, or shards of another tokenizer than the one given.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    if tokenizer is not None and manifest["tokenizer"]["hash"] != tokenizer.hash:
-        made = manifest["tokenizer"]
-        raise UserError(
-            f"{folder}: its tokens were made by tokenizer {made['name']} ({made['hash']}), this run uses "
-            f"{tokenizer.name} ({tokenizer.hash}); name the same tokenizer or prepare the text again"
-        )
-    if split not in manifest["splits"]:
-        raise UserError(f"{folder}: no split {split!r}; it has {', '.join(manifest['splits'])}")
-    entry = manifest["splits"][split]
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    shards = [map_file(folder / s["file"], dtype, s["tokens"], s["sha256"] if verify else None) for s in entry["shards"]]
-    index = entry["index"]
-    ends = map_file(folder / index["file"], np.dtype("<i8"), index["documents"], index["sha256"] if verify else None)
-    return Tokens(shards, ends, manifest["tokenizer"]["eos_id"], f"{manifest['source']}/{split}")
+    return _open_split(Path(folder), read_manifest(Path(folder)), split, tokenizer, verify)
 
 
 def open_data(folder: Path, tokenizer: Tokenizer | None = None, verify: bool = False) -> TokenData:
     """Open both splits of a prepared folder (see `open_tokens`)."""
-    train, validation = (open_tokens(folder, split, tokenizer, verify) for split in ("train", "validation"))
-    return TokenData(folder, read_manifest(folder), train, validation)
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    train, validation = (_open_split(folder, manifest, split, tokenizer, verify) for split in SPLITS)
+    return TokenData(folder, manifest, train, validation)
+
+
+def _open_split(folder: Path, manifest: Manifest, split: str, tokenizer: Tokenizer | None, verify: bool) -> Tokens:
+    made = manifest.tokenizer
+    if tokenizer is not None and made.hash != tokenizer.hash:
+        raise UserError(
+            f"{folder}: its tokens were made by tokenizer {printable(made.name)} ({printable(made.hash)}), this run uses "
+            f"{tokenizer.name} ({tokenizer.hash}); name the same tokenizer or prepare the text again"
+        )
+    if tokenizer is not None and (made.vocab_size, made.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
+        raise UserError(
+            f"{folder / MANIFEST}: tokenizer of {made.vocab_size} ids that ends texts with {made.eos_id}, expected "
+            f"{tokenizer.vocab_size} and {tokenizer.eos_id} for {made.hash}; {MEND}"
+        )
+    if split not in manifest.splits:
+        raise UserError(f"{folder}: no split {split!r}; it has {', '.join(manifest.splits)}")
+    entry = manifest.splits[split]
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    shards = [map_file(file_in(folder, s.file), dtype, s.tokens, s.sha256 if verify else None) for s in entry.shards]
+    index_file = file_in(folder, entry.index.file)
+    ends = map_file(index_file, np.dtype("<i8"), entry.documents, entry.index.sha256 if verify else None)
+    check_document_ends(index_file, ends, entry.tokens)
+    tokens = Tokens(shards, ends, made.eos_id, f"{printable(manifest.source)}/{split}", made.vocab_size)
+    if verify:
+        for start in range(0, len(tokens), BLOCK):
+            tokens[start : start + BLOCK]  # reading checks the ids
+    return tokens
 
 
 def map_file(file: Path, dtype: np.dtype, count: int, sha256: str | None) -> np.ndarray:
     """A file as a read-only array of `count` items, memory-mapped."""
-    mend = "delete the folder and prepare it again"
     try:
         size = file.stat().st_size
         if size != count * dtype.itemsize:
-            raise UserError(f"{file}: {size:,} bytes, expected {count * dtype.itemsize:,} (truncated or altered); {mend}")
+            raise UserError(f"{file}: {size:,} bytes, expected {count * dtype.itemsize:,} (truncated or altered); {MEND}")
         if sha256 is not None and file_sha256(file) != sha256:
-            raise UserError(f"{file}: its content does not match the manifest's sha256; {mend}")
+            raise UserError(f"{file}: its content does not match the manifest's sha256; {MEND}")
         return np.memmap(file, dtype, mode="r") if count else np.empty(0, dtype)
     except OSError as error:
-        raise UserError(f"{file}: unreadable shard ({error.strerror or error}); {mend}") from error
+        raise UserError(f"{file}: unreadable shard ({error.strerror or error}); {MEND}") from error
+
+
+def check_document_ends(file: Path, ends: np.ndarray, n_tokens: int) -> None:
+    """UserError unless every document has at least its end-of-text and the last ends with the tokens."""
+    last = 0
+    for start in range(0, len(ends), BLOCK):
+        block = ends[start : start + BLOCK]
+        if (np.diff(block, prepend=last) < 1).any():
+            raise UserError(f"{file}: a document ends before it begins, expected rising positions; {MEND}")
+        last = int(block[-1])
+    if last != n_tokens:
+        raise UserError(f"{file}: the last document ends at {last:,}, expected the {n_tokens:,} tokens; {MEND}")
 
 
 def file_sha256(file: Path) -> str:
@@ -155,12 +178,11 @@ def unigram_perplexity(train: Tokens | np.ndarray, validation: Tokens | np.ndarr
     return math.exp(-float(seen @ log_p) / len(validation))
 
 
-def token_counts(tokens: Tokens | np.ndarray, vocab_size: int, block: int = 1 << 22) -> np.ndarray:
-    """How often each id occurs, (vocab_size,); reads `block` tokens at a time."""
+def token_counts(tokens: Tokens | np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each id occurs, (vocab_size,); reads BLOCK tokens at a time."""
     if hasattr(tokens, "counts"):  # a mixture
         return tokens.counts(vocab_size)
     counts = np.zeros(vocab_size, np.int64)
-    for shard in tokens.shards if isinstance(tokens, Tokens) else [tokens]:
-        for start in range(0, len(shard), block):
-            counts += np.bincount(shard[start : start + block], minlength=vocab_size)
+    for start in range(0, len(tokens), BLOCK):
+        counts += np.bincount(tokens[start : start + BLOCK], minlength=vocab_size)
     return counts

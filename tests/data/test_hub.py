@@ -72,7 +72,7 @@ def test_bad_hub_rows_are_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="train row 30"):
         prepare("org/name:en", load_tokenizer(), tmp_path)
     data = prepare("org/name:en", load_tokenizer(), tmp_path, settings=Settings(on_bad_row="skip"))
-    assert data.manifest["bad_rows"]["count"] == 1
+    assert data.manifest.bad_rows.count == 1
 
 
 def test_preferences_come_from_the_hub_by_their_short_name(monkeypatch):

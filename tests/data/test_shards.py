@@ -236,8 +236,8 @@ def test_rows_of_text_that_are_bad_are_named_or_counted(gpt2, tmp_path):
         assert "\n" not in str(error.value)
     file.write_bytes(b"\n".join([*good, *bad]))
     data = shards.prepare(str(file), gpt2, tmp_path / "skip", settings=shards.Settings(on_bad_row="skip"))
-    assert data.manifest["bad_rows"]["count"] == len(bad)
-    assert [f":{61 + n}: " in example for n, example in enumerate(data.manifest["bad_rows"]["examples"])] == [True] * len(bad)
+    assert data.manifest.bad_rows.count == len(bad)
+    assert [f":{61 + n}: " in example for n, example in enumerate(data.manifest.bad_rows.examples)] == [True] * len(bad)
     assert sum(len(tokens.document_ends) for tokens in (data.train, data.validation)) == 60
 
 

@@ -148,11 +148,11 @@ def test_the_first_step_of_dpo_is_ln_2_and_moves_the_model(share, start, pairs, 
 
 
 def test_reference_logprobs_are_computed_once(start, pairs, tmp_path, monkeypatch):
-    from fastlm.train import dpo
+    from fastlm.train import reference
 
     written = []
     monkeypatch.setattr(
-        dpo, "write_array", lambda file, array, real=dpo.write_array: (written.append(file.name), real(file, array))
+        reference, "write_array", lambda file, array, real=reference.write_array: (written.append(file.name), real(file, array))
     )
     for run, steps in (("a", "2"), ("b", "2"), ("c", "4")):
         assert tune("dpo", start, pairs, tmp_path / run, "--steps", steps, "--batch-rows", "1") == 0
