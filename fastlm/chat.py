@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 
 from fastlm.config import ChatConfig
-from fastlm.data.formats import Message
-from fastlm.data.templates import encode_prompt
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, write_texts
 from fastlm.model import pick_device
 from fastlm.places import chat_template, open_model, stop_tokens

@@ -141,7 +141,7 @@ MISTAKES = [
     ("sft runs/x --data f --recipe alpca", "unknown recipe 'alpca'; did you mean alpaca?"),
     ("dpo", "dpo needs MODEL: Run, checkpoint or Hugging Face folder to start from"),
     ("dpo runs/x --data f --beta 0", "beta is 0.0; it must be positive"),
-    ("dpo runs/x --data f --loss sigmod", "--loss is 'sigmod'; did you mean sigmoid?"),
+    ("dpo runs/x --data f --loss sigmod", "unknown loss 'sigmod'; did you mean sigmoid?"),
     ("dpo runs/x --data f --label-smoothing .5", "label_smoothing is 0.5; it must lie in [0, 0.5)"),
     ("dpo runs/x --data f --label-smoothing .1 --loss ipo", "and length-normalised, not ipo"),
     ("pipeline dmo", "unknown recipe 'dmo'; did you mean demo?"),

@@ -13,8 +13,8 @@ from models import randomised
 from fastlm import checkpoint
 from fastlm.cli import main
 from fastlm.config import ModelConfig, Sampling
-from fastlm.data.formats import Message
-from fastlm.data.templates import encode_prompt
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, generate
 from fastlm.interop import export
 from fastlm.places import chat_template, open_model

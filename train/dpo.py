@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlm.config import DpoConfig
-from fastlm.data.examples import load_preferences
-from fastlm.data.packing import PackedBatch
+from fastlm.data.examples.load import load_preferences
+from fastlm.data.examples.packing import PackedBatch
 from fastlm.errors import check, nearest
 from fastlm.model import compiled
 from fastlm.monitor import Monitor

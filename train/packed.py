@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from fastlm.config import TuningConfig
-from fastlm.data.examples import Examples, pack_examples
-from fastlm.data.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
+from fastlm.data.examples.load import Examples, pack_examples
+from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
 from fastlm.errors import check
 from fastlm.model import Transformer, count_parameters, training_flops_per_token
 from fastlm.places import open_model

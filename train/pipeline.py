@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
 from fastlm.config.toml import load_run, to_toml
-from fastlm.data.examples import load_instructions, load_preferences, pack_examples
-from fastlm.data.packing import PackedRows, packed_epoch
+from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
+from fastlm.data.examples.packing import PackedRows, packed_epoch
 from fastlm.data.prefetch import move
 from fastlm.errors import check
 from fastlm.evaluation import protocols
@@ -49,7 +48,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     else:
         check(not out.exists() or not any(out.iterdir()), f"{out} is not empty; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(noted, options)
+        files.write_text(noted, options)
     folders = {name: out / name for name in ("pretrain", "sft", "dpo")}
     stages = (
         partial(run_stage, pretrain, cfg.pretrain, folders["pretrain"]),
@@ -68,7 +67,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     for name, place in places.items():
         print(f"scoring {place}")
         rows.append({"model": name} | score(cfg, place, console))
-    checkpoint.write_atomic(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    files.write_json(out / "results.json", rows)
     show(console, cfg, rows)
     return 0
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastlm.bigram import MOST
 from fastlm.config import PretrainConfig, Sampling
-from fastlm.data.batches import IGNORED, isolate_documents, row_batch, validation_batches
-from fastlm.data.mixture import Mixture
-from fastlm.data.shards import Settings, prepare
-from fastlm.data.tokens import TokenData, Tokens, unigram_perplexity
+from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch, validation_batches
+from fastlm.data.text.mixture import Mixture
+from fastlm.data.text.shards import Settings, prepare
+from fastlm.data.text.tokens import TokenData, Tokens, unigram_perplexity
 from fastlm.errors import check
 from fastlm.generate import generate
 from fastlm.kernels import cpu

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.attention import choose
 from fastlm.config import StageConfig
 from fastlm.config.toml import to_toml
@@ -91,7 +91,8 @@ def resume_or_create(
         lock = locked(folder)
     if distributed.is_main_process():
         text = to_toml(dataclasses.replace(cfg, resume=""))
-        checkpoint.write_atomic(folder / "config.toml", text)
+        files.remove_leftovers(folder / "checkpoints")
+        files.write_text(folder / "config.toml", text)
     console = distributed.console()
     return Run(stage, cfg, device, folder, lock, console, model, tokenizer, optimizers, state)
 
@@ -121,13 +122,13 @@ def claim_folder(out: str, name: str) -> Path:
 
 def make_folder(folder: Path, exist_ok: bool = False) -> bool:
     """Whether the folder could be made; False where it is there already."""
-    try:
-        folder.mkdir(parents=True, exist_ok=exist_ok)
-        return True
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UserError(f"could not make {folder}: {error.strerror}; choose another --out") from None
+    with files.disk_errors("write", folder, "choose another --out"):
+        try:
+            files.make_folder(folder.parent)
+            folder.mkdir(exist_ok=exist_ok)
+        except FileExistsError:
+            return False
+    return True
 
 
 def locked(folder: Path) -> FileLock | None:
@@ -138,9 +139,11 @@ def locked(folder: Path) -> FileLock | None:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"{folder} is in use: another fastlm trains in it; wait for it, or start a new run") from None
+        raise UserError(
+            f"{folder} is in use: another fastlm trains in it; wait for it, or start a new run"
+        ) from None
     except OSError as error:
-        raise UserError(f"could not write {folder}/.lock: {error.strerror}") from None
+        raise files.DiskError(error, "write", folder / ".lock", "") from None
     return lock
 
 

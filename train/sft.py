@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastlm.config import Sampling, SftConfig
-from fastlm.data.examples import load_instructions
-from fastlm.data.packing import PackedBatch
+from fastlm.data.examples.load import load_instructions
+from fastlm.data.examples.packing import PackedBatch
 from fastlm.generate import generate
 from fastlm.model import compiled
 from fastlm.monitor import Monitor

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlm import files
 from fastlm.config import DataInspectConfig, DataPrepareConfig
-from fastlm.data.manifest import MANIFEST, Manifest, Settings, read_manifest
-from fastlm.data.shards import write_folder
 from fastlm.data.sources import open_source
-from fastlm.data.tokens import Tokens, open_data
+from fastlm.data.text.manifest import MANIFEST, Manifest, Settings, read_manifest
+from fastlm.data.text.shards import write_folder
+from fastlm.data.text.tokens import Tokens, open_data
 from fastlm.errors import UserError, printable
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,7 +47,7 @@ def _mixture(sources: Sequence[str], out: str, several: bool) -> str:
 def prepare_folder(name: str, tokenizer: Tokenizer, folder: Path, settings: Settings, workers: int | None = None) -> str:
     """Tokenise a source into a folder with a progress bar (MB/s, time left); a summary, or that it was there already.
 
-    Raises UserError where the folder holds something else, and for all that `fastlm.data.shards.prepare` refuses.
+    Raises UserError where the folder holds something else, and for all that `fastlm.data.text.shards.prepare` refuses.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -117,7 +118,7 @@ def inspect_folder(folder: Path, n_documents: int = 3, picture: Path | None = No
     histogram = length_histogram(data.train)
     parts.append("\ntraining documents by length in tokens\n" + histogram_text(histogram))
     if picture is not None:
-        picture.write_text(histogram_svg(histogram, f"{manifest.source}: documents by length"))
+        files.write_text(picture, histogram_svg(histogram, f"{manifest.source}: documents by length"))
         parts.append(f"picture: {picture}")
     tokenizer = load_tokenizer(made.name)
     if tokenizer.hash != made.hash:

@@ -7,7 +7,6 @@ Every document ends with the end-of-text token.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.data.manifest import MANIFEST, MEND, SPLITS, Manifest, file_in, read_manifest
+from fastlm import files
+from fastlm.data.text.manifest import MANIFEST, MEND, SPLITS, Manifest, file_in, read_manifest
 from fastlm.errors import UserError, printable
 from fastlm.tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ def map_file(file: Path, dtype: np.dtype, count: int, sha256: str | None) -> np.
         size = file.stat().st_size
         if size != count * dtype.itemsize:
             raise UserError(f"{file}: {size:,} bytes, expected {count * dtype.itemsize:,} (truncated or altered); {MEND}")
-        if sha256 is not None and file_sha256(file) != sha256:
+        if sha256 is not None and files.sha256(file) != sha256:
             raise UserError(f"{file}: its content does not match the manifest's sha256; {MEND}")
         return np.memmap(file, dtype, mode="r") if count else np.empty(0, dtype)
     except OSError as error:
@@ -157,12 +157,6 @@ def check_document_ends(file: Path, ends: np.ndarray, n_tokens: int) -> None:
         last = int(block[-1])
     if last != n_tokens:
         raise UserError(f"{file}: the last document ends at {last:,}, expected the {n_tokens:,} tokens; {MEND}")
-
-
-def file_sha256(file: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def unigram_perplexity(train: Tokens | np.ndarray, validation: Tokens | np.ndarray, vocab_size: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.data.order import mix64, rows_per_epoch
-from fastlm.data.tokens import Tokens, token_counts
+from fastlm.data.text.tokens import Tokens, token_counts
 from fastlm.errors import UserError
 
 _PART = re.compile(r"(?P<source>.+?)(?::(?P<epochs>\d+(?:\.\d+)?|\.\d+))?$")

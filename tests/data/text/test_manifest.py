@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastlm.data.manifest import MANIFEST, file_in
-from fastlm.data.shards import prepare
-from fastlm.data.tokens import open_data
+from fastlm.data.text.manifest import MANIFEST, file_in
+from fastlm.data.text.shards import prepare
+from fastlm.data.text.tokens import open_data
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from fastlm.data.examples import Report, load_instructions, load_preferences, truncate, truncate_pair
-from fastlm.data.formats import Message, read_dialogue, read_preference
-from fastlm.data.templates import Encoded, encode_dialogue, render_prompt
+from fastlm.data.examples.formats import Message, read_dialogue, read_preference
+from fastlm.data.examples.load import Report, load_instructions, load_preferences, truncate, truncate_pair
+from fastlm.data.examples.templates import Encoded, encode_dialogue, render_prompt
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
@@ -231,7 +231,7 @@ def test_bad_rows_are_named_by_line_and_fatal_or_counted(gpt2, tmp_path, load, l
 
 
 def test_an_enormous_line_is_reported_and_not_held(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlm.data.rows.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("fastlm.data.records.MAX_LINE_BYTES", 1 << 16)
     good = json.dumps({"instruction": "a", "output": "b"})
     (tmp_path / "a.jsonl").write_text(good + "\n" + json.dumps({"instruction": "x" * 300_000, "output": "b"}) + "\n" + good)
     with pytest.raises(UserError, match=r"a.jsonl:2: the line is longer"):
@@ -331,7 +331,7 @@ def test_the_cache_gives_the_same_examples_and_follows_every_setting(gpt2, tmp_p
 
     first = load()
     with monkeypatch.context() as patch:
-        patch.setattr("fastlm.data.examples.encode_dialogue", None)  # would fail if anything were encoded
+        patch.setattr("fastlm.data.examples.load.encode_dialogue", None)  # would fail if anything were encoded
         assert plain(load()) == plain(first)
     file = next((tmp_path / "c").iterdir())
     file.write_bytes(file.read_bytes()[:-20])

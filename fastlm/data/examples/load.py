@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlm.data.formats import RowProblem, read_dialogue, read_preference
+from fastlm import files
+from fastlm.data.examples.formats import RowProblem, read_dialogue, read_preference
+from fastlm.data.examples.packing import PackedRows, pack
+from fastlm.data.examples.templates import Encoded, encode_dialogue, template_of, template_source
 from fastlm.data.functions import function_rows
-from fastlm.data.packing import PackedRows, pack
-from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
-from fastlm.data.templates import Encoded, encode_dialogue, template_of, template_source
+from fastlm.data.records import BadRows, read_json_rows, read_parquet_rows
 from fastlm.errors import UserError
 from fastlm.schema import parse
 from fastlm.tokenizer import Tokenizer
@@ -209,22 +209,14 @@ def _cached(source: str, encode: Encode, on_bad_row: str, held_out: float, cache
     examples = _load(source, splits, encode, on_bad_row, held_out)
     sequences = [*examples.train, *examples.validation]
     report = dataclasses.asdict(examples.report) | {"train_sequences": len(examples.train)}
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(
-                stream,
-                ids=np.concatenate([s.ids for s in sequences]),
-                counted=np.concatenate([s.counted for s in sequences]),
-                ends=np.cumsum([len(s.ids) for s in sequences]),
-                report=np.frombuffer(json.dumps(report).encode(), np.uint8),
-            )
-        temporary.replace(file)
-    except OSError as error:
-        raise UserError(f"{cache}: cannot be written ({error.strerror}); free space or name another cache folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole_file(file) as stream:
+        np.savez(
+            stream,
+            ids=np.concatenate([s.ids for s in sequences]),
+            counted=np.concatenate([s.counted for s in sequences]),
+            ends=np.cumsum([len(s.ids) for s in sequences]),
+            report=np.frombuffer(json.dumps(report).encode(), np.uint8),
+        )
     return examples
 
 
