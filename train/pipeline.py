@@ -17,7 +17,7 @@ from fastlm import checkpoint, files
 from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
 from fastlm.config.toml import load_run, to_toml
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
-from fastlm.data.examples.packing import PackedRows, packed_epoch
+from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_epoch
 from fastlm.data.prefetch import move
 from fastlm.errors import check
 from fastlm.evaluation import protocols
@@ -111,7 +111,7 @@ def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, 
     if rows is None:
         return None
 
-    def loss(batch):
+    def loss(batch: PackedBatch) -> dict[str, torch.Tensor]:
         with loop.autocast(device):
             return {"loss": model.loss(batch.x, batch.y, **batch.layout())}
 
