@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fastlm import kernels
 from fastlm.attention_backend import choose
-from fastlm.config import PRESETS
+from fastlm.config import PRESETS, DoctorConfig
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
 from fastlm.monitor import matmul_rate, wide_console
@@ -45,7 +45,8 @@ def kernel_choice(device: torch.device) -> tuple[str, str]:
     return "PyTorch reference", cpu.status()
 
 
-def print_report() -> int:
+def doctor(cfg: DoctorConfig) -> int:
+    """Print the machine, the choice for every operation with its reason, and what else is there."""
     console = wide_console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 
 from fastlm import checkpoint, files
 from fastlm.attention_backend import Choice, choose
-from fastlm.config import ModelConfig, StageConfig, check
+from fastlm.config import ModelConfig, StageConfig
+from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.model import Transformer, pick_device
 from fastlm.monitor import Monitor, peak_gib, sparkline
-from fastlm.options import to_toml
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.loop import Run
