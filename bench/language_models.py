@@ -62,7 +62,7 @@ def our_score(size: str, sliding: bool) -> Callable[[], None]:
 
     model, window = our_model(size), WINDOW[size]
     ids = text(size, TOKENS[size] // (2 if sliding else 1)).tolist()
-    segments = window_segments(ids, window, window // 2 if sliding else 0)
+    segments = window_segments(ids, window, window // 2 if sliding else window)
     return lambda: float(segment_nats(model, segments, torch.device("cpu")).sum())
 
 

@@ -98,7 +98,7 @@ def check_all(folder: Path, text: Path, tokens: int) -> int:
     line("largest difference of the logits", difference, 0, 1e-4)
     for name, stride in (("window", WINDOW), ("stride", STRIDE)):
         start = time.perf_counter()
-        segments = window_segments(ids.tolist(), WINDOW, 0 if stride == WINDOW else stride)
+        segments = window_segments(ids.tolist(), WINDOW, stride)
         nats, counted = segment_nats(ours, segments, CPU).sum(), sum(s.n_scored for s in segments)
         middle = time.perf_counter()
         expected, as_many = plain_loop(theirs, ids, stride)

@@ -128,13 +128,13 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
 
 def show(console: Console, cfg: EvalConfig, digest: str, rows: list[tuple[str, Result]]) -> None:
     console.print(f"{cfg.data}, text SHA-256 {digest}", highlight=False, soft_wrap=True)
-    names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "before")
+    names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "how")
     table = Table(*names, box=None)
     for column in table.columns[2:9]:
         column.justify = "right"
     for place, r in rows:
         table.add_row(
             place, r.protocol, f"{r.perplexity:.2f}", f"{r.low:.2f} to {r.high:.2f}", f"{r.nats:,.1f}", f"{r.tokens:,}",
-            f"{r.word_perplexity:,.2f}", f"{r.byte_perplexity:.3f}", f"{r.bits_per_byte:.4f}", r.bos,
+            f"{r.word_perplexity:,.2f}", f"{r.byte_perplexity:.3f}", f"{r.bits_per_byte:.4f}", r.how,
         )  # fmt: skip
     console.print(table)

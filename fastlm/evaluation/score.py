@@ -152,7 +152,7 @@ class Result:
     tokens: int
     words: int
     text_bytes: int
-    bos: str
+    how: str
     perplexity: float
     low: float
     high: float
@@ -172,7 +172,7 @@ def summarise(protocol: Protocol, nats: np.ndarray, resamples: int = 1000) -> Re
     low, high = np.exp(np.percentile(per_document[draws].sum(1) / counted[draws].sum(1), [2.5, 97.5]))
     total, tokens = float(nats.sum()), int(counted.sum())
     return Result(
-        protocol.name, total, tokens, protocol.words, protocol.text_bytes, protocol.bos,
+        protocol.name, total, tokens, protocol.words, protocol.text_bytes, protocol.how,
         float(np.exp(total / tokens)), float(low), float(high), float(np.exp(total / protocol.words)),
         float(np.exp(total / protocol.text_bytes)), total / protocol.text_bytes / float(np.log(2)),
     )  # fmt: skip
