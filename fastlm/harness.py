@@ -139,7 +139,7 @@ def register() -> type:
     return FastlmModel
 
 
-def lm_eval(cfg: LmEvalConfig) -> int:
+def run_lm_eval(cfg: LmEvalConfig) -> int:
     """Run lm-eval's command line with this model; all but model_args is lm-eval's own."""
     register()
     from lm_eval.__main__ import cli_evaluate
