@@ -14,7 +14,8 @@ from fastlm.commands import GenerateConfig, Sampling
 from fastlm.config import check
 from fastlm.decode import Cache, feed, prefill
 from fastlm.load import open_model, stop_tokens
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
+from fastlm.runtime import pick_device
 from fastlm.sampling import choose
 from fastlm.tokenizer import Tokenizer
 

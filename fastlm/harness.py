@@ -22,7 +22,8 @@ from fastlm.evaluation.protocols import Segment, rolling
 from fastlm.evaluation.score import LOGIT_ROWS, Logps, segment_nats, segment_sums
 from fastlm.generate import write_texts
 from fastlm.load import open_model, stop_tokens
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
+from fastlm.runtime import pick_device
 from fastlm.tokenizer import Tokenizer
 
 GENERATED_ROWS = {"cpu": 8, "cuda": 64}

@@ -29,18 +29,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastlm.config import StageConfig, check, divisors
-from fastlm.evaluation.score import ranks
+from fastlm.runtime import launched, ranks
 
 BUCKET_BYTES = 64 << 20
 PATIENCE = timedelta(days=1)  # text may be tokenised for hours while the others wait; torchrun sees to processes that died
 
 T = TypeVar("T")
 C = TypeVar("C", bound=StageConfig)
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def over_processes(stage: Callable[[C], int]) -> Callable[[C], int]:

@@ -25,7 +25,7 @@ from fastlm.data.examples import load_preferences
 from fastlm.data.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
-from fastlm.model import compiled
+from fastlm.runtime import autocast, compiled
 from fastlm.train import distributed, loop, preference, tuning
 
 
@@ -36,7 +36,7 @@ def dpo(cfg: DpoConfig) -> int:
     model_logprobs = compiled(run.model.logprobs, run.device) if run.cfg.compile else run.model.logprobs
 
     def logprobs(batch: PackedBatch) -> Tensor:
-        with loop.autocast(run.device):
+        with autocast(run.device):
             function = model_logprobs if torch.is_grad_enabled() else run.model.logprobs  # validation compiles nothing more
             return function(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())
 

@@ -22,6 +22,7 @@ from fastlm.data.prefetch import move
 from fastlm.errors import UserError
 from fastlm.monitor import Monitor, perplexity
 from fastlm.options import to_toml
+from fastlm.runtime import matmul_dtype
 from fastlm.train import distributed
 from fastlm.train.optim import Optimizer, named_state, schedule
 
@@ -59,16 +60,6 @@ def make_folder(run: Path, cfg: StageConfig) -> None:
 def cache_folder(cache: str) -> Path:
     """Where tokenised data is kept: the folder given, else fastlm in the user's cache folder."""
     return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on GPUs that have it; fp32 elsewhere (bf16 matmuls are slower than fp32 on most CPUs)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device) == torch.bfloat16)
-
-
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """What autocast() makes of the matmuls."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def attention_backend(cfg: StageConfig, device: torch.device) -> str:

@@ -23,9 +23,10 @@ from fastlm.data.prefetch import move
 from fastlm.evaluation import protocols
 from fastlm.evaluation.evaluate import open_scorer, read_documents, views
 from fastlm.evaluation.score import segment_nats, summarise
-from fastlm.model import Transformer, count_parameters, pick_device
+from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
 from fastlm.options import load_run, to_toml
+from fastlm.runtime import autocast, pick_device
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop, preference
 from fastlm.train.dpo import dpo
@@ -112,7 +113,7 @@ def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, 
         return None
 
     def loss(batch):
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": model.loss(batch.x, batch.y, **batch.layout())}
 
     batches = (((b,), b.counted) for b in packed_epoch(rows, 4))
@@ -127,7 +128,7 @@ def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, dev
         return None
     right = pairs = 0
     for batch in (move(b, device) for b in packed_epoch(rows, 1)):
-        with loop.autocast(device):
+        with autocast(device):
             logps = model.logprobs(batch.x, batch.y, **batch.layout())
         member = preference.membership(batch.unit, batch.units)
         means = preference.of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)

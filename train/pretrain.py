@@ -25,8 +25,9 @@ from fastlm.data.shards import Settings, prepare
 from fastlm.data.tokens import Tokens, unigram_perplexity
 from fastlm.generate import generate
 from fastlm.kernels import cpu
-from fastlm.model import Transformer, build, compiled, count_parameters, pick_device, training_flops_per_token
-from fastlm.monitor import Monitor, peak_gib, showing_bytes, sparkline
+from fastlm.model import Transformer, build, count_parameters, training_flops_per_token
+from fastlm.monitor import Monitor, showing_bytes, sparkline
+from fastlm.runtime import autocast, compiled, peak_gib, pick_device
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.optim import make_optimizers
@@ -74,11 +75,11 @@ def pretrain(cfg: PretrainConfig) -> int:
     model_loss = compiled(model.loss, device) if cfg.compile else model.loss
 
     def loss(tokens: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": model_loss(tokens, targets, cfg.z_loss, **options)}
 
     def plain_loss(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": model.loss(tokens, targets)}
 
     def validate() -> dict[str, float]:

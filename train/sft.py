@@ -13,7 +13,7 @@ from fastlm.config import SftConfig
 from fastlm.data.examples import load_instructions
 from fastlm.data.packing import PackedBatch
 from fastlm.generate import generate
-from fastlm.model import compiled
+from fastlm.runtime import autocast, compiled
 from fastlm.train import distributed, loop, tuning
 
 SAMPLES, SAMPLE_TOKENS = 8, 128
@@ -31,7 +31,7 @@ def sft(cfg: SftConfig) -> int:
     model_loss = compiled(run.model.loss, run.device) if run.cfg.compile else run.model.loss
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
-        with loop.autocast(run.device):
+        with autocast(run.device):
             function = model_loss if torch.is_grad_enabled() else run.model.loss  # validation compiles nothing more
             return {"loss": function(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())}
 

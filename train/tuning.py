@@ -21,8 +21,9 @@ from fastlm.data.examples import Examples, pack_examples
 from fastlm.data.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
 from fastlm.data.prefetch import prefetch
 from fastlm.load import open_model
-from fastlm.model import Transformer, count_parameters, pick_device, training_flops_per_token
-from fastlm.monitor import Monitor, peak_gib, sparkline
+from fastlm.model import Transformer, count_parameters, training_flops_per_token
+from fastlm.monitor import Monitor, sparkline
+from fastlm.runtime import peak_gib, pick_device
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.optim import Optimizer, make_optimizers

@@ -27,8 +27,9 @@ from fastlm.evaluation.protocols import Protocol
 from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
 from fastlm.interop import KINDS, architecture, is_hugging_face
 from fastlm.load import fitting_tokenizer, local, open_model
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
 from fastlm.monitor import wide_console
+from fastlm.runtime import launched, pick_device
 from fastlm.tokenizer import Tokenizer
 
 
@@ -93,7 +94,7 @@ def evaluate(cfg: EvalConfig) -> int:
 @contextmanager
 def joined(device: torch.device) -> Iterator[bool]:
     """Under torchrun, one of its processes while the context lasts, with a GPU of its own. Whether this is the first."""
-    if not dist.is_available() or not dist.is_torchelastic_launched():
+    if not launched():
         yield True
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
