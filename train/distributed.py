@@ -164,6 +164,17 @@ def whole_step(n_counted: int, figures: dict[str, Any]) -> tuple[int, dict[str, 
     return int(total), figures | {name: int(x) if isinstance(value, int) else x / world for (name, value), x in pairs}
 
 
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers, so that all start from the same bits.
+
+    Unlike machines may make unlike ones of one seed.
+    """
+    if ranks()[1] == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
+
+
 def add(means: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each process's share of a step's means, added up: nothing leaves the device."""
     if ranks()[1] == 1:

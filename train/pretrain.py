@@ -61,6 +61,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     sample = torch.from_numpy(train[:MOST].astype("int64")) if short or counted else None
     start = sample if counted and resumed is None else None
     model = build(cfg.model, cfg.seed, device, start, checkpoint_activations=cfg.checkpoint_activations)
+    distributed.broadcast_parameters(model)
     model.attention_backend = loop.attention_backend(cfg, device)
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {

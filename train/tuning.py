@@ -80,6 +80,7 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     resumed = checkpoint.locate(cfg.resume) if cfg.resume else None
     folder = Path(cfg.resume) if cfg.resume else loop.choose_run(cfg.out, f"{stage}-{Path(cfg.model).name}")
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
+    distributed.broadcast_parameters(model)
     cfg = with_lengths(cfg, model.config.max_seq_len, group)
     with distributed.in_turn():
         cache = loop.cache_folder(cfg.cache)
