@@ -8,7 +8,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def pick_device(name: str) -> torch.device:
     if number[1] is not None:
         gpus = torch.cuda.device_count()
         if int(number[1]) >= gpus:
-            raise UserError(f"device is {name}, but the GPUs here are cuda:0 to cuda:{gpus - 1}")
+            raise UserError(f"device is {name}, but the last GPU here is cuda:{gpus - 1}")
         if launched():
             raise UserError(f"device is {name}, but under torchrun each process takes a GPU of its own; pass --device cuda")
         torch.cuda.set_device(int(number[1]))
@@ -84,6 +85,25 @@ def autocast(device: torch.device) -> torch.autocast:
     dtype = matmul_dtype(device)
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
+
+
+@contextmanager
+def tf32_matmuls(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Inside, where wanted, a GPU multiplies fp32 matrices in TF32: 10 bits of mantissa instead of 23, sums in fp32.
+
+    Raises UserError on a device that has no TF32.
+    """
+    if not wanted:
+        yield
+        return
+    if device.type != "cuda" or not torch.cuda.is_tf32_supported():
+        raise UserError(f"--tf32 needs an NVIDIA GPU of the year 2020 or newer (compute capability 8.0); device is {device}")
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

@@ -41,7 +41,7 @@ def test_a_gpu_named_by_its_number_is_the_one_that_kernels_are_launched_on(monke
     assert current == []
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     assert current == [1]
-    with pytest.raises(UserError, match="device is cuda:2, but the GPUs here are cuda:0 to cuda:1"):
+    with pytest.raises(UserError, match="device is cuda:2, but the last GPU here is cuda:1"):
         pick_device("cuda:2")
     monkeypatch.setattr(runtime, "launched", lambda: True)
     with pytest.raises(UserError, match="under torchrun each process takes a GPU of its own; pass --device cuda"):
@@ -59,6 +59,20 @@ def test_autocast_leaves_a_cpu_in_fp32():
     x = torch.randn(4, 4)
     with runtime.autocast(CPU):
         assert (x @ x).dtype == torch.float32
+
+
+def test_tf32_is_on_only_where_it_is_wanted_and_only_inside(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    flags = torch.backends.cuda.matmul
+    with runtime.tf32_matmuls(False, GPU):
+        assert not flags.allow_tf32
+    with pytest.raises(KeyError), runtime.tf32_matmuls(True, GPU):
+        assert flags.allow_tf32
+        raise KeyError
+    assert not flags.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: False)
+    with pytest.raises(UserError, match="--tf32 needs an NVIDIA GPU"), runtime.tf32_matmuls(True, GPU):
+        pass
 
 
 def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):

@@ -26,7 +26,7 @@ from fastlm.evaluation.score import segment_nats, summarise
 from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
 from fastlm.options import load_run, to_toml
-from fastlm.runtime import autocast, pick_device
+from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop, preference
 from fastlm.train.dpo import dpo
@@ -40,6 +40,8 @@ Row = dict[str, Any]
 def pipeline(cfg: PipelineConfig) -> int:
     """Run the stages that are not done yet, score every model, print the table. Returns the exit code of a stopped stage."""
     check(not distributed.launched(), "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one")
+    with tf32_matmuls(cfg.eval.tf32, pick_device(cfg.eval.device)):
+        pass  # says so now if the device has no TF32
     out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")
     options = to_toml(cfg)
     noted = out / "config.toml"
@@ -94,7 +96,8 @@ def score(cfg: PipelineConfig, place: str, console: Console) -> Row:
     documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
     scores = {}
     for protocol in views(protocols.chosen(cfg.eval.protocols), documents, tokenizer, longest, console):
-        nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
+        with tf32_matmuls(cfg.eval.tf32, device):
+            nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
         scores[protocol.name] = dataclasses.asdict(summarise(protocol, nats))
     row: Row = {"place": place, "text": cfg.eval.data, "text_sha256": digest, "perplexity": scores,
                 "parameters": None, "answer_perplexity": None, "prefers_chosen": None}  # fmt: skip

@@ -29,7 +29,7 @@ from fastlm.interop import KINDS, architecture, is_hugging_face
 from fastlm.load import fitting_tokenizer, local, open_model
 from fastlm.model import Transformer
 from fastlm.monitor import wide_console
-from fastlm.runtime import launched, pick_device
+from fastlm.runtime import launched, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 
 
@@ -87,7 +87,7 @@ def views(wanted: list[str], documents: list[str], tokenizer: Tokenizer, longest
 def evaluate(cfg: EvalConfig) -> int:
     """Score every model by every protocol; print a table, or JSON."""
     device, wanted = pick_device(cfg.device), protocols.chosen(cfg.protocols)
-    with joined(device) as first:
+    with joined(device) as first, tf32_matmuls(cfg.tf32, device):
         return report(cfg, device, wanted, first)
 
 
@@ -120,7 +120,7 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
                 nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, advance, cfg.compile)
             rows.append((place, summarise(protocol, nats)))
     if cfg.json and first:
-        print(json.dumps({"data": cfg.data, "text_sha256": digest,
+        print(json.dumps({"data": cfg.data, "text_sha256": digest, "tf32": cfg.tf32,
                           "results": [{"model": place, **dataclasses.asdict(r)} for place, r in rows]}, indent=1))  # fmt: skip
     elif not cfg.json:
         show(console, cfg, digest, rows)
@@ -128,7 +128,8 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
 
 
 def show(console: Console, cfg: EvalConfig, digest: str, rows: list[tuple[str, Result]]) -> None:
-    console.print(f"{cfg.data}, text SHA-256 {digest}", highlight=False, soft_wrap=True)
+    matmuls = ", matmuls in TF32" if cfg.tf32 else ""
+    console.print(f"{cfg.data}, text SHA-256 {digest}{matmuls}", highlight=False, soft_wrap=True)
     names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "how")
     table = Table(*names, box=None)
     for column in table.columns[2:9]:
