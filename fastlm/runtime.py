@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm.errors import UserError
 
@@ -42,6 +43,9 @@ PEAKS = {
     "MI250X": 191.5e12,  # AMD Instinct MI250X data sheet, 383 for the card, of which a device is one half
     "MI300X": 1307e12,  # AMD Instinct MI300X data sheet
 }
+# Parameters of the largest model whose compiled training step is replayed: a larger one keeps the GPU busy for longer than
+# the host needs to launch it, and its activations would stay in memory between steps.
+GRAPH_PARAMETERS = 32_000_000
 STATUS = Path("/proc/self/status")
 
 
@@ -106,8 +110,10 @@ def tf32_matmuls(wanted: bool, device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """torch.compile with static shapes, as one graph.
+def compiled(
+    function: Callable[..., Tensor], device: torch.device, options: dict[str, Any] | None = None
+) -> Callable[..., Tensor]:
+    """torch.compile with static shapes, as one graph; options are Inductor's.
 
     Raises UserError on a CPU without a C++ compiler.
     """
@@ -115,7 +121,37 @@ def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[
         raise UserError("--compile on a CPU needs a C++ compiler, and none was found; install g++, or leave --compile out")
     if torch.__version__ < "2.13":
         declare_own_ops_to_inductor()
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
+def replays_graphs(model: nn.Module, device: torch.device) -> bool:
+    """Whether the compiled training step of a model is replayed as CUDA graphs: a small model's, on a GPU."""
+    return device.type == "cuda" and sum(p.numel() for p in model.parameters()) <= GRAPH_PARAMETERS
+
+
+def compiled_in_graphs(function: Callable[..., Tensor], device: torch.device, model: nn.Module) -> Callable[..., Tensor]:
+    """compiled(), its forward and backward pass each recorded as a CUDA graph and replayed.
+
+    What a pass returns, gradients included, lies in the graphs' memory, which the next pass overwrites. Gradients that are to
+    be added up over passes therefore move to memory of their own before the second pass.
+    """
+    forward = compiled(function, device, {"triton.cudagraphs": True})
+    parameters = list(model.parameters())
+    moved = False
+
+    def replayed(*args: Any, **options: Any) -> Tensor:
+        nonlocal moved
+        kept = [p for p in parameters if p.grad is not None]
+        if not kept:
+            moved = False
+        elif not moved:
+            for p in kept:
+                p.grad = p.grad.clone()  # type: ignore[union-attr]
+            moved = True
+        torch.compiler.cudagraph_mark_step_begin()
+        return forward(*args, **options)
+
+    return replayed
 
 
 def declare_own_ops_to_inductor() -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fastlm import runtime
+from fastlm.config import PRESETS
 from fastlm.errors import UserError
+from fastlm.model import Transformer
 from fastlm.runtime import compiled, matmul_dtype, matmul_rate, peak_gib, peak_of, pick_device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -78,6 +80,45 @@ def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and none was found"):
         compiled(torch.sin, CPU)
+
+
+def test_a_small_model_is_replayed_and_only_on_a_gpu():
+    with torch.device("meta"):
+        small, large = Transformer(PRESETS["demo"]), Transformer(PRESETS["modern-124m"])
+    assert runtime.replays_graphs(small, GPU)
+    assert not runtime.replays_graphs(large, GPU)
+    assert not runtime.replays_graphs(small, CPU)
+
+
+class InGraphMemory(torch.autograd.Function):
+    """sum(w x), whose gradient lies, as a CUDA graph's does, where the one of the pass before it lay."""
+
+    memory = torch.empty(3)
+
+    @staticmethod
+    def forward(ctx, w, x):
+        ctx.save_for_backward(x)
+        return (w * x).sum()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        InGraphMemory.memory.copy_(ctx.saved_tensors[0] * dloss)
+        return InGraphMemory.memory.detach(), None
+
+
+def test_gradients_add_up_although_a_replayed_graph_overwrites_its_own(monkeypatch):
+    monkeypatch.setattr(runtime, "compiled", lambda function, device, options: function)
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.ones(3))
+    step = runtime.compiled_in_graphs(lambda x: InGraphMemory.apply(model.w, x), GPU, model)
+    for parts in (1, 2, 4, 1, 3):
+        rows = torch.arange(3.0 * parts).view(parts, 3)
+        for row in rows:
+            step(row).backward()
+        assert torch.equal(model.w.grad, rows.sum(0))
+        in_place = model.w.grad.data_ptr() == InGraphMemory.memory.data_ptr()
+        assert in_place == (parts == 1)  # a copy only where it is needed
+        model.w.grad = None
 
 
 def test_inductor_learns_of_every_op_of_ours_and_keeps_its_inputs_strides():

@@ -25,7 +25,7 @@ from fastlm.data.examples import load_preferences
 from fastlm.data.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
-from fastlm.runtime import autocast, compiled
+from fastlm.runtime import autocast
 from fastlm.train import distributed, loop, preference, tuning
 
 
@@ -33,7 +33,7 @@ from fastlm.train import distributed, loop, preference, tuning
 def dpo(cfg: DpoConfig) -> int:
     """Train a model on preferences as cfg says; returns the process's exit code (128 + signal number when interrupted)."""
     run = tuning.begin("dpo", cfg, load_preferences, group=2, share=cfg.share_prompt)
-    model_logprobs = compiled(run.model.logprobs, run.device) if run.cfg.compile else run.model.logprobs
+    model_logprobs = loop.compiled_step(run.cfg, run.model, run.model.logprobs, run.device, run.say)
 
     def logprobs(batch: PackedBatch) -> Tensor:
         with autocast(run.device):

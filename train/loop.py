@@ -22,7 +22,7 @@ from fastlm.data.prefetch import move
 from fastlm.errors import UserError
 from fastlm.monitor import Monitor, perplexity
 from fastlm.options import to_toml
-from fastlm.runtime import matmul_dtype
+from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, replays_graphs
 from fastlm.train import distributed
 from fastlm.train.optim import Optimizer, named_state, schedule
 
@@ -65,6 +65,22 @@ def cache_folder(cache: str) -> Path:
 def attention_backend(cfg: StageConfig, device: torch.device) -> str:
     """The backend that cfg names, or that auto takes: decided here, once, as a compiled step cannot look for packages."""
     return choose(device.type, matmul_dtype(device))[0] if cfg.attention == "auto" else cfg.attention
+
+
+def compiled_step(
+    cfg: StageConfig,
+    model: nn.Module,
+    function: Callable[..., Tensor],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Callable[..., Tensor]:
+    """The model's function as the training step calls it: compiled with --compile, a small model's in CUDA graphs."""
+    if not cfg.compile:
+        return function
+    if not replays_graphs(model, device):
+        return compiled(function, device)
+    say("Step:  compiled, replayed as CUDA graphs")
+    return compiled_in_graphs(function, device, model)
 
 
 def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:

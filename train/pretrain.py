@@ -27,7 +27,7 @@ from fastlm.generate import generate
 from fastlm.kernels import cpu
 from fastlm.model import Transformer, build, count_parameters, training_flops_per_token
 from fastlm.monitor import Monitor, showing_bytes, sparkline
-from fastlm.runtime import autocast, compiled, peak_gib, pick_device
+from fastlm.runtime import autocast, peak_gib, pick_device
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.optim import make_optimizers
@@ -73,7 +73,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     loop.make_folder(run, cfg)
     describe(say, cfg, run, device, len(train), len(data.validation), state["step"])
 
-    model_loss = compiled(model.loss, device) if cfg.compile else model.loss
+    model_loss = loop.compiled_step(cfg, model, model.loss, device, say)
 
     def loss(tokens: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
         with autocast(device):

@@ -13,7 +13,7 @@ from fastlm.config import SftConfig
 from fastlm.data.examples import load_instructions
 from fastlm.data.packing import PackedBatch
 from fastlm.generate import generate
-from fastlm.runtime import autocast, compiled
+from fastlm.runtime import autocast
 from fastlm.train import distributed, loop, tuning
 
 SAMPLES, SAMPLE_TOKENS = 8, 128
@@ -28,7 +28,7 @@ def sft(cfg: SftConfig) -> int:
     """
     run = tuning.begin("sft", cfg, load_instructions)
     tuning.go_on(run)
-    model_loss = compiled(run.model.loss, run.device) if run.cfg.compile else run.model.loss
+    model_loss = loop.compiled_step(run.cfg, run.model, run.model.loss, run.device, run.say)
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
         with autocast(run.device):
