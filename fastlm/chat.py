@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 
 from fastlm.commands import ChatConfig
-from fastlm.data.formats import Message
-from fastlm.data.templates import encode_prompt
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, write_texts
 from fastlm.load import chat_template, open_model, stop_tokens
 from fastlm.runtime import pick_device

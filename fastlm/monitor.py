@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from fastlm import files
 from fastlm.errors import UserError
 from fastlm.runtime import ceiling, peak_gib
 
@@ -264,7 +265,7 @@ def keep_lines(path: Path, last_step: int) -> list[float]:
     if not path.is_file():
         return []
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if whole(line, last_step)]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    files.write_text(path, "".join(line + "\n" for line in kept))
     return [row["loss"] for row in map(json.loads, kept) if "loss" in row]
 
 

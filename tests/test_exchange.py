@@ -14,8 +14,8 @@ from fastlm import checkpoint
 from fastlm.cli import main
 from fastlm.commands import Sampling
 from fastlm.config import ModelConfig
-from fastlm.data.formats import Message
-from fastlm.data.templates import encode_prompt
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, generate
 from fastlm.interop import export
 from fastlm.load import chat_template, open_model

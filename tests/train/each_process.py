@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from fastlm.cli import main
 from fastlm.model import Transformer
-from fastlm.train import pretrain, tuning
+from fastlm.train import packed, pretrain
 
 
 def spoiled(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def spoiled(make: Callable[..., Any]) -> Callable[..., Any]:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     pretrain.build = spoiled(pretrain.build)
-    tuning.open_model = spoiled(tuning.open_model)
+    packed.open_model = spoiled(packed.open_model)
     for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         assert main(command) == 0, command
         dist.barrier()  # what the first wrote last is there for the next command

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.config import ModelConfig, OptimConfig, SftConfig
-from fastlm.data.examples import load_instructions, pack_examples
-from fastlm.data.packing import packed_batch
+from fastlm.data.examples.load import load_instructions, pack_examples
+from fastlm.data.examples.packing import packed_batch
 from fastlm.interop import export
 from fastlm.load import open_model
 from fastlm.model import build

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastlm.data.batches import (
+from fastlm.data.text.batches import (
     IGNORED,
     mix64,
     permutation_keys,
@@ -13,7 +13,7 @@ from fastlm.data.batches import (
     rows_per_epoch,
     validation_batches,
 )
-from fastlm.data.tokens import Tokens
+from fastlm.data.text.tokens import Tokens
 from fastlm.errors import UserError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.data.order import mix64, rows_per_epoch
-from fastlm.data.tokens import Tokens, token_counts
+from fastlm.data.text.tokens import Tokens, token_counts
 from fastlm.errors import UserError
 
 _PART = re.compile(r"(?P<source>.+?)(?::(?P<epochs>\d+(?:\.\d+)?|\.\d+))?$")
@@ -91,14 +91,15 @@ def join_tokens(parts: list[Tokens], name: str) -> Tokens:
     """Several token arrays as one, one after the other."""
     starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
     ends = np.concatenate([part.document_ends + start for part, start in zip(parts, starts, strict=True)])
-    return Tokens([shard for part in parts for shard in part.shards], ends, parts[0].eos_id, name)
+    shards = [shard for part in parts for shard in part.shards]
+    return Tokens(shards, ends, parts[0].eos_id, name, parts[0].vocab_size)
 
 
 class ShuffledTokens(Tokens):
     """The same tokens with whole documents in a seeded order; 16 bytes of memory per document."""
 
     def __init__(self, tokens: Tokens, seed: int) -> None:
-        super().__init__(tokens.shards, tokens.document_ends, tokens.eos_id, tokens.name)
+        super().__init__(tokens.shards, tokens.document_ends, tokens.eos_id, tokens.name, tokens.vocab_size)
         starts = np.concatenate([[0], np.asarray(tokens.document_ends[:-1])]).astype(np.int64)
         order = np.argsort(_scramble(np.arange(len(starts), dtype=np.uint64), seed), kind="stable")
         self._origin = starts[order]

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastlm.data.mixture import Mixture, draw
 from fastlm.data.order import mix64, permutation_keys, permute, rows_per_epoch
-from fastlm.data.tokens import Tokens
+from fastlm.data.text.mixture import Mixture, draw
+from fastlm.data.text.tokens import Tokens
 from fastlm.errors import UserError
 
 IGNORED = -100

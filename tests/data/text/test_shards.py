@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from fastlm.data import shards
 from fastlm.data.sources import open_source, stdlib_held_out
-from fastlm.data.tokens import Tokens, open_data, open_tokens, unigram_perplexity
+from fastlm.data.text import shards
+from fastlm.data.text.tokens import Tokens, open_data, open_tokens, unigram_perplexity
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
@@ -69,7 +69,7 @@ def test_second_run_reads_the_cache_and_a_changed_file_does_not(gpt2, tmp_path, 
 def test_shards_are_one_array(gpt2, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "a.jsonl")
     whole = shards.prepare(str(file), gpt2, tmp_path / "one").train
-    monkeypatch.setattr("fastlm.data.writer.SHARD_TOKENS", 1000)
+    monkeypatch.setattr("fastlm.data.text.writer.SHARD_TOKENS", 1000)
     parts = shards.prepare(str(file), gpt2, tmp_path / "many").train
     assert len(parts.shards) > 3
     assert parts[:].tolist() == whole[:].tolist()
@@ -79,7 +79,7 @@ def test_shards_are_one_array(gpt2, tmp_path, monkeypatch):
 
 
 def test_tail_top_up_across_shards_loses_nothing(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlm.data.writer.SHARD_TOKENS", 1000)
+    monkeypatch.setattr("fastlm.data.text.writer.SHARD_TOKENS", 1000)
     file = tmp_path / "a.txt"
     file.write_text(words(20_000))
     data = shards.prepare(str(file), gpt2, tmp_path / "cache")
@@ -236,8 +236,8 @@ def test_rows_of_text_that_are_bad_are_named_or_counted(gpt2, tmp_path):
         assert "\n" not in str(error.value)
     file.write_bytes(b"\n".join([*good, *bad]))
     data = shards.prepare(str(file), gpt2, tmp_path / "skip", settings=shards.Settings(on_bad_row="skip"))
-    assert data.manifest["bad_rows"]["count"] == len(bad)
-    assert [f":{61 + n}: " in example for n, example in enumerate(data.manifest["bad_rows"]["examples"])] == [True] * len(bad)
+    assert data.manifest.bad_rows.count == len(bad)
+    assert [f":{61 + n}: " in example for n, example in enumerate(data.manifest.bad_rows.examples)] == [True] * len(bad)
     assert sum(len(tokens.document_ends) for tokens in (data.train, data.validation)) == 60
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm.data.batches import IGNORED, isolate_documents, row_batch
-from fastlm.data.mixture import Mixture, draw, parse_mixture, quotas, shuffle_documents
-from fastlm.data.shards import prepare
-from fastlm.data.tokens import Tokens, unigram_perplexity
+from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch
+from fastlm.data.text.mixture import Mixture, draw, parse_mixture, quotas, shuffle_documents
+from fastlm.data.text.shards import prepare
+from fastlm.data.text.tokens import Tokens, unigram_perplexity
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlm.data.formats import Dialogue, Message
+from fastlm.data.examples.formats import Dialogue, Message
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
 

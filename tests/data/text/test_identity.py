@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlm.data.encode import encode_batches
-from fastlm.data.shards import prepare
 from fastlm.data.sources import Piece
+from fastlm.data.text.encode import encode_batches
+from fastlm.data.text.shards import prepare
 from fastlm.tokenizer import load_tokenizer
 
-WIKITEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext-2-raw-test.txt"
+WIKITEXT = Path(__file__).resolve().parents[4] / "shared" / "data" / "wikitext-2-raw-test.txt"
 
 
 def fast_tokenizer(folder):

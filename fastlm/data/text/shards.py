@@ -9,27 +9,27 @@ and goes on from there, so its result is byte-identical to that of an undisturbe
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastlm.data.dedup import Duplicates, drop_duplicates
-from fastlm.data.encode import encode_batches
+from fastlm import files
 from fastlm.data.hub import HubOffline
-from fastlm.data.mixture import Mixture, ShuffledTokens, join_tokens, parse_mixture
 from fastlm.data.sources import HELD_OUT_EVERY, Piece, Source, open_source
-from fastlm.data.tokens import FORMAT, MANIFEST, TokenData, Tokens, open_data, open_tokens, read_manifest, unigram_perplexity
-from fastlm.data.writer import SplitWriter, top_up_validation
+from fastlm.data.text.dedup import Duplicates, drop_duplicates
+from fastlm.data.text.encode import encode_batches
+from fastlm.data.text.manifest import DEFAULTS, FORMAT, MANIFEST, Settings, read_manifest
+from fastlm.data.text.mixture import Mixture, ShuffledTokens, join_tokens, parse_mixture
+from fastlm.data.text.tokens import TokenData, Tokens, open_data, open_tokens, unigram_perplexity
+from fastlm.data.text.writer import SplitWriter, top_up_validation
 from fastlm.errors import UserError
 from fastlm.tokenizer import Tokenizer
 
@@ -42,21 +42,12 @@ MIN_TOKENS = 256  # less than this is no text to train on
 Progress = Callable[[int, int | None, int], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What besides source and tokenizer decides the shards' content."""
-
-    text_field: str = "text"
-    on_bad_row: str = "fail"
-    dedup: str = "none"
-
-
 def prepare(
     source: str,
     tokenizer: Tokenizer,
     cache: Path,
     progress: Progress | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     workers: int | None = None,
 ) -> TokenData:
     """Tokens of a source, from the cache where it holds them, else tokenised into it.
@@ -96,9 +87,8 @@ def _prepare_mixture(
 ) -> TokenData:
     data = [prepare(name, tokenizer, cache, progress, settings, workers) for name, _ in parts]
     epochs = tuple(epochs for _, epochs in parts)
-    manifest = {"mixture": [{"source": name, "epochs": n, **d.manifest} for (name, n), d in zip(parts, data, strict=True)]}
     validation = ShuffledTokens(join_tokens([d.validation for d in data], "mixture/validation"), seed=0)
-    return TokenData(Path(cache), manifest, Mixture(tuple(d.train for d in data), epochs), validation)
+    return TokenData(Path(cache), None, Mixture(tuple(d.train for d in data), epochs), validation)
 
 
 def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Settings) -> Path | None:
@@ -109,8 +99,7 @@ def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Set
             manifest = read_manifest(file.parent)
         except UserError:  # a damaged folder is no help here
             continue
-        same = [manifest["source"], manifest["tokenizer"]["hash"], manifest["settings"]]
-        if same == [name, tokenizer.hash, asdict(settings)]:
+        if (manifest.source, manifest.tokenizer.hash, manifest.settings) == (name, tokenizer.hash, settings):
             found.append((file.stat().st_mtime, file.parent))
     return max(found)[1] if found else None
 
@@ -120,7 +109,7 @@ def prepare_source(
     tokenizer: Tokenizer,
     cache: Path,
     progress: Progress | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     workers: int | None = None,
 ) -> TokenData:
     """`prepare` for a source that is already open."""
@@ -136,7 +125,7 @@ def write_folder(
     tokenizer: Tokenizer,
     folder: Path,
     progress: Progress | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     workers: int | None = None,
 ) -> TokenData:
     """Tokenise a source into `folder`, unless it is already there."""
@@ -144,44 +133,21 @@ def write_folder(
         return open_data(folder, tokenizer)
     partial = folder.with_name(folder.name + ".partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(folder.name + ".lock")):
-            if not (folder / MANIFEST).is_file():  # another process may have written it while this one waited
-                try:
+        with files.disk_errors("write", folder):
+            files.make_folder(folder.parent)
+            with files.lock(folder.with_name(folder.name + ".lock")):
+                if not (folder / MANIFEST).is_file():  # another process may have written it while this one waited
                     _write(source, tokenizer, partial, progress, settings, workers)
-                except UserError:
-                    if source.size_bytes is not None:  # a mended file is another source; a hub is read on from here
-                        shutil.rmtree(partial, ignore_errors=True)
-                    raise
-                partial.rename(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    files.move_into_place(partial, folder)
+    except files.DiskError as error:
+        if error.disk_is_full:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{folder}: the disk is full; free space or name another cache folder") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY):
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); name another cache folder") from error
+        raise
+    except UserError:
+        if source.size_bytes is not None:  # a mended file is another source; a hub is read on from here
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_data(folder, tokenizer)
-
-
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """One process at a time; the system frees the lock of a process that dies."""
-    import fcntl
-
-    while True:
-        with file.open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            try:
-                if os.stat(file).st_ino != os.fstat(stream.fileno()).st_ino:
-                    continue
-            except FileNotFoundError:  # the process before this one removed the file it had locked
-                continue
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
-            return
 
 
 def _write(
@@ -250,7 +216,7 @@ def _write(
         "splits": {split: writer.manifest() for split, writer in writers.items()},
     }
     (partial / "journal.json").unlink(missing_ok=True)
-    _write_json(partial / MANIFEST, manifest)
+    files.write_json(partial / MANIFEST, manifest)
 
 
 def _held_out(number: int) -> bool:
@@ -295,6 +261,7 @@ def _resume(partial: Path, key: list) -> dict[str, Any]:
             for writer in writers:
                 writer.close()
             if all(writer.truncate(writer.tokens, writer.documents) for writer in writers):
+                files.remove_leftovers(partial)
                 return state
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -304,13 +271,4 @@ def _resume(partial: Path, key: list) -> dict[str, Any]:
 def _journal(partial: Path, state: dict[str, Any], writers: dict[str, SplitWriter]) -> None:
     state["splits"] = {split: writer.flush() for split, writer in writers.items()}
     state["dtype"] = writers["train"].dtype.str
-    _write_json(partial / "journal.json", state)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_name(file.name + ".new")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    files.write_json(partial / "journal.json", state)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.cli import main
 from fastlm.commands import Sampling
-from fastlm.data.examples import load_instructions
-from fastlm.data.formats import Message
-from fastlm.data.templates import render_prompt
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.load import load_instructions
+from fastlm.data.examples.templates import render_prompt
 from fastlm.generate import generate
 from fastlm.load import chat_template, open_model
 
@@ -148,11 +148,9 @@ def test_the_first_step_of_dpo_is_ln_2_and_moves_the_model(share, start, pairs, 
 
 
 def test_reference_logprobs_are_computed_once(start, pairs, tmp_path, monkeypatch):
-    from fastlm.train import dpo
-
     written = []
     monkeypatch.setattr(
-        dpo, "write_array", lambda file, array, real=dpo.write_array: (written.append(file.name), real(file, array))
+        files, "write_array", lambda file, array, real=files.write_array: (written.append(file.name), real(file, array))
     )
     for run, steps in (("a", "2"), ("b", "2"), ("c", "4")):
         assert tune("dpo", start, pairs, tmp_path / run, "--steps", steps, "--batch-rows", "1") == 0

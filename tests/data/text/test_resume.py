@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from fastlm.data import shards
+from fastlm.data.text import shards
 from fastlm.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RUN = """
 import sys
 from pathlib import Path
-from fastlm.data import shards, writer
+from fastlm.data.text import shards, writer
 from fastlm.data.sources import open_source
 from fastlm.runtime import process_peak_gib
 from fastlm.tokenizer import load_tokenizer

@@ -5,13 +5,12 @@ rows -> dialogues -> ids and counted targets -> truncation that keeps the respon
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlm.data.formats import RowProblem, read_dialogue, read_preference
+from fastlm import files
+from fastlm.data.examples.formats import RowProblem, read_dialogue, read_preference
+from fastlm.data.examples.packing import PackedRows, pack
+from fastlm.data.examples.templates import Encoded, encode_dialogue, template_of, template_source
 from fastlm.data.functions import function_rows
-from fastlm.data.packing import PackedRows, pack
-from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
-from fastlm.data.templates import Encoded, encode_dialogue, template_of, template_source
+from fastlm.data.records import BadRows, read_json_rows, read_parquet_rows
 from fastlm.errors import UserError
+from fastlm.schema import parse
 from fastlm.tokenizer import Tokenizer
 
 EXAMPLE_HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "hh-rlhf": "Anthropic/hh-rlhf"}
 CACHE_FORMAT = 2
+CACHE_ARRAYS = {"ids": "int32", "counted": "bool", "ends": "int64"}
+# What zipfile, zlib, numpy's header parser and ours raise for a file that is not whole, whichever of its bytes is wrong.
+CACHE_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, SyntaxError,
+                zipfile.BadZipFile, zlib.error, UserError)  # fmt: skip
 MIN_PROMPT_SHARE = 0.25  # of max_len: what truncation leaves of a longer prompt at least
 
 
@@ -198,39 +203,44 @@ def _cached(source: str, encode: Encode, on_bad_row: str, held_out: float, cache
         return _load(source, splits, encode, on_bad_row, held_out)
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, source, splits.fingerprint, key]).encode()).hexdigest()[:16]
     file = cache / f"examples-{digest}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged: made again
-        return _read_cache(file)
+    kept = _read_cache(file)
+    if kept is not None:
+        return kept
     examples = _load(source, splits, encode, on_bad_row, held_out)
     sequences = [*examples.train, *examples.validation]
     report = dataclasses.asdict(examples.report) | {"train_sequences": len(examples.train)}
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(
-                stream,
-                ids=np.concatenate([s.ids for s in sequences]),
-                counted=np.concatenate([s.counted for s in sequences]),
-                ends=np.cumsum([len(s.ids) for s in sequences]),
-                report=np.frombuffer(json.dumps(report).encode(), np.uint8),
-            )
-        temporary.replace(file)
-    except OSError as error:
-        raise UserError(f"{cache}: cannot be written ({error.strerror}); free space or name another cache folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole_file(file) as stream:
+        np.savez(
+            stream,
+            ids=np.concatenate([s.ids for s in sequences]),
+            counted=np.concatenate([s.counted for s in sequences]),
+            ends=np.cumsum([len(s.ids) for s in sequences]),
+            report=np.frombuffer(json.dumps(report).encode(), np.uint8),
+        )
     return examples
 
 
-def _read_cache(file: Path) -> Examples:
-    with np.load(file, allow_pickle=False) as content:
-        ids, counted, ends = content["ids"], content["counted"], content["ends"].tolist()
-        report = json.loads(content["report"].tobytes())
-    n_train = report.pop("train_sequences")
-    bad = BadRows(**report.pop("bad"))
-    spans = zip([0, *ends[:-1]], ends, strict=True)
-    sequences = [Encoded(ids[start:end], counted[start:end]) for start, end in spans]
-    return Examples(sequences[:n_train], sequences[n_train:], Report(**report, bad=bad))
+def _read_cache(file: Path) -> Examples | None:
+    """The examples of a cache file; None where it is absent, damaged or not of this form: they are then made again."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            ids, counted, ends = (_array(content, name, kind) for name, kind in CACHE_ARRAYS.items())
+            written = json.loads(content["report"].tobytes())
+        report, n_train = parse(Report, written), parse(int, written.get("train_sequences"))
+    except CACHE_ERRORS:
+        return None
+    if not len(ends) or ends[0] < 1 or (np.diff(ends) < 1).any() or not len(ids) == len(counted) == ends[-1]:
+        return None
+    starts = [0, *ends[:-1].tolist()]
+    sequences = [Encoded(ids[start:end], counted[start:end]) for start, end in zip(starts, ends.tolist(), strict=True)]
+    return Examples(sequences[:n_train], sequences[n_train:], report)
+
+
+def _array(content: Mapping[str, np.ndarray], name: str, dtype: str) -> np.ndarray:
+    array = content[name]
+    if array.dtype != dtype or array.ndim != 1:
+        raise ValueError(f"{name}: {array.dtype} of shape {array.shape}, expected {dtype} of one dimension")
+    return array
 
 
 def _load(source: str, splits: Splits, encode: Encode, on_bad_row: str, held_out: float) -> Examples:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastlm.data.tokens import file_sha256
+from fastlm import files
 
 SHARD_TOKENS = 1 << 27
 VALIDATION_TOKENS = (4096, 500_000)  # wanted at least (a tenth of the text at most), taken at most from the tail
@@ -43,7 +43,7 @@ class SplitWriter:
             self._data.write(part.tobytes())
             self.tokens += len(part)
             if len(part) == room:
-                self._sync(self._data)
+                files.sync(self._data)
                 self._data.close()
                 self._data = None
 
@@ -56,13 +56,8 @@ class SplitWriter:
     def flush(self) -> dict[str, int]:
         """Put everything on disk; the counts for the journal."""
         for stream in filter(None, (self._data, self._ends)):
-            self._sync(stream)
+            files.sync(stream)
         return {"tokens": self.tokens, "documents": self.documents}
-
-    @staticmethod
-    def _sync(stream: BinaryIO) -> None:
-        stream.flush()
-        os.fsync(stream.fileno())
 
     def close(self) -> None:
         """Close the files."""
@@ -92,8 +87,8 @@ class SplitWriter:
         for n in range(-(-self.tokens // SHARD_TOKENS)):
             file = self.shard_file(n)
             count = min(SHARD_TOKENS, self.tokens - n * SHARD_TOKENS)
-            shards.append({"file": file.name, "tokens": count, "sha256": file_sha256(file)})
-        index = {"file": self.index_file.name, "documents": self.documents, "sha256": file_sha256(self.index_file)}
+            shards.append({"file": file.name, "tokens": count, "sha256": files.sha256(file)})
+        index = {"file": self.index_file.name, "documents": self.documents, "sha256": files.sha256(self.index_file)}
         return {"tokens": self.tokens, "documents": self.documents, "shards": shards, "index": index}
 
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlm.data.batches import IGNORED
-from fastlm.data.examples import load_instructions, load_preferences, pack_examples
-from fastlm.data.packing import best_fit_decreasing, common_slots, lay_out, pack, packed_batch, packed_epoch
+from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
+from fastlm.data.examples.packing import best_fit_decreasing, common_slots, lay_out, pack, packed_batch, packed_epoch
+from fastlm.data.text.batches import IGNORED
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def brute_force(sizes, capacity):

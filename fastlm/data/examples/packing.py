@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.data.batches import IGNORED, mix64, permutation_keys, permute
+from fastlm.data.text.batches import IGNORED, mix64, permutation_keys, permute
 from fastlm.errors import UserError
 
 
