@@ -10,7 +10,9 @@ import shutil
 import torch
 from rich.table import Table
 
-from fastlm import attention, kernels
+from fastlm import kernels
+from fastlm.attention_backend import choose
+from fastlm.config import PRESETS
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
 from fastlm.monitor import wide_console
@@ -18,8 +20,10 @@ from fastlm.runtime import matmul_dtype, matmul_rate, pick_device
 from fastlm.tokenizer import load_tokenizer
 
 OPTIONAL = {
-    "flash-attn": "attention on NVIDIA and AMD GPUs",
-    "xformers": "attention on GPUs where flash-attn is not installed",
+    "flash-attn": "attention on sm_80 to sm_89, and on AMD GPUs",
+    "flash-attn-3": "attention of packed documents on sm_90",
+    "flash-attn-4": "attention of packed documents on sm_100, and on sm_90 without flash-attn-3",
+    "xformers": "attention by name only: packed documents wait for the GPU twice a layer and cannot be compiled",
     "transformers": "models other than Llama's family",
     "tensorboard": "--tensorboard",
     "lm-eval": "its tasks with a fastlm model",
@@ -60,7 +64,9 @@ def print_report() -> int:
     choices = Table("operation", "takes", "because", box=None)
     for op in kernels.__all__:
         choices.add_row(op, *kernel_choice(device))
-    choices.add_row("attention", *attention.choose(device.type, dtype))
+    attention = choose("auto", device, dtype, PRESETS["modern-253m"])
+    choices.add_row("attention of rows", attention.rows, attention.why)
+    choices.add_row("attention of packed documents", attention.packed, attention.why)
     choices.add_row("training dtype", str(dtype), "bf16 where a GPU has it" if device.type == "cuda" else "fp32 on CPUs")
     try:
         found = load_tokenizer("gpt2")

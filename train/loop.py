@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastlm import checkpoint
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
+from fastlm.kernels import updates
 from fastlm.model import Transformer
 from fastlm.monitor import Monitor, perplexity
 from fastlm.tokenizer import Tokenizer
@@ -71,18 +73,40 @@ def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> di
     return totals
 
 
-def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients down to the global norm max_norm (0: leave them). Returns the norm before."""
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+class Clipping(NamedTuple):
+    """What the gradients came to, as numbers on the device."""
+
+    norm: Tensor
+    factor: Tensor | None  # by which the optimizers multiply every gradient that they read (None: 1)
+    found_inf: Tensor  # 1 where the norm is not finite, else 0
 
 
-def step_all(optimizers: list[Optimizer], step: int, steps: int, o: OptimConfig) -> float:
-    """One step of every optimizer at the schedule's learning rate; gradients are then gone. Returns the schedule's share."""
+def clip(model: nn.Module, max_norm: float, grad_scale: Tensor | None = None) -> Clipping:
+    """The global norm of the gradients, and the factor that scales them down to max_norm (0: leaves them).
+
+    As torch.nn.utils.clip_grad_norm_, but the gradients stay as they are: the optimizers read them anyway. grad_scale: by
+    how much the loss was too large when it was differentiated; the factor takes it out again, and the norm is without it.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm, factor, found_inf = updates.global_norm(grads, max_norm or math.inf, grad_scale).unbind()
+    return Clipping(norm, factor if max_norm or grad_scale is not None else None, found_inf)
+
+
+def step_all(
+    optimizers: list[Optimizer],
+    step: int,
+    steps: int,
+    o: OptimConfig,
+    factor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> float:
+    """One step of every optimizer at the schedule's learning rate; gradients are then gone. Returns the schedule's share.
+
+    factor as in Clipping; found_inf: where it is not 0 nothing is changed (None: as if it were 0).
+    """
     share = schedule(step, steps, o)
     for optimizer in optimizers:
-        for group in optimizer.groups:
-            group["lr"] = group["peak_lr"] * share
-        optimizer.step()
+        optimizer.step(share, factor, found_inf)
         optimizer.zero_grad()
     return share
 
@@ -133,15 +157,15 @@ def train(
             n_counted, figures = distributed.all_reduce_counts(n_counted, figures)
             means = distributed.all_reduce_means(accumulate(loss, micro_batches, n_counted))
             distributed.all_reduce_gradients(model)
-            norm = clip(model, cfg.optim.clip_norm)
-            share = step_all(run.optimizers, step, cfg.steps, cfg.optim)
+            clipping = clip(model, cfg.optim.clip_norm)
+            share = step_all(run.optimizers, step, cfg.steps, cfg.optim, clipping.factor)
             done = step + 1
             state["step"] = done
             state["position"] += cfg.batch_rows
             state["tokens"] += figures["tokens"]
             state["validation_loss"] = None
             figures["tokens"] = state["tokens"]
-            monitor.step(done, means, norm, share * cfg.optim.lr, figures)
+            monitor.step(done, means, clipping.norm, share * cfg.optim.lr, figures)
 
             if due(done, cfg.validate_every, cfg.steps):
                 monitor.flush()

@@ -14,7 +14,13 @@ from torch import Tensor
 from fastlm.bigram import MOST
 from fastlm.commands import Sampling
 from fastlm.config import PretrainConfig, check
-from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch, validation_batches
+from fastlm.data.text.batches import (
+    IGNORED,
+    isolate_documents,
+    most_documents,
+    row_batch,
+    validation_batches,
+)
 from fastlm.data.text.mixture import Mixture
 from fastlm.data.text.shards import Settings, prepare
 from fastlm.data.text.tokens import TokenData, Tokens, unigram_perplexity
@@ -26,9 +32,9 @@ from fastlm.runtime import autocast
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.run import (
-    attention_backend,
     cache_folder,
     check_start,
+    choose_attention,
     compiled_step,
     finish,
     resume_or_create,
@@ -61,10 +67,11 @@ def pretrain(cfg: PretrainConfig) -> int:
         checkpoint_activations=cfg.checkpoint_activations,
     )
     distributed.broadcast_parameters(model)
-    model.attention_backend = attention_backend(cfg, device)
+    attention = choose_attention(cfg, device, cfg.model, packed=cfg.isolate_documents)
+    model.attention_backend = attention.backend
     say_model_and_text(cfg, device, data)
     name = f"pretrain-{Path(cfg.recipe).stem}"
-    facts = {"train_tokens": len(data.train)}
+    facts = {"train_tokens": len(data.train), "attention": str(attention)}
     run = resume_or_create("pretrain", cfg, device, model, tokenizer, facts, name)
     say_start(run, described(cfg, len(data.train)))
 
@@ -134,6 +141,10 @@ def batches(
     over a shortlist.
     """
     rows = distributed.micro_rows(cfg)
+    room = 0
+    if cfg.isolate_documents:
+        all_rows = range(position, position + cfg.steps * cfg.batch_rows, rows)
+        room = most_documents(train, all_rows, cfg.seq_len, cfg.seed)
     for start in itertools.count(position, cfg.batch_rows):
         counted = 0
         micro_batches = []
@@ -142,7 +153,7 @@ def batches(
             x, y = row_batch(train, first, rows, cfg.seq_len, cfg.seed)
             options: dict[str, Any] = {}
             if cfg.isolate_documents:
-                y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id)
+                y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id, room)
                 options["positions"] = positions
                 options["cu_seqlens"] = cu_seqlens
                 options["max_seqlen"] = longest

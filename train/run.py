@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastlm import checkpoint, files
-from fastlm.attention import choose
-from fastlm.config import StageConfig
+from fastlm.attention_backend import Choice, choose
+from fastlm.config import ModelConfig, StageConfig, check
 from fastlm.data.prefetch import prefetch
 from fastlm.errors import UserError
 from fastlm.model import Transformer
@@ -66,7 +66,8 @@ def resume_or_create(
 ) -> Run:
     """A run ready for its steps: a new one, or the one that cfg.resume names, where it stopped.
 
-    facts: what the run started from, such as train_tokens; a run goes on only where they are the same.
+    facts: what is noted of the run beside the model and its tokenizer: train_tokens, attention, and
+    more. A run goes on only where what it started from (FACTS) is the same.
     name: of the new run's folder in runs/, where --out names none.
     """
     optimizers = make_optimizers(model, cfg.optim)
@@ -86,7 +87,7 @@ def resume_or_create(
         place = checkpoint.locate(folder)
         saved = checkpoint.load(place, model, named_state(optimizers))
         check_facts(place, saved, state, cfg.steps)
-        state |= saved
+        state |= saved | {"attention": state["attention"]}  # that of this machine
     else:
         torch.manual_seed(cfg.seed)
         folder = distributed.broadcast_from_main(partial(claim_folder, cfg.out, name))
@@ -103,6 +104,8 @@ def say_start(run: Run, words: str) -> None:
     """Where the run is, how long it is, in the stage's own words, and where it goes on."""
     step = run.state["step"]
     run.say(f"Run:   {run.folder}, {words}" + (f", from step {step}" if step else ""))
+    if run.device.type == "cuda":
+        run.say(f"Attention: {run.state['attention']}")
 
 
 def claim_folder(out: str, name: str) -> Path:
@@ -166,14 +169,17 @@ def cache_folder(cache: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
 
 
-def attention_backend(cfg: StageConfig, device: torch.device) -> str:
-    """The backend that cfg names, or that auto takes.
+def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig, packed: bool) -> Choice:
+    """The attention that cfg names, or that auto takes: decided once, before anything is compiled.
 
-    Decided here, once, as a compiled step cannot look for packages.
+    packed: whether the stage's rows hold documents to keep apart.
     """
-    if cfg.attention != "auto":
-        return cfg.attention
-    return choose(device.type, matmul_dtype(device))[0]
+    choice = choose(cfg.attention, device, matmul_dtype(device), config)
+    check(
+        choice.backend != "xformers" or not packed or not cfg.compile,
+        "xformers cannot be compiled with packed documents; leave --compile or --attention out",
+    )
+    return choice
 
 
 def compiled_step(

@@ -74,16 +74,16 @@ def test_a_fully_masked_step_is_zero_with_zero_gradients():
     assert all(g is None or g.abs().max() == 0 for g in grads.values())
 
 
-def test_clip_scales_to_the_norm_and_leaves_smaller_gradients():
+def test_clip_finds_the_norm_and_the_factor_and_leaves_the_gradients():
     model, tokens, targets = model_and_batch()
     model.loss(tokens, targets).backward()
     before = {n: p.grad.clone() for n, p in model.named_parameters()}
-    norm = torch.cat([g.flatten() for g in before.values()]).norm()
-    torch.testing.assert_close(loop.clip(model, 0.0), norm, rtol=1e-5, atol=0)
-    assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters())
-    loop.clip(model, float(norm) / 4)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, before[name] / 4, rtol=1e-4, atol=1e-8)
+    norm = torch.cat([g.double().flatten() for g in before.values()]).norm().float()
+    for max_norm, factor in ((0.0, None), (float(norm) / 4, 0.25), (float(norm) * 2, 1.0)):
+        clipping = loop.clip(model, max_norm)
+        torch.testing.assert_close(clipping.norm, norm, rtol=1e-6, atol=0)
+        assert (clipping.factor is None) if factor is None else clipping.factor.item() == pytest.approx(factor, rel=1e-5)
+        assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters())
 
 
 def test_validation_is_the_mean_over_all_counted_tokens_whatever_the_batches():

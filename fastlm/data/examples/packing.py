@@ -60,9 +60,10 @@ class PackedBatch(NamedTuple):
     is the chosen and 2 i + 1 the rejected answer of pair i), -1 elsewhere; units: how many there are. numbers: (rows,) int64,
     which packed row each is (-1 for an empty one). cu_seqlens: int32, boundaries of the segments in the rows laid end to end,
     from 0 to rows * row_len; max_seqlen: the longest segment there may be (row_len). sharing: None, or where prompts are
-    shared, cu_seqlens_k, int32, and keys (n,) int64: segment i sees the slots keys[cu_seqlens_k[i] : cu_seqlens_k[i + 1]], of
-    which its own are the last. Boundaries repeat their last and keys end in -1, so that all batches of as many rows have one
-    shape and a compiled model is not compiled again. real: slots that hold a token of an example; counted: targets.
+    shared, cu_seqlens_k, int32, keys (n,) int64 and places (rows * row_len, 1 + group) int64: segment i sees the slots
+    keys[cu_seqlens_k[i] : cu_seqlens_k[i + 1]], of which its own are the last, and slot n stands at keys[places[n]], -1 for
+    nowhere. Boundaries repeat their last and keys end in 0, so that all batches of as many rows have one shape and a compiled
+    model is not compiled again. real: slots that hold a token of an example; counted: targets.
     """
 
     x: Tensor
@@ -72,7 +73,7 @@ class PackedBatch(NamedTuple):
     numbers: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
-    sharing: tuple[Tensor, Tensor] | None
+    sharing: tuple[Tensor, Tensor, Tensor] | None
     real: int
     counted: int
     units: int
@@ -114,14 +115,21 @@ class PackedRows:
         return int(self.ends[-1]) - len(self.ends) - (self.group - 1) * int(self.shared.sum())
 
     @cached_property
-    def most_segments(self) -> int:
-        """Segments a row may have: its sequences, what they share, and its padding."""
-        return (self.group + bool(self.shared.any())) * max(map(len, self.rows)) + 1
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row, the segments that it may have and the slots that these see.
 
-    @cached_property
-    def most_keys(self) -> int:
-        """Slots that the segments of a row may see, those seen by several counted for each."""
-        return self.row_len + self.group * max(int(self.shared[row].sum()) for row in self.rows)
+        Segments: its sequences, what they share, and its padding. A slot that several see is
+        counted for each.
+        """
+        each = self.group + bool(self.shared.any())
+        segments = np.array([each * len(row) + 1 for row in self.rows])
+        keys = np.array([self.row_len + self.group * self.shared[row].sum() for row in self.rows])
+        return segments, keys
+
+    def room(self, count: int) -> tuple[int, int]:
+        """The most segments and keys that a batch of `count` rows may have."""
+        segments, keys = self.sizes
+        return most_of(segments, count), most_of(keys, count)
 
     @cached_property
     def most_counted(self) -> int:
@@ -135,6 +143,15 @@ class PackedRows:
         """Ids and counted flags of one sequence."""
         start, end = int(self.ends[number - 1]) if number else 0, int(self.ends[number])
         return self.ids[start:end], self.counted[start:end]
+
+
+def most_of(sizes: np.ndarray, count: int) -> int:
+    """The most that `count` consecutive rows of a run add up to, whatever their order.
+
+    A batch meets no row twice, unless it reaches into another epoch.
+    """
+    times = 2 + count // len(sizes)
+    return int(np.sort(np.repeat(sizes, min(times, count)))[-count:].sum())
 
 
 def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]], row_len: int, group: int = 1, share: bool = False) -> PackedRows:
@@ -166,7 +183,7 @@ def common_slots(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
     return most
 
 
-def packed_batch(packed: PackedRows, position: int, count: int, seed: int) -> PackedBatch:
+def packed_batch(packed: PackedRows, position: int, count: int, seed: int, room: tuple[int, int] | None = None) -> PackedBatch:
     """Rows position ... position + count - 1 of the run, each epoch in a seeded order of its own.
 
     position counts the rows drawn so far over all ranks and micro-batches, as in `row_batch`.
@@ -175,29 +192,41 @@ def packed_batch(packed: PackedRows, position: int, count: int, seed: int) -> Pa
     for number in range(position, position + count):
         epoch, place = divmod(number, len(packed))
         chosen.append(permute(place, len(packed), permutation_keys(mix64(seed, 7), epoch)))
-    return lay_out(packed, chosen)
+    return lay_out(packed, chosen, room)
 
 
-def packed_epoch(packed: PackedRows, count: int) -> Iterator[PackedBatch]:
+def packed_epoch(packed: PackedRows, count: int, room: tuple[int, int] | None = None) -> Iterator[PackedBatch]:
     """Every row once, in the order packed, `count` at a time (the last batch is filled with empty rows): for validation."""
     for start in range(0, len(packed), count):
         stop = min(start + count, len(packed))
-        yield lay_out(packed, [*range(start, stop), *[-1] * (start + count - stop)])
+        yield lay_out(packed, [*range(start, stop), *[-1] * (start + count - stop)], room)
 
 
-def lay_out(packed: PackedRows, numbers: Sequence[int]) -> PackedBatch:
-    """The batch that holds these packed rows (-1: an empty one)."""
+def lay_out(packed: PackedRows, numbers: Sequence[int], room: tuple[int, int] | None = None) -> PackedBatch:
+    """The batch that holds these packed rows (-1: an empty one).
+
+    room: segments and keys that its tensors have room for (None: packed.room()).
+    """
+    most_segments, most_keys = room or packed.room(len(numbers))
     length, group = packed.row_len, packed.group
     x, positions = np.zeros((2, len(numbers), length), np.int64)
     y = np.full((len(numbers), length), IGNORED, np.int64)
     unit = np.full((len(numbers), length), -1, np.int64)
-    bounds, key_bounds, keys, real, units = [0], [0], [], 0, 0
+    bounds, key_bounds, real, units = [0], [0], 0, 0
+    keys: list[int] = []
+    places = np.full((len(numbers) * length, 1 + group), -1, np.int64)
 
-    def segment(row: int, at: int, size: int, seen: range) -> int:
-        """Close a segment of the row that starts at slot `at` and sees the slots `seen` beside its own. Returns its end."""
+    def segment(row: int, at: int, size: int, seen: range, side: int = 0) -> int:
+        """Close a segment of the row that starts at slot `at`. Returns its end.
+
+        seen: the slots that it sees beside its own. side: which of the segments that see them it
+        is, from 1 on.
+        """
         start = row * length + at
         bounds.append(start + size)
+        places[seen.start : seen.stop, side] = np.arange(len(keys), len(keys) + len(seen))
         keys.extend([*seen, *range(start, start + size)])
+        places[start : start + size, 0] = np.arange(len(keys) - size, len(keys))
         key_bounds.append(len(keys))
         return at + size
 
@@ -210,24 +239,24 @@ def lay_out(packed: PackedRows, numbers: Sequence[int]) -> PackedBatch:
                 x[row, at : at + shared] = packed.sequence(example * group)[0][:shared]
                 positions[row, at : at + shared] = np.arange(shared)
                 at = segment(row, at, shared, range(0))
-            for sequence in range(example * group, (example + 1) * group):
+            for side, sequence in enumerate(range(example * group, (example + 1) * group), 1):
                 ids, counted = (part[shared:] for part in packed.sequence(sequence))
                 here = slice(at, at + len(ids) - 1)
                 x[row, here] = ids[:-1]
                 y[row, here] = np.where(counted[1:], ids[1:], IGNORED)
                 unit[row, here] = np.where(counted[1:], units, -1)
                 positions[row, here] = np.arange(shared, shared + len(ids) - 1)
-                at = segment(row, at, len(ids) - 1, seen)
+                at = segment(row, at, len(ids) - 1, seen, side)
                 units += 1
         real += at
         if at < length:
             segment(row, at, length - at, range(0))
     sharing = None
     if packed.shared.any():
-        keys += [-1] * (len(numbers) * packed.most_keys - len(keys))
-        sharing = boundaries(key_bounds, len(numbers) * packed.most_segments), torch.tensor(keys)
+        keys += [0] * (most_keys - len(keys))
+        sharing = boundaries(key_bounds, most_segments), torch.tensor(keys), torch.from_numpy(places)
     x_, y_, positions_, unit_ = map(torch.from_numpy, (x, y, positions, unit))
-    cu_seqlens = boundaries(bounds, len(numbers) * packed.most_segments)
+    cu_seqlens = boundaries(bounds, most_segments)
     counted_ = int((y != IGNORED).sum())
     return PackedBatch(
         x_, y_, positions_, unit_, torch.tensor(numbers), cu_seqlens, length, sharing, real, counted_, units

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastlm.data.order import mix64, permutation_keys, permute, rows_per_epoch
-from fastlm.data.text.mixture import Mixture, draw
+from fastlm.data.text.mixture import Mixture, draw, quotas
 from fastlm.data.text.tokens import Tokens
 from fastlm.errors import UserError
 
@@ -24,13 +24,18 @@ IGNORED = -100
 def row_starts(tokens: Tokens, position: int, count: int, seq_len: int, seed: int) -> list[int]:
     """First token of rows position, ..., position + count - 1 of the run."""
     n_rows = rows_per_epoch(tokens, seq_len)
-    spare = (len(tokens) - 1) % seq_len
     starts = []
     for epoch, numbers in itertools.groupby(range(position, position + count), lambda number: number // n_rows):
         keys = permutation_keys(seed, epoch)
-        phase = mix64(seed, epoch, 0) % (spare + 1)
-        starts += [permute(number % n_rows, n_rows, keys) * seq_len + phase for number in numbers]
+        first = phase(tokens, epoch, seq_len, seed)
+        starts += [permute(number % n_rows, n_rows, keys) * seq_len + first for number in numbers]
     return starts
+
+
+def phase(tokens: Tokens, epoch: int, seq_len: int, seed: int) -> int:
+    """The token that an epoch's first row starts at."""
+    spare = (len(tokens) - 1) % seq_len
+    return mix64(seed, epoch, 0) % (spare + 1)
 
 
 def row_batch(
@@ -76,20 +81,64 @@ def validation_batches(tokens: Tokens | np.ndarray, seq_len: int, rows: int) -> 
         yield torch.from_numpy(x).view(rows, seq_len), torch.from_numpy(y).view(rows, seq_len)
 
 
-def isolate_documents(x: torch.Tensor, y: torch.Tensor, eos_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """What the model needs to keep the documents of contiguous rows apart: targets, positions, cu_seqlens, max_seqlen.
+def isolate_documents(
+    x: torch.Tensor, y: torch.Tensor, eos_id: int, room: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """What keeps the documents of rows apart: targets, positions, cu_seqlens and max_seqlen.
 
-    x, y: (B, T) int64 from `row_batch`, before they go to a device (counting documents there would make the host wait). A
-    document ends with its end-of-text in x, or with the row. Returned y ignores the target of each end-of-text (the next
-    document's first token, which nothing foretells); positions (B, T) restart at 0 in each document; cu_seqlens, int32, are
-    its boundaries in the rows laid end to end, the last one repeated up to a power of two plus one, so that a compiled model
-    meets few shapes; max_seqlen is T.
+    x, y: (B, T) int64 from `row_batch`, before they go to a device (counting documents there would
+    make the host wait). A document ends with its end-of-text in x, or with the row. Returned y
+    ignores the target of each end-of-text (the next document's first token, which nothing
+    foretells); positions (B, T) restart at 0 in each document; cu_seqlens, int32, are its
+    boundaries in the rows laid end to end, the last one repeated up to room + 1 of them, so that a
+    compiled model meets one shape; max_seqlen is T. More documents than room, which text with
+    end-of-text inside documents may have, get a power of two of boundaries: none is dropped.
     """
     starts = torch.ones_like(x, dtype=torch.bool)
     starts[:, 1:] = x[:, :-1] == eos_id
     first = starts.flatten().nonzero().flatten()  # (documents,)
     positions = torch.arange(x.numel()) - first[starts.flatten().cumsum(0) - 1]
-    room = 1 << (len(first) - 1).bit_length()
+    if len(first) > room:
+        room = 1 << (len(first) - 1).bit_length()
     cu_seqlens = torch.full((room + 1,), x.numel(), dtype=torch.int32)
     cu_seqlens[: len(first)] = first
     return torch.where(x == eos_id, IGNORED, y), positions.view(x.shape), cu_seqlens, x.shape[1]
+
+
+def most_documents(
+    tokens: Tokens | Mixture,
+    rows: range,
+    seq_len: int,
+    seed: int,
+) -> int:
+    """The most documents that a batch of a run may hold.
+
+    rows: positions of the batches, rows.step rows each. Counted from the documents' ends, not from
+    the tokens; seed as in `row_batch`.
+    """
+    if isinstance(tokens, Tokens):
+        return most_in_rows(documents_in_rows(tokens, rows.stop, seq_len, seed), rows.step)
+    weights = tokens.weights(seq_len)
+    drawn = np.array([quotas(n, weights) for n in [*rows, rows.stop]])
+    most = 0
+    for source, part in enumerate(tokens.parts):
+        stop = int(drawn[-1, source])
+        found = documents_in_rows(part, stop, seq_len, mix64(seed, source))
+        most += most_in_rows(found, int(np.diff(drawn[:, source]).max()))
+    return most
+
+
+def most_in_rows(documents: np.ndarray, count: int) -> int:
+    return int(np.sort(documents)[len(documents) - min(count, len(documents)) :].sum())
+
+
+def documents_in_rows(tokens: Tokens, stop: int, seq_len: int, seed: int) -> np.ndarray:
+    """Documents, or parts of them, in each row of the epochs that the first `stop` rows reach."""
+    n_rows = rows_per_epoch(tokens, seq_len)
+    found = []
+    for epoch in range(-(-stop // n_rows)):
+        starts = np.arange(n_rows) * seq_len + phase(tokens, epoch, seq_len, seed)
+        before = np.searchsorted(tokens.document_ends, starts, side="right")
+        behind = np.searchsorted(tokens.document_ends, starts + seq_len - 1, side="right")
+        found.append(1 + behind - before)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch
+from fastlm.data.text.batches import IGNORED, isolate_documents, most_documents, row_batch
 from fastlm.data.text.mixture import Mixture, draw, parse_mixture, quotas, shuffle_documents
 from fastlm.data.text.shards import prepare
 from fastlm.data.text.tokens import Tokens, unigram_perplexity
@@ -95,12 +95,35 @@ def test_shuffled_documents_are_the_same_documents():
 def test_isolated_documents_have_their_boundaries():
     x = torch.tensor([[5, 6, 0, 7, 8, 9], [1, 0, 0, 2, 3, 0]])
     y = torch.tensor([[6, 0, 7, 8, 9, 4], [0, 0, 2, 3, 0, 8]])
-    y, positions, cu_seqlens, max_seqlen = isolate_documents(x, y, eos_id=0)
+    y, positions, cu_seqlens, max_seqlen = isolate_documents(x, y, eos_id=0, room=7)
     assert positions.tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 2]]
-    assert cu_seqlens.tolist() == [0, 3, 6, 8, 9, 12, 12, 12, 12]  # padded to a power of two plus one
+    assert cu_seqlens.tolist() == [0, 3, 6, 8, 9, 12, 12, 12]
     assert cu_seqlens.dtype == torch.int32
     assert max_seqlen == 6
     assert y.tolist() == [[6, 0, IGNORED, 8, 9, 4], [0, IGNORED, IGNORED, 3, 0, IGNORED]]
+    assert isolate_documents(x, y, 0, room=3)[2].tolist() == [0, 3, 6, 8, 9, 12, 12, 12, 12]  # none is dropped
+
+
+def test_no_batch_of_a_run_holds_more_documents_than_their_ends_tell():
+    """Against the tokens themselves: five epochs, each cut at a phase of its own, of two sources."""
+    rng = random.Random(1)
+    parts = []
+    for longest in (9, 60):
+        ends = np.cumsum([rng.randint(1, longest) for _ in range(150)])
+        ids = np.ones(ends[-1], np.uint16)
+        ids[ends - 1] = 0
+        parts.append(Tokens([ids], ends, 0))
+    sources = (parts[0], Mixture(tuple(parts), (1.0, 0.5)))
+    for tokens in sources:
+        rows = range(7, 7 + 6 * (5 * len(tokens) // 144), 6)
+        bound = most_documents(tokens, rows, 24, seed=2)
+        found = []
+        for position in rows:
+            x, y = row_batch(tokens, position, 6, 24, seed=2)
+            found.append(isolate_documents(x, y, 0, bound)[2])
+        assert {len(cu_seqlens) for cu_seqlens in found} == {bound + 1}
+        most = max(len(cu_seqlens.unique()) - 1 for cu_seqlens in found)
+        assert most <= bound <= 2 * most
 
 
 def test_isolated_documents_do_not_see_each_other():
@@ -115,7 +138,7 @@ def test_isolated_documents_do_not_see_each_other():
     x = torch.randint(1, 60, (2, 32))
     x[0, [7, 20]] = 0
     x[1, 13] = 0
-    _, positions, cu_seqlens, max_seqlen = isolate_documents(x, x.clone(), eos_id=0)
+    _, positions, cu_seqlens, max_seqlen = isolate_documents(x, x.clone(), eos_id=0, room=5)
     with torch.no_grad():
         packed = model.logits(x, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         for row, start, stop in ((0, 0, 8), (0, 8, 21), (0, 21, 32), (1, 0, 14), (1, 14, 32)):
