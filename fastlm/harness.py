@@ -21,8 +21,9 @@ from fastlm.errors import UserError
 from fastlm.evaluation.protocols import Segment, rolling
 from fastlm.evaluation.score import LOGIT_ROWS, Logps, segment_nats, segment_sums
 from fastlm.generate import write_texts
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
 from fastlm.places import open_model, stop_tokens
+from fastlm.runtime import pick_device
 from fastlm.tokenizer import Tokenizer
 
 GENERATED_ROWS = {"cpu": 8, "cuda": 64}
