@@ -55,10 +55,8 @@ FAULTS = [
     (CE, "z-loss always on", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream * (1.0 + 2e-3 * lse)"),
     (CE, "z-loss not in the gradient", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream + 0.0 * lse"),
     (CE, "edges not in the sum", "+ tl.sum(tl.exp2(edges * LOG2E - pivot), 0)", ""),
-    (CE, "last block skipped", "        for k in range(0, bulk, R * C):\n            mask = k + offsets < bulk\n"
-     "            v = _load_logits(row + k + offsets, mask, SOFTCAP)\n            larger",
-     "        for k in range(0, bulk - R * C, R * C):\n            mask = k + offsets < bulk\n"
-     "            v = _load_logits(row + k + offsets, mask, SOFTCAP)\n            larger"),
+    (CE, "last block skipped", "for k in range(0, bulk, LOSS_STEPS * COLUMNS):", "for k in range(0, bulk - COLUMNS, LOSS_STEPS * COLUMNS):"),
+    (CE, "last block's gradient skipped", "for k in range(0, bulk, GRAD_STEPS", "for k in range(0, bulk - COLUMNS, GRAD_STEPS"),
     (CE, "running maximum not rescaled", "s = s * tl.exp2(m - pivot) + tl.sum", "s = s + tl.sum"),
     (CE, "padding columns counted", "read = tl.where(counted, VOCAB, 0)", "read = tl.where(counted, WIDTH, 0)"),
     (CE, "ignored rows counted", "counted = target != IGNORE", "counted = target != IGNORE - 1"),
