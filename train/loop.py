@@ -20,6 +20,7 @@ from fastlm.attention import choose
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
 from fastlm.errors import UserError
+from fastlm.model import Transformer, keep_what_fits
 from fastlm.monitor import Monitor, perplexity
 from fastlm.options import to_toml
 from fastlm.train import distributed
@@ -74,6 +75,13 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 def attention_backend(cfg: StageConfig, device: torch.device) -> str:
     """The backend that cfg names, or that auto takes: decided here, once, as a compiled step cannot look for packages."""
     return choose(device.type, matmul_dtype(device))[0] if cfg.attention == "auto" else cfg.attention
+
+
+def settle_memory(model: Transformer, device: torch.device, tokens: int) -> None:
+    """What a step of so many tokens keeps for its backward on this device: decided here, once, as the backend is."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        keep_what_fits(model, tokens, memory, matmul_dtype(device).itemsize)
 
 
 def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:

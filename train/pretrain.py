@@ -61,6 +61,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     start = sample if counted and resumed is None else None
     model = build(cfg.model, cfg.seed, device, start, checkpoint_activations=cfg.checkpoint_activations)
     model.attention_backend = loop.attention_backend(cfg, device)
+    loop.settle_memory(model, device, distributed.micro_rows(cfg) * cfg.seq_len)
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {
         "step": 0, "position": 0, "tokens": 0, "train_tokens": len(train), "validation_loss": None,

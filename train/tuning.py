@@ -89,6 +89,7 @@ def begin(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, sha
     model.train()
     model.checkpoint_activations = cfg.checkpoint_activations
     model.attention_backend = loop.attention_backend(cfg, device)
+    loop.settle_memory(model, device, distributed.micro_rows(cfg) * train.row_len)
     optimizers = make_optimizers(model, cfg.optim)
     state: dict[str, Any] = {
         "step": 0, "position": 0, "tokens": 0, "train_tokens": train.real_slots, "validation_loss": None,
