@@ -129,16 +129,16 @@ def sft_step(model, config, rows: int, seq_len: int):
 
 def dpo_step(model, config, rows: int, seq_len: int):
     """Packed pairs of answers, half of the targets counted, the reference's log-probabilities read from their file."""
-    from fastlm.train import preference
+    from fastlm.train import losses
 
     counted, units = rows * seq_len // 2, 4 * rows
 
     def step(ids, targets, positions, bounds, unit, reference):
         layout = {"positions": positions, "cu_seqlens": bounds, "max_seqlen": seq_len}
         logps = model.logprobs(ids, targets, max_counted=counted, **layout)
-        member = preference.membership(unit, units)
-        policy, start = (preference.of_answers(x.flatten(), member) for x in (logps, reference))
-        return preference.dpo(policy, start, 0.1)[0].sum() / units
+        member = losses.membership(unit, units)
+        policy, start = (losses.of_answers(x.flatten(), member) for x in (logps, reference))
+        return losses.dpo(policy, start, 0.1)[0].sum() / units
 
     extra = [(torch.long, rows, seq_len), (torch.float32, rows, seq_len)]
     return step, packed_shapes(rows, seq_len) + extra, counted

@@ -62,7 +62,7 @@ def our_score(size: str, sliding: bool) -> Callable[[], None]:
 
     model, window = our_model(size), WINDOW[size]
     ids = text(size, TOKENS[size] // (2 if sliding else 1)).tolist()
-    segments = window_segments(ids, window, window // 2 if sliding else 0)
+    segments = window_segments(ids, window, window // 2 if sliding else window)
     return lambda: float(segment_nats(model, segments, torch.device("cpu")).sum())
 
 
@@ -141,7 +141,7 @@ def lm_eval_word(size: str) -> Callable[[], None]:
 
 
 def our_generate(size: str, rows: int) -> Callable[[], None]:
-    from fastlm.commands import Sampling
+    from fastlm.config import Sampling
     from fastlm.generate import generate
 
     model, prompts = our_model(size), text(size, rows * PROMPT[size]).view(rows, -1).tolist()

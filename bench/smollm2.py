@@ -69,11 +69,11 @@ def main() -> int:
 def check_all(folder: Path, text: Path, tokens: int) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastlm.commands import Sampling
+    from fastlm.config import Sampling
     from fastlm.evaluation.protocols import window_segments
     from fastlm.evaluation.score import segment_nats
     from fastlm.generate import generate
-    from fastlm.load import open_model
+    from fastlm.places import open_model
 
     ours, tokenizer = open_model(str(folder), CPU)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -98,7 +98,7 @@ def check_all(folder: Path, text: Path, tokens: int) -> int:
     line("largest difference of the logits", difference, 0, 1e-4)
     for name, stride in (("window", WINDOW), ("stride", STRIDE)):
         start = time.perf_counter()
-        segments = window_segments(ids.tolist(), WINDOW, 0 if stride == WINDOW else stride)
+        segments = window_segments(ids.tolist(), WINDOW, stride)
         nats, counted = segment_nats(ours, segments, CPU).sum(), sum(s.n_scored for s in segments)
         middle = time.perf_counter()
         expected, as_many = plain_loop(theirs, ids, stride)

@@ -7,20 +7,20 @@ q and k). Out: the same kind that the model's own shape asks for. Weights keep t
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlm.config import ModelConfig, check
-from fastlm.errors import UserError
+from fastlm import files
+from fastlm.config import ModelConfig
+from fastlm.errors import UserError, check, printable
 from fastlm.model import Transformer
+from fastlm.schema import SchemaError, parse, read_json, read_object
 
 KINDS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 SHARD_BYTES = 5_000_000_000
@@ -34,66 +34,130 @@ def is_hugging_face(folder: Path) -> bool:
 # ---------------------------------------------------------------- shape
 
 
-def read_json(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"could not read {path}: {e}; give a Hugging Face model folder") from None
-    check(isinstance(found, dict), f"{path}: expected a JSON object; give a Hugging Face model folder")
-    return found
+@dataclass(frozen=True)
+class RopeFields:
+    """How positions are turned into angles: rope_parameters of a config.json."""
+
+    rope_theta: float = 10_000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ConfigFields:
+    """What is read of a config.json; where a field may be missing, it has transformers' default."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeFields = field(default_factory=RopeFields)
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    sliding_window: int = 0
+    use_sliding_window: bool = False
+
+
+# No published model comes near these. A larger number is damage, or means to take all memory.
+LARGEST = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 1 << 20,
+}
+MEND = "fetch the file again, or give another model folder"
 
 
 def architecture(folder: Path) -> str:
     """The kind of model that a folder's config.json names."""
-    c = read_json(folder)
-    return (c.get("architectures") or [f"model type {c.get('model_type')}"])[0]
+    fields = read_object(folder / "config.json", MEND)
+    named = fields.get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        return printable(named[0])
+    return printable(f"model type {fields.get('model_type')}")
+
+
+def read_fields(folder: Path, kind: str) -> ConfigFields:
+    """config.json, checked; what holds null counts as missing."""
+    path = folder / "config.json"
+    found = {name: value for name, value in read_object(path, MEND).items() if value is not None}
+    if "rope_parameters" not in found:  # transformers before 5 had two fields for it
+        older = found.get("rope_scaling", {})
+        older = {"rope_type": older.get("type", "default"), **older} if isinstance(older, dict) else older
+        theta = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
+        found["rope_parameters"] = older | theta if isinstance(older, dict) else older
+    found.setdefault("use_sliding_window", kind == "MistralForCausalLM")
+    try:
+        fields = parse(ConfigFields, found)
+    except SchemaError as error:
+        raise UserError(f"{path}: {error}; {MEND}") from None
+    for name, largest in LARGEST.items():
+        value = getattr(fields, name)
+        check(value <= largest, f"{path}: {name} is {value}, expected at most {largest:,}; {MEND}")
+    return fields
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The shape that a folder's config.json describes; anything this model cannot express raises UserError."""
-    path, c, kind = folder / "config.json", read_json(folder), architecture(folder)
+    path, kind = folder / "config.json", architecture(folder)
     check(kind in KINDS, f"{path}: architecture {kind} is not supported; expected one of {', '.join(KINDS)}")
-    check(c.get("hidden_act", "silu") == "silu", f"{path}: hidden_act is {c.get('hidden_act')!r}; only silu is supported")
-    check(not c.get("mlp_bias"), f"{path}: mlp_bias is set; biases in the feed-forward are not supported")
+    c = read_fields(folder, kind)
+    check(c.hidden_act == "silu", f"{path}: hidden_act is {c.hidden_act!r}; only silu is supported")
+    check(not c.mlp_bias, f"{path}: mlp_bias is set; biases in the feed-forward are not supported")
     if kind == "LlamaForCausalLM":
-        check(not c.get("attention_bias"), f"{path}: attention_bias is set; a bias on the output projection is not supported")
-    sliding = c.get("sliding_window") if c.get("use_sliding_window", kind == "MistralForCausalLM") else None
+        check(not c.attention_bias, f"{path}: attention_bias is set; a bias on the output projection is not supported")
+    sliding = c.sliding_window if c.use_sliding_window else 0
     check(not sliding, f"{path}: sliding_window is {sliding}; only full attention is supported")
+    rope = c.rope_parameters
+    check(
+        rope.rope_type in ("default", "linear", "llama3"),
+        f"{path}: rope scaling {rope.rope_type!r} is not supported; expected default, linear or llama3",
+    )
+    scaling: dict[str, Any] = {}
+    if rope.rope_type != "default":
+        scaling |= {"rope_scaling": rope.rope_type, "rope_factor": rope.factor}
+    if rope.rope_type == "llama3":
+        scaling |= {
+            "rope_low_freq_factor": rope.low_freq_factor,
+            "rope_high_freq_factor": rope.high_freq_factor,
+            "rope_original_len": rope.original_max_position_embeddings,
+        }
+    heads = c.num_attention_heads
+    check(heads > 0, f"{path}: num_attention_heads is 0, expected at least 1; {MEND}")
+    width = c.head_dim or c.hidden_size // heads
     try:
-        rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10_000.0)} | (c.get("rope_scaling") or {})
-        name = rope.get("rope_type", rope.get("type", "default"))
-        check(
-            name in ("default", "linear", "llama3"),
-            f"{path}: rope scaling {name!r} is not supported; expected default, linear or llama3",
-        )
-        scaling: dict[str, Any] = {} if name == "default" else {"rope_scaling": name, "rope_factor": float(rope["factor"])}
-        if name == "llama3":
-            scaling |= {
-                "rope_low_freq_factor": float(rope["low_freq_factor"]),
-                "rope_high_freq_factor": float(rope["high_freq_factor"]),
-                "rope_original_len": int(rope["original_max_position_embeddings"]),
-            }
-        dim, heads = c["hidden_size"], c["num_attention_heads"]
-        width = c.get("head_dim") or dim // heads
         return ModelConfig(
-            vocab_size=c["vocab_size"],
-            dim=dim,
-            n_layers=c["num_hidden_layers"],
+            vocab_size=c.vocab_size,
+            dim=c.hidden_size,
+            n_layers=c.num_hidden_layers,
             n_heads=heads,
-            n_kv_heads=c.get("num_key_value_heads") or heads,
-            ffn_dim=c["intermediate_size"],
-            max_seq_len=c["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta", 10_000.0)),
-            norm_eps=float(c["rms_norm_eps"]),
-            tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+            n_kv_heads=c.num_key_value_heads or heads,
+            ffn_dim=c.intermediate_size,
+            max_seq_len=c.max_position_embeddings,
+            rope_theta=rope.rope_theta,
+            norm_eps=c.rms_norm_eps,
+            tie_embeddings=c.tie_word_embeddings,
             qk_norm=kind == "Qwen3ForCausalLM",
             qkv_bias=kind == "Qwen2ForCausalLM",
-            head_width=0 if width * heads == dim else width,
+            head_width=0 if width * heads == c.hidden_size else width,
             **scaling,
         )
-    except KeyError as e:
-        raise UserError(f"{path}: {e} is missing; expected the config.json of a {kind}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def write_config(c: ModelConfig, eos_id: int) -> dict[str, Any]:
@@ -164,18 +228,13 @@ def names(c: ModelConfig) -> Iterator[tuple[str, list[tuple[str, int]]]]:
 
 
 @torch.no_grad()
-def fill(model: Transformer, find: Callable[[str], Tensor], where: str) -> None:
-    """Copy Hugging Face tensors, found by name, into the model."""
+def fill(model: Transformer, find: Callable[[str], Tensor]) -> None:
+    """Copy Hugging Face tensors, found by name and of the right shapes, into the model."""
     parameters = dict(model.named_parameters())
     for name, parts in names(model.config):
         p, start = parameters.pop(name), 0
         for theirs, rows in parts:
-            found, place = find(theirs), p[start : start + rows]
-            check(
-                found.shape == place.shape,
-                f"{where}: {theirs} has shape {tuple(found.shape)}, but config.json asks for {tuple(place.shape)}",
-            )
-            place.copy_(found)
+            p[start : start + rows].copy_(find(theirs))
             start += rows
         p[start:] = 0  # the vocabulary's padding
     assert not parameters, f"no Hugging Face name for {sorted(parameters)}"
@@ -183,38 +242,70 @@ def fill(model: Transformer, find: Callable[[str], Tensor], where: str) -> None:
 
 def load_hugging_face(folder: Path, device: torch.device) -> Transformer:
     """The model of a Hugging Face folder, in fp32, ready for inference."""
-    where = weight_files(folder)
-    model = Transformer(read_config(folder))
+    config, where = read_config(folder), weight_files(folder)
     handles = {path: open_safetensors(path) for path in set(where.values())}
+    check_shapes(config, where, handles, folder)
+    model = Transformer(config)
 
     def find(name: str) -> Tensor:
-        check(name in where, f"{folder}: tensor {name} is missing from its safetensors files")
         try:
             return handles[where[name]].get_tensor(name)
         except SafetensorError as e:
-            raise UserError(f"could not read {name} from {where[name]}: {e}; fetch the file again") from None
+            raise UserError(f"could not read {name} from {where[name]}: {e}; {MEND}") from None
 
-    fill(model, find, str(folder))
+    fill(model, find)
     return model.to(device).eval()
 
 
+def check_shapes(c: ModelConfig, where: dict[str, Path], handles: dict[Path, Any], folder: Path) -> None:
+    """Raise UserError where a tensor is missing or has another shape than config.json asks for.
+
+    Done before the model is made: a config.json that asks for far more than the files hold takes no memory.
+    """
+    for ours, parts in names(c):
+        columns = [] if ours.endswith(("norm", "bias")) else [columns_of(c, ours)]
+        for name, rows in parts:
+            check(name in where, f"{folder}: tensor {name} is missing from its safetensors files; {MEND}")
+            try:
+                shape = handles[where[name]].get_slice(name).get_shape()
+            except SafetensorError as e:
+                raise UserError(f"could not read {name} from {where[name]}: {e}; {MEND}") from None
+            check(
+                shape == [rows, *columns],
+                f"{folder}: {name} has shape {tuple(shape)}, but config.json asks for {(rows, *columns)}; {MEND}",
+            )
+
+
+def columns_of(c: ModelConfig, name: str) -> int:
+    """Inputs of a matrix, by its name here."""
+    inputs = {"out.weight": c.n_heads * c.head_dim, "down.weight": c.ffn_dim}
+    return next((size for end, size in inputs.items() if name.endswith(end)), c.dim)
+
+
 def open_safetensors(path: Path) -> Any:
+    check(path.is_file(), f"{path}: not a regular file; {MEND}")
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as e:
-        raise UserError(f"could not read {path}: {e}; fetch the file again") from None
+        raise UserError(f"could not read {path}: {e}; {MEND}") from None
+
+
+@dataclass(frozen=True)
+class Index:
+    """model.safetensors.index.json: tensor name -> file."""
+
+    weight_map: dict[str, str]
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, of one model.safetensors or of the shards that the index lists."""
     index = folder / INDEX
     if index.is_file():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError):
-            raise UserError(f"could not read {index}: expected a JSON object with weight_map; fetch the file again") from None
-        missing = sorted({f for f in listed.values() if not (folder / f).is_file()})
-        check(not missing, f"{folder}: shard {missing[0] if missing else ''} is missing, though {INDEX} lists it")
+        listed = read_json(index, Index, MEND).weight_map
+        for file in set(listed.values()):
+            plain = file == Path(file).name and file.endswith(".safetensors")
+            check(plain, f"{index}: names the file {printable(file)!r}, expected a .safetensors file of the folder; {MEND}")
+            check((folder / file).is_file(), f"{folder}: shard {file} is missing, though {INDEX} lists it")
         return {name: folder / file for name, file in listed.items()}
     whole = folder / "model.safetensors"
     check(whole.is_file(), f"{folder} holds no model.safetensors (nor {INDEX}); only safetensors weights are read")
@@ -248,10 +339,7 @@ def export(
     tokenizer_files: name -> text of the tokenizer's files, written beside the weights. stop: other ids that end a text.
     """
     check(not to.exists() or (to.is_dir() and not any(to.iterdir())), f"{to} exists and is not empty; choose another --to")
-    beside = to.with_name(f".{to.name}.tmp")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    with files.whole_folder(to) as beside:
         ends = [eos_id, *stop] if stop else eos_id
         generation = {"bos_token_id": eos_id, "eos_token_id": ends, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
         config = write_config(model.config, eos_id) | {"torch_dtype": str(model.embedding.dtype).removeprefix("torch.")}
@@ -262,12 +350,6 @@ def export(
         for name, text in (texts | tokenizer_files).items():
             (beside / name).write_text(text, encoding="utf-8")
         write_shards(to_hugging_face(model), beside, shard_bytes)
-        if to.exists():
-            to.rmdir()
-        os.replace(beside, to)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"could not write {to}: {e}; free some space or choose another folder") from None
 
 
 def write_shards(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
@@ -278,13 +360,13 @@ def write_shards(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> 
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        files.write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
         return
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    shard_names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(shard_names, shards, strict=True):
+        files.write_tensors(folder / name, shard, {"format": "pt"})
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in weights.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        "weight_map": {weight: name for name, shard in zip(shard_names, shards, strict=True) for weight in shard},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastlm import kernels
-from fastlm.attention import attention
+from fastlm.attention import Documents, attention, prepare
 from fastlm.bigram import bigram_tables
-from fastlm.config import ModelConfig, check
-from fastlm.errors import UserError
+from fastlm.config import ModelConfig
+from fastlm.errors import UserError, check
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -74,9 +74,7 @@ class Block(nn.Module):
         x: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         positions: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        sharing: tuple[Tensor, Tensor] | None,
+        documents: Documents | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """update, x: (B, T, D), x still without update. Returns the same pair for the next block."""
@@ -91,7 +89,7 @@ class Block(nn.Module):
             q = kernels.rms_norm(q, self.q_norm, c.norm_eps)
             k = kernels.rms_norm(k, self.k_norm, c.norm_eps)
         q, k = kernels.rope(q, k, *rotary, positions)
-        attended = attention(q, k, v, cu_seqlens, max_seqlen, sharing, backend).flatten(2)
+        attended = attention(q, k, v, documents, backend).flatten(2)
         update = kernels.linear(attended, self.out.weight)
         h, x = kernels.add_rms_norm(update, x, self.ffn_norm, c.norm_eps)
         return kernels.swiglu_linear(kernels.linear(h, self.gate_up.weight), self.down.weight, self.keep_product), x
@@ -149,16 +147,22 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        sharing: tuple[Tensor, Tensor] | None = None,
+        sharing: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the last norm, (B, T, D), of the tokens' embeddings (B, T, D).
 
-        Packed rows: positions (B, T) restart in each document; cu_seqlens, max_seqlen and sharing as in attention().
+        Packed rows: positions (B, T) restart in each document; cu_seqlens, max_seqlen and sharing as in Documents. Raises
+        ValueError when cu_seqlens comes without max_seqlen.
         """
         if torch.is_autocast_enabled(update.device.type):  # the residual stream has the matmuls' dtype
             update = update.to(torch.get_autocast_dtype(update.device.type))
         rotary = (self.cos_half, self.sin_half) if update.dtype.itemsize == 2 else (self.cos, self.sin)
-        x, rest = None, (rotary, positions, cu_seqlens, max_seqlen, sharing, self.attention_backend)
+        documents = None
+        if cu_seqlens is not None:
+            if max_seqlen is None:
+                raise ValueError("cu_seqlens needs max_seqlen, the length of the longest document in tokens")
+            documents = prepare(Documents(cu_seqlens, max_seqlen, sharing), update, self.attention_backend)
+        x, rest = None, (rotary, positions, documents, self.attention_backend)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 update, x = checkpoint(block, update, x, *rest, use_reentrant=False, context_fn=keep_attention)

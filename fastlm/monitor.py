@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from fastlm import files
 from fastlm.errors import UserError
 from fastlm.memory import process_peak_gib
 
@@ -23,6 +25,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "RTX 4
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "kl")  # of a validation; the file has all
 PLAIN_SECONDS = 10.0  # between two lines where the output is not a terminal
+NVML_SECONDS = 1.0  # between two questions to NVML, each of which takes milliseconds
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -65,35 +68,74 @@ def peak_gib(device: torch.device) -> float:
 
 
 class Power:
-    """GPU power, utilisation and energy through NVML; silent where there is none."""
+    """GPU power, utilisation and energy through NVML, at most once a second; what it does not tell is left out."""
 
     def __init__(self, device: torch.device):
         self.handle: Any = None
+        self.tokens = 0.0  # since the energy was last read
         if device.type != "cuda" or torch.version.hip:
             return
-        import pynvml
-
+        try:
+            import pynvml
+        except ImportError:
+            return
+        self.nvml = pynvml
         try:
             pynvml.nvmlInit()
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            self.joules = self.energy()
-        except pynvml.NVMLError:
-            self.handle = None
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        except pynvml.NVMLError:  # no driver, or a part of a GPU (MIG), which has another kind of name
+            return
+        self.joules, self.clock = self.energy(), time.perf_counter()
 
-    def energy(self) -> float:
-        return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
+    def ask(self, question: Callable[[Any], Any]) -> Any:
+        """The answer of an NVML function, None where this GPU has none: MIG and vGPUs answer some, not others."""
+        try:
+            return question(self.handle)
+        except self.nvml.NVMLError:
+            return None
+
+    def energy(self) -> float | None:
+        millijoules = self.ask(self.nvml.nvmlDeviceGetTotalEnergyConsumption)
+        return None if millijoules is None else millijoules / 1000
 
     def read(self, tokens: float) -> dict[str, float]:
-        """watts, utilisation (percent) and joules_per_token since the last call."""
-        if self.handle is None:
+        """watts, utilisation (percent) and joules_per_token since the last reading, where a second has passed since then.
+
+        tokens: how many the GPU has trained on since the last call.
+        """
+        self.tokens += tokens
+        if self.handle is None or time.perf_counter() - self.clock < NVML_SECONDS:
             return {}
-        before, self.joules = self.joules, self.energy()
-        return {
-            "watts": self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000,
-            "utilisation": self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
-            "joules_per_token": (self.joules - before) / tokens,
-        }
+        found = {}
+        if (milliwatts := self.ask(self.nvml.nvmlDeviceGetPowerUsage)) is not None:
+            found["watts"] = milliwatts / 1000
+        if (rates := self.ask(self.nvml.nvmlDeviceGetUtilizationRates)) is not None:
+            found["utilisation"] = rates.gpu
+        joules = self.energy()
+        if joules is not None and self.joules is not None:
+            found["joules_per_token"] = (joules - self.joules) / self.tokens
+        self.joules, self.clock, self.tokens = joules, time.perf_counter(), 0.0
+        return found
+
+
+def read_later(tensors: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, float]]:
+    """A function that gives the tensors' values. Called one step later, it never waits for the step that runs then.
+
+    On a GPU the values are copied to pinned memory as soon as they are there, and an event behind the copy tells when.
+    """
+    stacked = torch.stack([tensor.detach().float() for tensor in tensors.values()])
+    if device.type != "cuda":
+        return lambda: dict(zip(tensors, stacked.tolist(), strict=True))
+    copied = stacked.to("cpu", non_blocking=True)  # pinned: PyTorch makes it so for a copy that nobody waits for
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+
+    def read() -> dict[str, float]:
+        event.synchronize()
+        return dict(zip(tensors, copied.tolist(), strict=True))
+
+    return read
 
 
 def wide_console(stderr: bool = False) -> Console:
@@ -129,7 +171,8 @@ class Monitor:
         self.power, self.losses = Power(device), keep_lines(self.path, start)
         self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self.validations: list[dict[str, float]] = []
-        self.pending: dict[str, Any] | None = None
+        self.pending: tuple[dict[str, Any], Callable[[], dict[str, float]]] | None = None
+        self.power_shown: dict[str, float] = {}
         self.events = tensorboard_writer(run) if tensorboard and rank == 0 else None
         self.clock = self.begin = self.shown = time.perf_counter()
         self.progress = Progress(
@@ -145,7 +188,8 @@ class Monitor:
         means: "loss" and whatever else was averaged; figures: "tokens", all that the run has seen, and plain values.
         """
         self.flush()
-        self.pending = {"step": done, **means, "grad_norm": grad_norm, "lr": lr, **figures}
+        values = read_later(means | {"grad_norm": grad_norm}, self.device)
+        self.pending = {"step": done, "lr": lr, **figures}, values
         if self.device.type == "cpu":  # the step is over when its loss is there
             self.flush()
 
@@ -153,7 +197,8 @@ class Monitor:
         """Read and write what is noted. Raises UserError when the loss is not finite or the file cannot be written."""
         if self.pending is None:
             return
-        row = {k: v.item() if isinstance(v, Tensor) else v for k, v in self.pending.items()}
+        row, values = self.pending
+        row |= values()
         self.pending = None
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -164,10 +209,13 @@ class Monitor:
             "share_of_peak": rate * self.flops / self.peak,
             "peak_gib": peak_gib(self.device),
             "seconds": seconds,
-        } | self.power.read(tokens / self.world)
+        }
+        if power := self.power.read(tokens / self.world):
+            row |= power
+            self.power_shown = power
         self.losses.append(row["loss"])
         self.write(row)
-        if not row["loss"] - row["loss"] == 0:
+        if not math.isfinite(row["loss"]):
             raise UserError(
                 f"the loss became {row['loss']} at step {row['step']}: training has diverged; "
                 f"lower --optim.lr, or lengthen --optim.warmup-steps"
@@ -192,8 +240,10 @@ class Monitor:
             + f"lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
             f"{row['share_of_peak']:.0%} {self.peak_name}  {row['peak_gib']:.1f} GiB"
         )
-        if "watts" in row:
-            text += f"  {row['watts']:.0f} W  {row['joules_per_token'] * 1000:.2f} mJ/tok"
+        if "watts" in self.power_shown:
+            text += f"  {self.power_shown['watts']:.0f} W"
+        if "joules_per_token" in self.power_shown:
+            text += f"  {self.power_shown['joules_per_token'] * 1000:.2f} mJ/tok"
         self.progress.update(self.task, completed=row["step"], text=f"{row['step']}/{self.steps}  {text}")
         last = row["step"] == self.steps
         if row["step"] == self.start + 1:
@@ -256,7 +306,7 @@ def keep_lines(path: Path, last_step: int) -> list[float]:
     if not path.is_file():
         return []
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if whole(line, last_step)]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    files.write_text(path, "".join(line + "\n" for line in kept))
     return [row["loss"] for row in map(json.loads, kept) if "loss" in row]
 
 

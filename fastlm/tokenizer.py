@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastlm.errors import UserError
+from fastlm.errors import UserError, printable
+from fastlm.schema import read_object
 
 # Published by OpenAI with GPT-2 and pinned in tiktoken_ext.openai_public.
 GPT2_SHA256 = {
@@ -72,7 +74,7 @@ class Tokenizer:
         """The text of one id."""
         return self._decode([token])
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return load_tokenizer, (self.name,)
 
 
@@ -185,24 +187,11 @@ def gpt2_json() -> str:
 
 
 def _load_hugging_face(file: Path) -> Tokenizer:
-    from tokenizers import Tokenizer as HuggingFaceTokenizer
-
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"tokenizer {file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"tokenizer {file}: not valid JSON ({error}); expected a Hugging Face tokenizer.json") from error
-    # tokenizers raises nothing finer than Exception for a file it cannot use, so the two parts it needs are checked here.
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or "vocab" not in model:
-        raise UserError(f'tokenizer {file}: no "model" with a "vocab"; expected a Hugging Face tokenizer.json')
-    inner = HuggingFaceTokenizer.from_str(json.dumps(content))
-    inner.no_padding()
-    inner.no_truncation()
+    content = read_object(file, "expected a Hugging Face tokenizer.json")
+    inner = _parse_hugging_face(file, json.dumps(content))
     vocabulary = inner.get_vocab(with_added_tokens=True)
     if not vocabulary:
-        raise UserError(f"tokenizer {file}: its vocabulary is empty")
+        raise UserError(f"tokenizer {file}: its vocabulary is empty; expected a Hugging Face tokenizer.json")
     for key in ("truncation", "padding"):
         content.pop(key, None)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -227,14 +216,33 @@ def _load_hugging_face(file: Path) -> Tokenizer:
     return Tokenizer(str(file), digest, max(vocabulary.values()) + 1, eos_id, cut_safe, specials, encode, decode)
 
 
+def _parse_hugging_face(file: Path, content: str) -> Any:
+    """tokenizers.Tokenizer of a tokenizer.json's content; UserError where the library cannot use it."""
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    try:
+        inner = HuggingFaceTokenizer.from_str(content)
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode("a", add_special_tokens=False)
+        return inner
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises no finer class, and a panic of its Rust code is no Exception
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
+        raise UserError(
+            f"tokenizer {file}: the tokenizers library cannot use it ({reason}); expected a Hugging Face tokenizer.json"
+        ) from None
+
+
 def _find_eos(file: Path, vocabulary: dict[str, int]) -> int:
     """The end-of-text id: from tokenizer_config.json or special_tokens_map.json beside the file, else a known name."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         beside = file.with_name(name)
         if beside.is_file():
-            token = json.loads(beside.read_bytes()).get("eos_token")
+            token = read_object(beside, "fetch the file again, or remove it").get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
-            if token in vocabulary:
+            if isinstance(token, str) and token in vocabulary:
                 return vocabulary[token]
     for token in EOS_NAMES:
         if token in vocabulary:

@@ -11,7 +11,7 @@ import torch
 from models import randomised
 from safetensors.torch import load_file, save_file
 
-from fastlm import interop
+from fastlm import files, interop
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
 from fastlm.model import Transformer
@@ -101,6 +101,15 @@ def drop_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+def folder_for_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
+def write_index(folder: Path, file: object) -> None:
+    (folder / interop.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+
+
 FAULTS = {
     "cut short": (lambda f: cut(f / "model.safetensors"), "could not read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
@@ -111,8 +120,32 @@ FAULTS = {
     "activation": (lambda f: change_config(f, hidden_act="gelu"), "only silu"),
     "bias": (lambda f: change_config(f, attention_bias=True), "attention_bias is set"),
     "feed-forward bias": (lambda f: change_config(f, mlp_bias=True), "mlp_bias is set"),
-    "key missing": (lambda f: change_config(f, hidden_size="gone"), "'hidden_size' is missing"),
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), "could not read"),
+    "key missing": (lambda f: change_config(f, hidden_size="gone"), "no field hidden_size"),
+    "text for a number": (lambda f: change_config(f, hidden_size="48"), "hidden_size: got '48', expected a whole number"),
+    "a list for a number": (lambda f: change_config(f, num_hidden_layers=[2]), "num_hidden_layers: got [2]"),
+    "negative": (lambda f: change_config(f, vocab_size=-1), "vocab_size: got -1"),
+    "no heads": (lambda f: change_config(f, num_attention_heads=0), "num_attention_heads is 0"),
+    "no layers": (lambda f: change_config(f, num_hidden_layers=0), "n_layers is 0"),
+    "far too wide": (lambda f: change_config(f, hidden_size=10**12), "hidden_size is 1000000000000, expected at most"),
+    "far too deep": (lambda f: change_config(f, num_hidden_layers=10**5), "num_hidden_layers is 100000, expected at most"),
+    "far too long": (lambda f: change_config(f, max_position_embeddings=10**9), "max_position_embeddings is 1000000000"),
+    "deeper than its weights": (lambda f: change_config(f, num_hidden_layers=900), "tensor model.layers.2."),
+    "wider than its weights": (lambda f: change_config(f, vocab_size=4_000_000), "config.json asks for (4000000, 48)"),
+    "base of text": (lambda f: change_config(f, rope_parameters={"rope_theta": "1e4"}), "rope_theta: got '1e4'"),
+    "rope of another kind": (lambda f: change_config(f, rope_parameters=[]), "rope_parameters: got []"),
+    "old rope of another kind": (
+        lambda f: change_config(f, rope_parameters="gone", rope_scaling="linear"),
+        "rope_parameters: got 'linear'",
+    ),
+    "architectures of numbers": (lambda f: change_config(f, architectures=[7]), "model type llama is not supported"),
+    "not an object": (lambda f: (f / "config.json").write_text("[]"), "got [], expected a JSON object"),
+    "nested too deeply": (lambda f: (f / "config.json").write_text("[" * 100_000), "nested too deeply"),
+    "a folder for weights": (folder_for_weights, "holds no model.safetensors"),
+    "index out of the folder": (lambda f: write_index(f, "../model.safetensors"), "expected a .safetensors file of the folder"),
+    "index of an absolute path": (lambda f: write_index(f, "/etc/passwd"), "expected a .safetensors file of the folder"),
+    "index of numbers": (lambda f: write_index(f, 7), "got 7, expected text"),
+    "index of a pickle": (lambda f: write_index(f, "model.bin"), "expected a .safetensors file of the folder"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
 }
 
 
@@ -152,7 +185,7 @@ def test_export_refuses_a_full_folder_and_leaves_nothing_on_a_full_disk(tmp_path
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(interop, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(UserError, match="the disk is full"):
         interop.export(model, {}, 0, tmp_path / "other")
     assert {p.name for p in tmp_path.iterdir()} == {"out"}

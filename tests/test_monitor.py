@@ -53,13 +53,28 @@ def test_speed_counts_the_step_and_not_what_happens_between_steps(tmp_path, monk
 
 
 def test_on_a_gpu_a_step_is_read_when_the_next_is_noted(tmp_path, monkeypatch):
+    """Each step records an event behind its figures' copy; the one before is waited for, never the newest."""
+    happened = []
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # the host sleeps rather than spins
+
+        def record(self):
+            happened.append(f"record {happened.count('wait') + 1}")
+
+        def synchronize(self):
+            happened.append("wait")
+
     m = make(tmp_path)
     m.device = types.SimpleNamespace(type="cuda")  # nothing but its type is asked
     monkeypatch.setattr(monitor, "peak_gib", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     lines = lambda: (tmp_path / "metrics.jsonl").read_text().count("\n")  # noqa: E731
     for step in (1, 2):
         m.step(step, {"loss": torch.tensor(2.0)}, torch.tensor(1.0), 0.1, {"tokens": 100 * step})
         assert lines() == step - 1
+    assert happened == ["record 1", "wait", "record 2"]
     m.flush()
     assert lines() == 2
     m.close()
@@ -88,21 +103,55 @@ def test_matmul_rate_is_a_rate_and_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_power_is_read_through_nvml(monkeypatch):
-    """nvidia-ml-py's published names; milliwatts and millijoules as NVML gives them."""
-    joules = iter([1000_000, 1004_000])
+def fake_nvml(monkeypatch, **answers) -> types.SimpleNamespace:
+    """nvidia-ml-py's published names; milliwatts and millijoules as NVML gives them. Returns the clock."""
     nvml = types.ModuleType("pynvml")
     nvml.NVMLError = type("NVMLError", (Exception,), {})
+
+    def not_supported(handle):
+        raise nvml.NVMLError("not supported")
+
     nvml.nvmlInit = lambda: None
     nvml.nvmlDeviceGetHandleByUUID = lambda uuid: f"handle of {uuid}"
-    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: next(joules)
-    nvml.nvmlDeviceGetPowerUsage = lambda handle: 350_000
-    nvml.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=97, memory=50)
+    nvml.nvmlDeviceGetTotalEnergyConsumption = answers.get("energy", not_supported)
+    nvml.nvmlDeviceGetPowerUsage = answers.get("power", not_supported)
+    nvml.nvmlDeviceGetUtilizationRates = answers.get("rates", not_supported)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_power_is_read_through_nvml_at_most_once_a_second(monkeypatch):
+    joules = iter([1000_000, 1004_000])
+    clock = fake_nvml(
+        monkeypatch,
+        energy=lambda handle: next(joules),
+        power=lambda handle: 350_000,
+        rates=lambda handle: types.SimpleNamespace(gpu=97, memory=50),
+    )
     power = Power(torch.device("cuda"))
     assert power.handle == "handle of GPU-abc"
-    assert power.read(tokens=2000) == {"watts": 350.0, "utilisation": 97, "joules_per_token": pytest.approx(0.002)}
+    clock.now += 0.4
+    assert power.read(tokens=500) == {}
+    clock.now += 0.7
+    figures = power.read(tokens=1500)
+    assert figures == {"watts": 350.0, "utilisation": 97, "joules_per_token": pytest.approx(0.002)}
+    clock.now += 0.9
+    assert power.read(tokens=500) == {}
+
+
+def test_what_nvml_does_not_tell_is_left_out(monkeypatch):
+    """As on a part of a GPU (MIG) or a vGPU, where some questions end in an error."""
+    clock = fake_nvml(monkeypatch, power=lambda handle: 200_000)
+    power = Power(torch.device("cuda"))
+    clock.now += 2
+    assert power.read(tokens=10) == {"watts": 200.0}
+    clock = fake_nvml(monkeypatch)
+    power = Power(torch.device("cuda"))
+    clock.now += 2
+    assert power.read(tokens=10) == {}
 
 
 def test_power_is_silent_without_nvml(monkeypatch):

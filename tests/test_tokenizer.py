@@ -113,6 +113,43 @@ def test_mistakes_give_one_line(tmp_path):
         assert "expected" in str(error.value)
 
 
+DAMAGED = {
+    "model is text": {"model": "BPE"},
+    "no vocabulary": {"model": {"type": "BPE", "merges": []}},
+    "vocabulary of text": {"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}},
+    "merge of nothing": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}},
+    "unknown model": {"model": {"type": "Nothing", "vocab": {"a": 0}}},
+    "normalizer of another kind": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "normalizer": 7},
+    "empty vocabulary": {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_tokenizer_json_is_one_line(name, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(DAMAGED[name]))
+    with pytest.raises(UserError, match="expected a Hugging Face tokenizer.json") as error:
+        load_tokenizer(str(file))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"7", b"\xff\xfe", b"[" * 100_000, b'"text"', b""])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_damage_beside_the_tokenizer_is_one_line(name, content, tmp_path):
+    file = gpt2_as_hugging_face(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*fetch the file again") as error:
+        load_tokenizer(str(file))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("token", [7, ["a"], {"content": ["a"]}, {"other": 1}, "no such token"])
+def test_an_end_of_text_that_is_no_token_is_passed_over(token, tmp_path):
+    file = gpt2_as_hugging_face(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    assert load_tokenizer(str(file)).eos_id == 50256
+
+
 def test_altered_vocabulary_is_refused(monkeypatch):
     monkeypatch.setitem(GPT2_SHA256, "vocab.bpe", "0" * 64)
     with pytest.raises(UserError, match="sha256"):

@@ -17,18 +17,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastlm.commands import EvalConfig
-from fastlm.config import check
+from fastlm.config import EvalConfig
 from fastlm.data.sources import open_source
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.foreign import open_foreign
 from fastlm.evaluation.protocols import Protocol
 from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
 from fastlm.interop import KINDS, architecture, is_hugging_face
-from fastlm.load import fitting_tokenizer, local, open_model
 from fastlm.model import Transformer, pick_device
 from fastlm.monitor import wide_console
+from fastlm.places import fitting_tokenizer, local, open_model
 from fastlm.tokenizer import Tokenizer
 
 
@@ -128,13 +127,13 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
 
 def show(console: Console, cfg: EvalConfig, digest: str, rows: list[tuple[str, Result]]) -> None:
     console.print(f"{cfg.data}, text SHA-256 {digest}", highlight=False, soft_wrap=True)
-    names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "before")
+    names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "how")
     table = Table(*names, box=None)
     for column in table.columns[2:9]:
         column.justify = "right"
     for place, r in rows:
         table.add_row(
             place, r.protocol, f"{r.perplexity:.2f}", f"{r.low:.2f} to {r.high:.2f}", f"{r.nats:,.1f}", f"{r.tokens:,}",
-            f"{r.word_perplexity:,.2f}", f"{r.byte_perplexity:.3f}", f"{r.bits_per_byte:.4f}", r.bos,
+            f"{r.word_perplexity:,.2f}", f"{r.byte_perplexity:.3f}", f"{r.bits_per_byte:.4f}", r.how,
         )  # fmt: skip
     console.print(table)

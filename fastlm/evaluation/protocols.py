@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fastlm.errors import UserError
-from fastlm.options import nearest
+from fastlm.errors import UserError, nearest
 from fastlm.tokenizer import Tokenizer
 
 NAMES = ("window", "stride", "line", "word")
@@ -36,13 +35,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What one protocol makes of a text: the segments, and the words and bytes its totals are divided by."""
+    """What one protocol makes of a text: the segments, and the words and bytes its totals are divided by.
+
+    how: what was done with the text, in words, such as how long the windows really are.
+    """
 
     name: str
     segments: list[Segment]
     words: int
     text_bytes: int
-    bos: str
+    how: str
 
 
 def chosen(names: str) -> list[str]:
@@ -60,32 +62,43 @@ def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int
     Raises UserError where the text has too few tokens to score one, or to fill a window.
     """
     text = "".join(documents)
-    words, size = len(text.split()), len(text.encode())
     if name == "word":
         segments = word_segments(documents, tokenizer, max_len)
-        words = sum(len(re.split(r"\s+", d)) for d in documents)  # as lm-eval counts them
+        how = "end-of-text before each document"
     elif name == "line":
         lines = [line for line in text.splitlines() if line.strip()][:LINES]
-        parts = [tokenizer.encode(line)[: min(LINE_TOKENS, max_len)] for line in lines]
+        longest = min(LINE_TOKENS, max_len)
+        encoded = [tokenizer.encode(line) for line in lines]
+        cut = sum(len(ids) > longest for ids in encoded)
+        parts = [ids[:longest] for ids in encoded]
         segments = [Segment(part, 1, n) for n, part in enumerate(parts) if len(part) > 1]
-        words, size = sum(len(line.split()) for line in lines), sum(len(line.encode()) for line in lines)
+        how = f"{len(lines)} lines, {cut} of them cut to {longest} tokens"
     else:
         ids, window = tokenizer.encode(text), min(WINDOW, max_len)
         if len(ids) < window:
             raise UserError(f"protocol {name}: the text has {len(ids)} tokens, too few for a window of {window}; give a longer "
                             f"text, or score it with --protocols line,word")  # fmt: skip
-        segments = window_segments(ids, window, STRIDE if name == "stride" else 0)
+        stride = min(STRIDE, window) if name == "stride" else window
+        segments = window_segments(ids, window, stride)
+        how = f"windows of {window} tokens, one every {stride}"
     if not segments:
         raise UserError(
             f"protocol {name}: the text has no line or document of two tokens, too few to score one; give a longer text"
         )
-    return Protocol(name, segments, words, size, "end-of-text before each document" if name == "word" else "none")
+    if name == "word":  # as lm-eval counts: all of the original text
+        words = sum(len(re.split(r"\s+", d)) for d in documents)
+        size = len(text.encode())
+    else:  # of the text that was scored, and no more
+        scored = [tokenizer.decode(s.ids[s.start :]) for s in segments]
+        words = max(1, sum(len(part.split()) for part in scored))
+        size = sum(len(part.encode()) for part in scored)
+    return Protocol(name, segments, words, size, how)
 
 
 def window_segments(ids: list[int], window: int, stride: int) -> list[Segment]:
-    """stride 0: windows side by side."""
-    out, step, done = [], min(stride or window, window), 0
-    for n, begin in enumerate(range(0, len(ids), step)):
+    """Windows of so many tokens, one every stride (1 to window); each token is scored once."""
+    out, done = [], 0
+    for n, begin in enumerate(range(0, len(ids), stride)):
         part = ids[begin : begin + window]
         start = max(1, done - begin)
         if len(part) > start:

@@ -44,7 +44,7 @@ def segment_nats(
     """
     if not isinstance(model, Transformer):
         return -segment_sums(model, segments, device, batch_tokens, progress)
-    budget = batch_tokens or tokens_that_fit(model, device)
+    budget = batch_tokens or least_of_ranks(tokens_that_fit(model, device), device)
     if not compile:
         return -segment_sums(logps_of(model, model), segments, device, budget, progress)
     logps = logps_of(model, compiled(model, device))
@@ -71,6 +71,15 @@ def ranks() -> tuple[int, int]:
     """This process's number and how many there are: torchrun's, once the command has joined them."""
     joined = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def least_of_ranks(number: int, device: torch.device) -> int:
+    """The smallest of all processes' numbers: batches are shared out by number, so all must cut the same ones."""
+    if ranks()[1] == 1:
+        return number
+    least = torch.tensor(number, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 @torch.no_grad()
@@ -143,7 +152,7 @@ class Result:
     tokens: int
     words: int
     text_bytes: int
-    bos: str
+    how: str
     perplexity: float
     low: float
     high: float
@@ -163,7 +172,7 @@ def summarise(protocol: Protocol, nats: np.ndarray, resamples: int = 1000) -> Re
     low, high = np.exp(np.percentile(per_document[draws].sum(1) / counted[draws].sum(1), [2.5, 97.5]))
     total, tokens = float(nats.sum()), int(counted.sum())
     return Result(
-        protocol.name, total, tokens, protocol.words, protocol.text_bytes, protocol.bos,
+        protocol.name, total, tokens, protocol.words, protocol.text_bytes, protocol.how,
         float(np.exp(total / tokens)), float(low), float(high), float(np.exp(total / protocol.words)),
         float(np.exp(total / protocol.text_bytes)), total / protocol.text_bytes / float(np.log(2)),
     )  # fmt: skip

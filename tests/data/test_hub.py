@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from fastlm.data import hub
-from fastlm.data.examples import load_preferences
+from fastlm.data.examples.load import load_preferences
 from fastlm.data.hub import join_articles
-from fastlm.data.shards import Settings, prepare
 from fastlm.data.sources import open_source
+from fastlm.data.text.shards import Settings, prepare
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
@@ -72,7 +72,7 @@ def test_bad_hub_rows_are_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="train row 30"):
         prepare("org/name:en", load_tokenizer(), tmp_path)
     data = prepare("org/name:en", load_tokenizer(), tmp_path, settings=Settings(on_bad_row="skip"))
-    assert data.manifest["bad_rows"]["count"] == 1
+    assert data.manifest.bad_rows.count == 1
 
 
 def test_preferences_come_from_the_hub_by_their_short_name(monkeypatch):

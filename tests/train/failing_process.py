@@ -10,11 +10,11 @@ from fastlm.errors import UserError
 from fastlm.train import distributed
 
 
-@distributed.over_processes
+@distributed.under_torchrun
 def stage(cfg: PretrainConfig) -> int:
-    if not distributed.first():
+    if not distributed.is_main_process():
         raise UserError("only the second process knows")
-    return distributed.largest(0)
+    return distributed.all_reduce_max(0)
 
 
 if __name__ == "__main__":

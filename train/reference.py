@@ -1,0 +1,106 @@
+"""The reference pass: what the model that a run starts from thinks of the answers.
+
+Preference losses compare the model in training with the one it started from. Of that one only the
+log-probabilities of the answers are needed. They are computed in one pass before training, kept in a
+file, and read back row by row, so that training holds one model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from fastlm import files
+from fastlm.data.examples.packing import PackedBatch, PackedRows
+from fastlm.data.prefetch import move
+from fastlm.data.text.batches import IGNORED
+from fastlm.train import distributed
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """Who computes the log-probabilities, and where they are kept.
+
+    logprobs: a batch's log p of its targets (rows, row_len) by the reference model. model_hash: what
+    tells that model from others.
+    """
+
+    logprobs: Callable[[PackedBatch], Tensor]
+    model_hash: str
+    cache: Path
+    device: torch.device
+    console: Console
+
+
+def reference_logprobs(
+    reference: ReferencePass,
+    rows: PackedRows,
+    batches: Iterable[PackedBatch],
+    n_batches: int,
+    name: str,
+) -> np.ndarray:
+    """log p of each target by the reference model, (n_rows, row_len) fp32, NaN in rows not used.
+
+    batches: this process's share of the n_batches batches that the run uses. They are scored as they
+    come in training and by the same program, which is why gradients stay on: so the first step's
+    rewards are 0. What the file for this model and these rows holds already is not computed again,
+    nor is what another process computes.
+    """
+    file = reference.cache / f"reference-{key_of(reference, rows)}.npy"
+    known = np.full((len(rows), rows.row_len), np.nan, np.float32)
+    if file.is_file():
+        known = np.load(file)
+    computed = 0
+    console = reference.console
+    for batch in track(
+        batches,
+        f"reference, {name} pairs",
+        n_batches // distributed.ranks()[1],
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
+        real = batch.numbers >= 0
+        at = batch.numbers[real].numpy()
+        if np.isnan(known[at]).any():
+            logps = reference.logprobs(move(batch, reference.device))
+            known[at] = logps.detach().cpu()[real].numpy()
+            computed += 1
+    computed = sum(distributed.all_gather(computed))
+    if computed:
+        known = distributed.merge_found(known)
+        if distributed.is_main_process():
+            files.write_array(file, known)
+    console.print(
+        f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches computed, the rest kept",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return known
+
+
+def key_of(reference: ReferencePass, rows: PackedRows) -> str:
+    """What tells these log-probabilities from others: the model, the rows, and the kind of device."""
+    what = f"{reference.model_hash} {rows.row_len} {rows.rows} {reference.device.type}"
+    key = hashlib.sha256(what.encode())
+    for array in (rows.ids, rows.counted, rows.shared):
+        key.update(np.ascontiguousarray(array).data)
+    return key.hexdigest()[:16]
+
+
+def with_reference(batch: PackedBatch, logprobs: np.ndarray | None) -> tuple[PackedBatch, Tensor]:
+    """The batch and the reference's log p of its targets, (rows, row_len) fp32; zeros without one."""
+    if logprobs is None:
+        return batch, torch.zeros(batch.y.shape)
+    # an empty row's number is -1; none of its slots is counted
+    rows = torch.from_numpy(logprobs[batch.numbers.numpy()])
+    return batch, torch.where(batch.y == IGNORED, 0, rows)
