@@ -44,7 +44,7 @@ FAULTS = [
     (ROPE, "positions not bounded above", " & (everywhere < N_POSITIONS)", ""),
     (ROPE, "batch stride forgotten", "q + b * q_batch + t * q_token", "q + t * q_token"),
     (ROPE, "k's heads counted as q's", "g * K_HEAD + j", "g * Q_HEAD + j + (H - HKV)"),
-    (SWI, "gate and up exchanged", "silu = gate / (1.0 + tl.exp(-gate))", "silu = up / (1.0 + tl.exp(-up))"),
+    (SWI, "gate and up exchanged", "silu = gate * (1.0 / (1.0 + tl.exp(-gate)))", "silu = up * (1.0 / (1.0 + tl.exp(-up)))"),
     (SWI, "derivative of the sigmoid dropped", "(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
     (SWI, "sign in the derivative", "silu * (1.0 - sigmoid))", "silu * (1.0 + sigmoid))"),
     (SWI, "d up without the gate", "(g * silu).to(dgate_up", "(g * sigmoid).to(dgate_up"),
@@ -55,10 +55,8 @@ FAULTS = [
     (CE, "z-loss always on", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream * (1.0 + 2e-3 * lse)"),
     (CE, "z-loss not in the gradient", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream + 0.0 * lse"),
     (CE, "edges not in the sum", "+ tl.sum(tl.exp2(edges * LOG2E - pivot), 0)", ""),
-    (CE, "last block skipped", "        for k in range(0, bulk, R * C):\n            mask = k + offsets < bulk\n"
-     "            v = _load_logits(row + k + offsets, mask, SOFTCAP)\n            larger",
-     "        for k in range(0, bulk - R * C, R * C):\n            mask = k + offsets < bulk\n"
-     "            v = _load_logits(row + k + offsets, mask, SOFTCAP)\n            larger"),
+    (CE, "last block skipped", "for k in range(0, bulk, LOSS_STEPS", "for k in range(0, bulk - COLUMNS, LOSS_STEPS"),
+    (CE, "last block's gradient skipped", "for k in range(0, bulk, GRAD_STEPS", "for k in range(0, bulk - COLUMNS, GRAD_STEPS"),
     (CE, "running maximum not rescaled", "s = s * tl.exp2(m - pivot) + tl.sum", "s = s + tl.sum"),
     (CE, "padding columns counted", "read = tl.where(counted, VOCAB, 0)", "read = tl.where(counted, WIDTH, 0)"),
     (CE, "ignored rows counted", "counted = target != IGNORE", "counted = target != IGNORE - 1"),
