@@ -4,48 +4,27 @@
                                 optimizer.safetensors  optimizer state and random-number state
                                 state.json             step, data position, validation loss, shapes, SHA-256 of the files
 
-A checkpoint is written beside its place and renamed into it, so it is there whole or not at all.
+A checkpoint is there whole or not at all (fastlm.files).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastlm import files
 from fastlm.config import ModelConfig
+from fastlm.config.toml import override
 from fastlm.errors import UserError
 from fastlm.model import Transformer
-from fastlm.options import override
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace the file's content at once: a reader sees the old text or the new, never half of it."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {e.strerror}; free some space or choose another folder") from None
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def random_state() -> dict[str, Tensor]:
@@ -62,25 +41,18 @@ def save(folder: Path, model: nn.Module, optimizer: dict[str, Tensor], state: di
     state: plain values; holds at least step, validation_loss (None where it was not measured) and model, the shape.
     """
     final = folder / f"step-{state['step']:06d}"
-    beside = folder / f".{final.name}.tmp"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-        save_file(parameters, beside / FILES[0])
-        save_file(optimizer | random_state(), beside / FILES[1])
-        whole = state | {"sha256": {name: digest(beside / name) for name in FILES}}
-        (beside / "state.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        for path in beside.iterdir():
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(
-            f"could not write checkpoint {final}: {e}; earlier checkpoints are whole: free some space, then --resume"
-        ) from None
+        with files.whole_folder(final) as beside:
+            parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+            files.write_tensors(beside / FILES[0], parameters)
+            files.write_tensors(beside / FILES[1], optimizer | random_state())
+            digests = {name: files.sha256(beside / name) for name in FILES}
+            files.write_json(beside / "state.json", state | {"sha256": digests})
+    except files.DiskError as error:
+        earlier = steps_saved(folder)
+        if not earlier:
+            raise
+        raise UserError(f"{error}; then --resume: {earlier[-1].name} is whole") from None
     return final
 
 
@@ -103,7 +75,7 @@ def prune(folder: Path, keep: int) -> None:
     kept = {best(folder)[0], *steps_saved(folder)[-keep:]}
     for path in steps_saved(folder):
         if path not in kept:
-            shutil.rmtree(path)
+            files.remove_folder(path)
 
 
 def locate(place: str | Path, lowest_loss: bool = False) -> Path:
@@ -123,7 +95,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         for name, expected in state["sha256"].items():
-            if digest(checkpoint / name) != expected:
+            if files.sha256(checkpoint / name) != expected:
                 raise UserError(f"{checkpoint / name} is corrupted: its SHA-256 is not the one noted when it was written; resume from another checkpoint")  # fmt: skip  # noqa: E501
         return state
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import kernels
-from fastlm.attention import attention
+from fastlm.attention import Documents, attention, takes_mask
 from fastlm.kernels import cpu
 from fastlm.model import Block, Transformer, add_norm
 
@@ -119,7 +119,12 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], capacity: int)
             place = slice(longest - n, longest)
             keys[i][row, :, place] = k[0, ends[row] : ends[row + 1]].transpose(0, 1)
             values[i][row, :, place] = v[0, ends[row] : ends[row + 1]].transpose(0, 1)
-        return attention(q, k, v, cu_seqlens if len(lengths) > 1 else None, longest).flatten(2)
+        if len(lengths) == 1:
+            return attention(q, k, v).flatten(2)
+        if takes_mask(q, "torch"):  # one mask for all prompts would be large; their ends are known
+            alone = [attention(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in pairwise(ends)]
+            return torch.cat(alone, 1).flatten(2)
+        return attention(q, k, v, Documents(cu_seqlens, longest)).flatten(2)
 
     tokens = torch.tensor([[t for p in prompts for t in p]], device=like.device)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(like.device)

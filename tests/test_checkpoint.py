@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.config import ModelConfig, OptimConfig
 from fastlm.errors import UserError
 from fastlm.model import build
@@ -129,7 +129,7 @@ def test_a_file_that_is_not_safetensors_is_named(tmp_path):
     path, _, _ = save(tmp_path)
     (path / "model.safetensors").write_bytes(b"not safetensors at all")
     state = json.loads((path / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = checkpoint.digest(path / "model.safetensors")
+    state["sha256"]["model.safetensors"] = files.sha256(path / "model.safetensors")
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="could not read"):
         load_fresh(path)
@@ -154,22 +154,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(tmp_
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device; earlier checkpoints are whole"):
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(UserError, match="the disk is full .*; then --resume: step-000001 is whole"):
         save(tmp_path, step=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
     load_fresh(tmp_path / "step-000001")
-
-
-def test_write_atomic_leaves_the_old_text_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "config.toml"
-    checkpoint.write_atomic(path, "old")
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(UserError, match="could not write"):
-        checkpoint.write_atomic(path, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
-    assert path.read_text() == "old"

@@ -191,13 +191,24 @@ def test_packed_documents_give_the_losses_of_each_document_alone():
     assert difference[2:5].min() > 0
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_boundaries_need_a_length():
+    tokens, _ = batch(SMALL, rows=1, length=4)
+    with pytest.raises(ValueError, match="cu_seqlens needs max_seqlen"):
+        randomised(SMALL)(tokens, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["torch", "masked"])
+def test_activation_checkpointing_changes_nothing(backend):
     model = randomised(SMALL)
+    model.attention_backend = backend
     twin = copy.deepcopy(model)
     twin.checkpoint_activations = True
-    tokens, targets = batch(SMALL)
+    tokens, targets = batch(SMALL, rows=1, length=12)
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     for m in (model, twin):
         m.loss(tokens, targets).backward()
+        m.loss(tokens, targets, positions=positions, cu_seqlens=ends, max_seqlen=7).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
 

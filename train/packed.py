@@ -8,18 +8,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from fastlm.config import TuningConfig, check
-from fastlm.data.examples import Examples, pack_examples
-from fastlm.data.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
-from fastlm.load import open_model
+from fastlm.config import TuningConfig
+from fastlm.data.examples.load import Examples, pack_examples
+from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
+from fastlm.errors import check
 from fastlm.model import Transformer, count_parameters, training_flops_per_token
+from fastlm.places import open_model
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed
-from fastlm.train.run import attention_backend, cache_folder, check_start
+from fastlm.train.run import cache_folder, check_start, choose_attention
 
 MAX_LEN = 512  # of an example, where the options do not say
 
@@ -28,7 +30,10 @@ C = TypeVar("C", bound=TuningConfig)
 
 @dataclass(frozen=True)
 class Tuning(Generic[C]):
-    """A model to tune, and the rows to tune it on; cfg has its lengths and number of steps settled."""
+    """A model to tune, and the rows to tune it on; cfg has its lengths and number of steps settled.
+
+    notes: what is worth noting in the run's state, such as the template of the examples.
+    """
 
     cfg: C
     device: torch.device
@@ -36,7 +41,7 @@ class Tuning(Generic[C]):
     tokenizer: Tokenizer
     train: PackedRows
     held_out: PackedRows | None
-    template: str
+    notes: dict[str, Any]
 
     @property
     def micro_rows(self) -> int:
@@ -49,6 +54,15 @@ class Tuning(Generic[C]):
         parts = [self.train] if self.held_out is None else [self.train, self.held_out]
         return self.micro_rows * max(part.most_counted for part in parts)
 
+    @cached_property
+    def room(self) -> tuple[int, int]:
+        """Segments and keys that a micro-batch may have: one size for all, so nothing compiles twice."""
+        sizes = [self.train.room(self.micro_rows)]
+        if self.held_out is not None:
+            sizes.append(self.held_out.room(self.micro_rows))
+        segments, keys = zip(*sizes, strict=True)
+        return max(segments), max(keys)
+
     @property
     def facts(self) -> dict[str, Any]:
         """What the run starts from, for its state."""
@@ -56,20 +70,20 @@ class Tuning(Generic[C]):
             "train_tokens": self.train.real_slots,
             "start": self.cfg.model,
             "start_hash": model_hash(self.model),
-            "template": self.template,
+            **self.notes,
         }
 
     def steps(self, position: int) -> Iterator[list[PackedBatch]]:
         """This process's micro-batches of each step, from the row `position` on."""
         for start in itertools.count(position, self.cfg.batch_rows):
             rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
-            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed) for row in distributed.shard(rows)]
+            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in distributed.shard(rows)]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
         """Every held-out row once."""
         if self.held_out is None:
             return iter(())
-        return packed_epoch(self.held_out, self.micro_rows)
+        return packed_epoch(self.held_out, self.micro_rows, self.room)
 
     def flops_per_token(self) -> float:
         """Of a real token, on average: the head is multiplied for counted targets only."""
@@ -85,17 +99,15 @@ class Tuning(Generic[C]):
         return f"{self.cfg.steps} steps of {self.cfg.batch_rows} rows ({epochs:.2f} epochs)"
 
 
-def open_tuning(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
+def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
     """Open the model and the examples, pack them, settle the steps, and say so.
 
     load: reads the examples. group: sequences that belong together, two in a pair of answers. share:
     whether a pair's prompt is computed once for both.
     """
-    usage = f"fastlm {stage} {cfg.model or 'runs/pretrain-demo'} --data FILE.jsonl"
-    check(bool(cfg.model), f"which model? give a run or a Hugging Face folder: {usage}")
-    check(bool(cfg.data), f"which data? give a .jsonl file or a data set: {usage}")
     device = check_start(cfg)
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
+    distributed.broadcast_parameters(model)
     cfg = with_lengths(cfg, model.config.max_seq_len, group)
     examples = read_examples(cfg, tokenizer, load)
     train, held_out = pack_examples(examples, cfg.row_len, group, share)
@@ -104,7 +116,8 @@ def open_tuning(stage: str, cfg: C, load: Callable[..., Examples], group: int = 
 
     model.train()
     model.checkpoint_activations = cfg.checkpoint_activations
-    model.attention_backend = attention_backend(cfg, device)
+    attention = choose_attention(cfg, device, model.config, packed=True)
+    model.attention_backend = attention.backend
     what = "pairs" if group > 1 else "examples"
     for line in (
         f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {distributed.devices(device)}",
@@ -114,7 +127,8 @@ def open_tuning(stage: str, cfg: C, load: Callable[..., Examples], group: int = 
         f"{len(examples.validation) // group:,} held out",
     ):
         distributed.console().print(line, highlight=False, markup=False, soft_wrap=True)
-    return Tuning(cfg, device, model, tokenizer, train, held_out, examples.report.template)
+    notes = {"attention": str(attention), "template": examples.report.template}
+    return Tuning(cfg, device, model, tokenizer, train, held_out, notes)
 
 
 def read_examples(cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]) -> Examples:

@@ -12,22 +12,30 @@ import torch
 from torch import Tensor
 
 from fastlm.bigram import MOST
-from fastlm.commands import Sampling
-from fastlm.config import PretrainConfig, check
-from fastlm.data.batches import IGNORED, isolate_documents, row_batch, validation_batches
-from fastlm.data.mixture import Mixture
-from fastlm.data.shards import Settings, prepare
-from fastlm.data.tokens import TokenData, Tokens, unigram_perplexity
+from fastlm.config import PretrainConfig, Sampling
+from fastlm.data.text.batches import (
+    IGNORED,
+    isolate_documents,
+    most_documents,
+    row_batch,
+    validation_batches,
+)
+from fastlm.data.text.mixture import Mixture
+from fastlm.data.text.shards import Settings, prepare
+from fastlm.data.text.tokens import TokenData, Tokens, unigram_perplexity
+from fastlm.errors import check
 from fastlm.generate import generate
 from fastlm.kernels import cpu
-from fastlm.model import build, compiled, count_parameters, training_flops_per_token
+from fastlm.model import build, count_parameters, training_flops_per_token
 from fastlm.monitor import Monitor, showing_bytes
+from fastlm.runtime import autocast
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.run import (
-    attention_backend,
     cache_folder,
     check_start,
+    choose_attention,
+    compiled_step,
     finish,
     resume_or_create,
     say_start,
@@ -58,21 +66,23 @@ def pretrain(cfg: PretrainConfig) -> int:
         sample if from_bigrams else None,
         checkpoint_activations=cfg.checkpoint_activations,
     )
-    model.attention_backend = attention_backend(cfg, device)
+    distributed.broadcast_parameters(model)
+    attention = choose_attention(cfg, device, cfg.model, packed=cfg.isolate_documents)
+    model.attention_backend = attention.backend
     say_model_and_text(cfg, device, data)
     name = f"pretrain-{Path(cfg.recipe).stem}"
-    facts = {"train_tokens": len(data.train)}
+    facts = {"train_tokens": len(data.train), "attention": str(attention)}
     run = resume_or_create("pretrain", cfg, device, model, tokenizer, facts, name)
     say_start(run, described(cfg, len(data.train)))
 
-    training_loss = compiled(model.loss, device) if cfg.compile else model.loss
+    training_loss = compiled_step(cfg, device, model, model.loss)
 
     def loss(tokens: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": training_loss(tokens, targets, cfg.z_loss, **options)}
 
     def plain_loss(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": model.loss(tokens, targets)}
 
     def validate() -> dict[str, float]:
@@ -131,6 +141,10 @@ def batches(
     over a shortlist.
     """
     rows = distributed.micro_rows(cfg)
+    room = 0
+    if cfg.isolate_documents:
+        all_rows = range(position, position + cfg.steps * cfg.batch_rows, rows)
+        room = most_documents(train, all_rows, cfg.seq_len, cfg.seed)
     for start in itertools.count(position, cfg.batch_rows):
         counted = 0
         micro_batches = []
@@ -139,7 +153,7 @@ def batches(
             x, y = row_batch(train, first, rows, cfg.seq_len, cfg.seed)
             options: dict[str, Any] = {}
             if cfg.isolate_documents:
-                y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id)
+                y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id, room)
                 options["positions"] = positions
                 options["cu_seqlens"] = cu_seqlens
                 options["max_seqlen"] = longest

@@ -8,7 +8,6 @@ file, and read back row by row, so that training holds one model.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastlm.data.batches import IGNORED
-from fastlm.data.packing import PackedBatch, PackedRows
+from fastlm import files
+from fastlm.data.examples.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
-from fastlm.errors import UserError
+from fastlm.data.text.batches import IGNORED
 from fastlm.train import distributed
 
 
@@ -79,7 +78,7 @@ def reference_logprobs(
     if computed:
         known = distributed.merge_found(known)
         if distributed.is_main_process():
-            write_array(file, known)
+            files.write_array(file, known)
     console.print(
         f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches computed, the rest kept",
         highlight=False,
@@ -105,17 +104,3 @@ def with_reference(batch: PackedBatch, logprobs: np.ndarray | None) -> tuple[Pac
     # an empty row's number is -1; none of its slots is counted
     rows = torch.from_numpy(logprobs[batch.numbers.numpy()])
     return batch, torch.where(batch.y == IGNORED, 0, rows)
-
-
-def write_array(file: Path, array: np.ndarray) -> None:
-    """The array in the file, whole or not at all."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as stream:
-            np.save(stream, array)
-        os.replace(beside, file)
-    except OSError as e:
-        raise UserError(f"could not write {file}: {e.strerror}; free some space, or name another folder with --cache") from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
-from fastlm import checkpoint
-from fastlm.attention import choose
-from fastlm.config import StageConfig
+from fastlm import checkpoint, files
+from fastlm.attention_backend import Choice, choose
+from fastlm.config import ModelConfig, StageConfig
+from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
-from fastlm.errors import UserError
-from fastlm.model import Transformer, pick_device
-from fastlm.monitor import Monitor, peak_gib, sparkline
-from fastlm.options import to_toml
+from fastlm.errors import UserError, check
+from fastlm.model import Transformer
+from fastlm.monitor import Monitor, sparkline
+from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.loop import Run
@@ -64,7 +66,8 @@ def resume_or_create(
 ) -> Run:
     """A run ready for its steps: a new one, or the one that cfg.resume names, where it stopped.
 
-    facts: what the run started from, such as train_tokens; a run goes on only where they are the same.
+    facts: what is noted of the run beside the model and its tokenizer: train_tokens, attention, and
+    more. A run goes on only where what it started from (FACTS) is the same.
     name: of the new run's folder in runs/, where --out names none.
     """
     optimizers = make_optimizers(model, cfg.optim)
@@ -84,14 +87,15 @@ def resume_or_create(
         place = checkpoint.locate(folder)
         saved = checkpoint.load(place, model, named_state(optimizers))
         check_facts(place, saved, state, cfg.steps)
-        state |= saved
+        state |= saved | {"attention": state["attention"]}  # that of this machine
     else:
         torch.manual_seed(cfg.seed)
         folder = distributed.broadcast_from_main(partial(claim_folder, cfg.out, name))
         lock = locked(folder)
     if distributed.is_main_process():
         text = to_toml(dataclasses.replace(cfg, resume=""))
-        checkpoint.write_atomic(folder / "config.toml", text)
+        files.remove_leftovers(folder / "checkpoints")
+        files.write_text(folder / "config.toml", text)
     console = distributed.console()
     return Run(stage, cfg, device, folder, lock, console, model, tokenizer, optimizers, state)
 
@@ -100,6 +104,8 @@ def say_start(run: Run, words: str) -> None:
     """Where the run is, how long it is, in the stage's own words, and where it goes on."""
     step = run.state["step"]
     run.say(f"Run:   {run.folder}, {words}" + (f", from step {step}" if step else ""))
+    if run.device.type == "cuda":
+        run.say(f"Attention: {run.state['attention']}")
 
 
 def claim_folder(out: str, name: str) -> Path:
@@ -121,13 +127,13 @@ def claim_folder(out: str, name: str) -> Path:
 
 def make_folder(folder: Path, exist_ok: bool = False) -> bool:
     """Whether the folder could be made; False where it is there already."""
-    try:
-        folder.mkdir(parents=True, exist_ok=exist_ok)
-        return True
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UserError(f"could not make {folder}: {error.strerror}; choose another --out") from None
+    with files.disk_errors("write", folder, "choose another --out"):
+        try:
+            files.make_folder(folder.parent)
+            folder.mkdir(exist_ok=exist_ok)
+        except FileExistsError:
+            return False
+    return True
 
 
 def locked(folder: Path) -> FileLock | None:
@@ -140,7 +146,7 @@ def locked(folder: Path) -> FileLock | None:
     except Timeout:
         raise UserError(f"{folder} is in use: another fastlm trains in it; wait for it, or start a new run") from None
     except OSError as error:
-        raise UserError(f"could not write {folder}/.lock: {error.strerror}") from None
+        raise files.DiskError(error, "write", folder / ".lock", "") from None
     return lock
 
 
@@ -163,14 +169,29 @@ def cache_folder(cache: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
 
 
-def attention_backend(cfg: StageConfig, device: torch.device) -> str:
-    """The backend that cfg names, or that auto takes.
+def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig, packed: bool) -> Choice:
+    """The attention that cfg names, or that auto takes: decided once, before anything is compiled.
 
-    Decided here, once, as a compiled step cannot look for packages.
+    packed: whether the stage's rows hold documents to keep apart.
     """
-    if cfg.attention != "auto":
-        return cfg.attention
-    return choose(device.type, loop.matmul_dtype(device))[0]
+    choice = choose(cfg.attention, device, matmul_dtype(device), config)
+    check(
+        choice.backend != "xformers" or not packed or not cfg.compile,
+        "xformers cannot be compiled with packed documents; leave --compile or --attention out",
+    )
+    return choice
+
+
+def compiled_step(
+    cfg: StageConfig, device: torch.device, model: Transformer, function: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The model's function as the training step calls it: with --compile compiled, a small model's in CUDA graphs."""
+    if not cfg.compile:
+        return function
+    if not replays_graphs(model, device):
+        return compiled(function, device)
+    distributed.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
+    return compiled_in_graphs(function, device, model)
 
 
 @dataclass(frozen=True)

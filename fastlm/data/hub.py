@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from fastlm.data.rows import BadRows
+from fastlm.data.records import BadRows
 from fastlm.errors import UserError
 
 CONNECT_SECONDS = 5

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from fastlm.data.rows import BadRows, read_json_rows, read_parquet_rows
+from fastlm.data.records import BadRows, read_json_rows, read_parquet_rows
 from fastlm.errors import UserError
 
 PIECE_CHARS = 1 << 18

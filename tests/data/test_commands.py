@@ -8,9 +8,9 @@ import pytest
 
 from fastlm.cli import main
 from fastlm.data.commands import histogram_svg, length_histogram
-from fastlm.data.dedup import Duplicates, drop_duplicates
 from fastlm.data.sources import Piece
-from fastlm.data.tokens import Tokens, open_data
+from fastlm.data.text.dedup import Duplicates, drop_duplicates
+from fastlm.data.text.tokens import Tokens, open_data
 from fastlm.errors import UserError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "red", "green", "blue", "one", "two", "three"]

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from fastlm.data import hub
-from fastlm.data.examples import load_preferences
+from fastlm.data.examples.load import load_preferences
 from fastlm.data.hub import join_articles
-from fastlm.data.shards import Settings, prepare
 from fastlm.data.sources import open_source
+from fastlm.data.text.shards import Settings, prepare
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 

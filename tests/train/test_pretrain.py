@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.cli import main
 
 
@@ -211,8 +211,8 @@ def test_a_full_disk_is_one_line(small_run, tmp_path, mistake, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    assert "No space left on device" in mistake(["pretrain", *small_run, "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(files, "write_tensors", full)
+    assert "the disk is full" in mistake(["pretrain", *small_run, "--out", str(tmp_path / "run")])
 
 
 def test_tensorboard_events_are_written(small_run, tmp_path):

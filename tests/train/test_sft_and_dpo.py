@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastlm import checkpoint
+from fastlm import checkpoint, files
 from fastlm.cli import main
-from fastlm.commands import Sampling
-from fastlm.data.examples import load_instructions
-from fastlm.data.formats import Message
-from fastlm.data.templates import render_prompt
+from fastlm.config import Sampling
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.load import load_instructions
+from fastlm.data.examples.templates import render_prompt
 from fastlm.generate import generate
-from fastlm.load import chat_template, open_model
+from fastlm.places import chat_template, open_model
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for b in ("dan", "fel", "gor", "hin", "jup", "kez", "lam")
@@ -148,11 +148,9 @@ def test_the_first_step_of_dpo_is_ln_2_and_moves_the_model(share, start, pairs, 
 
 
 def test_reference_logprobs_are_computed_once(start, pairs, tmp_path, monkeypatch):
-    from fastlm.train import reference
-
     written = []
     monkeypatch.setattr(
-        reference, "write_array", lambda file, array, real=reference.write_array: (written.append(file.name), real(file, array))
+        files, "write_array", lambda file, array, real=files.write_array: (written.append(file.name), real(file, array))
     )
     for run, steps in (("a", "2"), ("b", "2"), ("c", "4")):
         assert tune("dpo", start, pairs, tmp_path / run, "--steps", steps, "--batch-rows", "1") == 0
@@ -199,8 +197,8 @@ def test_losses_do_not_depend_on_micro_batches(stage, start, instructions, pairs
 
 
 MISTAKES = {
-    "no model": (["sft"], "which model?"),
-    "no data": (["sft", "START"], "which data?"),
+    "no model": (["sft"], "sft needs MODEL"),
+    "no data": (["sft", "START"], "sft needs --data"),
     "missing model": (["sft", "no/such/run", "--data", "DATA"], "no/such/run does not exist"),
     "missing data": (["dpo", "START", "--data", "no/such.jsonl"], "no/such.jsonl"),
     "not pairs": (["dpo", "START", "--data", "DATA"], "no field 'chosen'"),
