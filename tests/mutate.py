@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RMS, ROPE, SWI, CE = "rms_norm", "rope", "swiglu", "cross_entropy"
-LIN, FUSED, EMB = "linear_cross_entropy", "fused_linear", "embedding"
+LIN, FUSED, EMB, UPD = "linear_cross_entropy", "fused_linear", "embedding", "updates"
 
 # (file, fault, the code, what it becomes)
 FAULTS = [
@@ -72,8 +72,26 @@ FAULTS = [
     (LIN, "upstream scales dh only", "(saved[i] * dloss)", "(saved[i] * (dloss if i == 0 else 1))"),
     (FUSED, "norm's sum gradient dropped", "total, norm_weight, rstd, dsum, True)", "total, norm_weight, rstd, None, True)"),
     (EMB, "a tied table's rows forgotten", ".index_add_(0, ids.flatten(), dy.flatten(0, -2))", ""),
+    (UPD, "last element skipped", "return t, element, element < size", "return t, element, element < size - 1"),
+    (UPD, "a step to leave out taken", "        size = tl.where(tl.load(skip) == 0.0, size, 0)\n", "        size = size\n"),
+    (UPD, "last partial sum skipped", "mask=i < count", "mask=i < count - 1"),
+    (UPD, "factor not bounded", "tl.where(factor > 1.0, 1.0, factor) * unit", "factor * unit"),
+    (UPD, "scale left in the factor", "tl.where(factor > 1.0, 1.0, factor) * unit", "tl.where(factor > 1.0, 1.0, factor)"),
+    (UPD, "infinity not found", 'tl.where(norm < float("inf"), 0.0, 1.0)', "0.0"),
+    (UPD, "no Nesterov", "u = (g + momentum * (m - g))", "u = m"),
+    (UPD, "momentum of what is not clipped", "        g *= tl.load(factor)\n    average = _at(averages, t, ALIGNED) + i\n"
+     "    m = tl.load(average, mask=touched, other=0.0)\n    m += (1.0 - momentum)",
+     "        g *= 1.0\n    average = _at(averages, t, ALIGNED) + i\n"
+     "    m = tl.load(average, mask=touched, other=0.0)\n    m += (1.0 - momentum)"),
+    (UPD, "norm of another matrix", "first = tl.program_id(0) - tl.load(", "first = 0 * tl.load("),
+    (UPD, "norm of zero not bounded", "tl.where(norm > 1e-7, norm, 1e-7)", "norm"),
+    (UPD, "no weight decay", "kept * p - (lr * tl", "p - (lr * tl"),
+    (UPD, "one scale for all", "(lr * tl.load(scales + t))", "(lr * tl.load(scales))"),
+    (UPD, "one rate for all", "lr = share * tl.load(rates + 2 * t)", "lr = share * tl.load(rates)"),
+    (UPD, "second moment not corrected", " / tl.sqrt(_one_minus_exp(step * log_beta2))", ""),
+    (UPD, "corrections in fp32's rounding", "tl.where(y > -0.5, -y * series, 1.0 - tl.exp(y))", "1.0 - tl.exp(y)"),
 ]  # fmt: skip
-TESTS = {file: file for file in (RMS, ROPE, SWI, CE, LIN, EMB)} | {FUSED: "registration"}
+TESTS = {file: file for file in (RMS, ROPE, SWI, CE, LIN, EMB, UPD)} | {FUSED: "registration"}
 
 # pytest on the copy: an editable installation's finder, which comes before the folder one is in, would give the project itself
 RUN = """
