@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fastlm import kernels
 from fastlm.attention_backend import choose
-from fastlm.config import PRESETS
+from fastlm.config import PRESETS, DoctorConfig
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
 from fastlm.monitor import wide_console
@@ -46,7 +46,8 @@ def kernel_choice(device: torch.device) -> tuple[str, str]:
     return "PyTorch reference", cpu.status()
 
 
-def print_report() -> int:
+def doctor(cfg: DoctorConfig) -> int:
+    """Print the machine, the choice for every operation with its reason, and what else is there."""
     console = wide_console()
     device = pick_device("auto")
     dtype = matmul_dtype(device)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastlm import kernels
 from fastlm.attention import Documents, attention, prepare
 from fastlm.bigram import bigram_tables
-from fastlm.config import ModelConfig, check
+from fastlm.config import ModelConfig
+from fastlm.errors import check
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

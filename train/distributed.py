@@ -28,7 +28,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastlm.config import StageConfig, check, divisors
+from fastlm.config import StageConfig
+from fastlm.errors import check, divisors
 from fastlm.runtime import launched, ranks
 
 BUCKET_BYTES = 64 << 20

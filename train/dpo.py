@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.config import DpoConfig, check
+from fastlm.config import DpoConfig
 from fastlm.data.examples.load import load_preferences
 from fastlm.data.examples.packing import PackedBatch
+from fastlm.errors import check, nearest
 from fastlm.monitor import Monitor
-from fastlm.options import nearest
 from fastlm.runtime import autocast
 from fastlm.train import distributed, loop
 from fastlm.train.losses import LOSSES, Pairs, membership, of_answers
@@ -28,7 +28,7 @@ from fastlm.train.run import cache_folder, compiled_step, finish, resume_or_crea
 def dpo(cfg: DpoConfig) -> int:
     """Train a model on preferences as cfg says; returns the process's exit code."""
     check_loss(cfg)
-    tuning = open_tuning("dpo", cfg, load_preferences, group=2, share=cfg.share_prompt)
+    tuning = open_tuning(cfg, load_preferences, group=2, share=cfg.share_prompt)
     cfg, device, model = tuning.cfg, tuning.device, tuning.model
     training_logprobs = compiled_step(cfg, device, model, model.logprobs)
 

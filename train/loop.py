@@ -206,7 +206,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     """
     seen: list[int] = []
 
-    def note(number: int, frame) -> None:
+    def note(number: int, frame: object) -> None:
         if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)

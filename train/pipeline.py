@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlm import checkpoint, files
-from fastlm.commands import PipelineConfig
-from fastlm.config import DpoConfig, PretrainConfig, SftConfig, check
+from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
+from fastlm.config.toml import load_run, to_toml
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
-from fastlm.data.examples.packing import PackedRows, packed_epoch
+from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_epoch
 from fastlm.data.prefetch import move
+from fastlm.errors import check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.evaluate import open_scorer, read_documents, views
 from fastlm.evaluation.score import segment_nats, summarise
 from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
-from fastlm.options import load_run, to_toml
 from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
@@ -115,7 +115,7 @@ def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, 
     if rows is None:
         return None
 
-    def loss(batch):
+    def loss(batch: PackedBatch) -> dict[str, torch.Tensor]:
         with autocast(device):
             return {"loss": model.loss(batch.x, batch.y, **batch.layout())}
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.bigram import MOST
-from fastlm.commands import Sampling
-from fastlm.config import PretrainConfig, check
+from fastlm.config import PretrainConfig, Sampling
 from fastlm.data.text.batches import (
     IGNORED,
     isolate_documents,
@@ -24,6 +23,7 @@ from fastlm.data.text.batches import (
 from fastlm.data.text.mixture import Mixture
 from fastlm.data.text.shards import Settings, prepare
 from fastlm.data.text.tokens import TokenData, Tokens, unigram_perplexity
+from fastlm.errors import check
 from fastlm.generate import generate
 from fastlm.kernels import cpu
 from fastlm.model import build, count_parameters, training_flops_per_token

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fastlm import checkpoint, files
 from fastlm.attention_backend import Choice, choose
-from fastlm.config import ModelConfig, StageConfig, check
+from fastlm.config import ModelConfig, StageConfig
+from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.model import Transformer
 from fastlm.monitor import Monitor, sparkline
-from fastlm.options import to_toml
 from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlm.commands import Sampling
-from fastlm.config import SftConfig
+from fastlm.config import Sampling, SftConfig
 from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.packing import PackedBatch
 from fastlm.generate import generate
@@ -30,7 +29,7 @@ def sft(cfg: SftConfig) -> int:
     The loss of a step is the sum of -log p over the counted targets of all its rows, responses and
     their end-of-text, by their number: nats per token, whatever the packing and the micro-batches.
     """
-    tuning = open_tuning("sft", cfg, load_instructions)
+    tuning = open_tuning(cfg, load_instructions)
     cfg, device, model = tuning.cfg, tuning.device, tuning.model
     name = f"sft-{Path(cfg.model).name}"
     run = resume_or_create("sft", cfg, device, model, tuning.tokenizer, tuning.facts, name)

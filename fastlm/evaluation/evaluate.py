@@ -17,18 +17,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastlm.commands import EvalConfig
-from fastlm.config import check
+from fastlm.config import EvalConfig
 from fastlm.data.sources import open_source
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.foreign import open_foreign
 from fastlm.evaluation.protocols import Protocol
 from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
 from fastlm.interop import KINDS, architecture, is_hugging_face
-from fastlm.load import fitting_tokenizer, local, open_model
 from fastlm.model import Transformer
 from fastlm.monitor import wide_console
+from fastlm.places import fitting_tokenizer, local, open_model
 from fastlm.runtime import launched, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 
