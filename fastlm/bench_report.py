@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.bench_charts import curves, dots
+from fastlm.config import BenchConfig
 from fastlm.errors import UserError
 
 Row = dict[str, Any]
@@ -180,3 +181,10 @@ def write(folder: Path, out: Path) -> list[Path]:
     for name, svg in charts.items():
         (images / name).write_text(svg, encoding="utf-8")
     return [out, *(images / name for name in charts)]
+
+
+def report(cfg: BenchConfig) -> int:
+    """fastlm bench report: write the page, and say where."""
+    written = write(Path(cfg.results), Path(cfg.out))
+    print(f"{written[0]} and {len(written) - 1} charts")
+    return 0

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fastlm import files
 from fastlm.config import ModelConfig
+from fastlm.config.toml import override
 from fastlm.errors import UserError
 from fastlm.model import Transformer
-from fastlm.options import override
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 

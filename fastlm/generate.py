@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastlm.commands import GenerateConfig, Sampling
-from fastlm.config import check
+from fastlm.config import GenerateConfig, Sampling
 from fastlm.decode import Cache, feed, prefill
-from fastlm.load import open_model, stop_tokens
-from fastlm.model import Transformer, pick_device
+from fastlm.errors import check
+from fastlm.model import Transformer
+from fastlm.places import open_model, stop_tokens
+from fastlm.runtime import pick_device
 from fastlm.sampling import choose
 from fastlm.tokenizer import Tokenizer
 

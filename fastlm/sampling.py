@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm.commands import Sampling
+from fastlm.config import Sampling
 
 FEW = 256  # the nucleus is nearly always among so many tokens: sorting these is 100 times cheaper than the vocabulary
 

@@ -11,13 +11,12 @@ import torch
 from models import randomised
 
 from fastlm.cli import main
-from fastlm.commands import Sampling
-from fastlm.config import ModelConfig
+from fastlm.config import ModelConfig, Sampling
 from fastlm.decode import FEW_ROWS, NATIVE, REGISTERED, feed, prefill
 from fastlm.errors import UserError
 from fastlm.generate import TextStream, generate, write_texts
 from fastlm.interop import export
-from fastlm.load import stop_tokens
+from fastlm.places import stop_tokens
 from fastlm.sampling import choose, restrict
 from fastlm.tokenizer import load_tokenizer
 

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from fastlm import checkpoint, files
 from fastlm.attention_backend import Choice, choose
-from fastlm.config import ModelConfig, StageConfig, check
+from fastlm.config import ModelConfig, StageConfig
+from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
-from fastlm.errors import UserError
-from fastlm.model import Transformer, pick_device
-from fastlm.monitor import Monitor, peak_gib, sparkline
-from fastlm.options import to_toml
+from fastlm.errors import UserError, check
+from fastlm.model import Transformer
+from fastlm.monitor import Monitor, sparkline
+from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.loop import Run
@@ -172,12 +174,24 @@ def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig
 
     packed: whether the stage's rows hold documents to keep apart.
     """
-    choice = choose(cfg.attention, device, loop.matmul_dtype(device), config)
+    choice = choose(cfg.attention, device, matmul_dtype(device), config)
     check(
         choice.backend != "xformers" or not packed or not cfg.compile,
         "xformers cannot be compiled with packed documents; leave --compile or --attention out",
     )
     return choice
+
+
+def compiled_step(
+    cfg: StageConfig, device: torch.device, model: Transformer, function: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The model's function as the training step calls it: with --compile compiled, a small model's in CUDA graphs."""
+    if not cfg.compile:
+        return function
+    if not replays_graphs(model, device):
+        return compiled(function, device)
+    distributed.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
+    return compiled_in_graphs(function, device, model)
 
 
 @dataclass(frozen=True)

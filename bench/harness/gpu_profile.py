@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from harness.gpu_timing import on_gpu, rehearsing
 
 OPTIMIZER = "optimizer"  # the name of the range around an optimizer's step

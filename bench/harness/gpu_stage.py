@@ -32,12 +32,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch._dynamo.utils import counters
-
 from harness.gpu_timing import device, energy_meter, on_gpu, rehearsing
 from harness.stand_ins import stand_in
 from harness.words import word_tokenizer
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 STOOD_IN = stand_in()  # before fastlm's loop is imported, which wants these packages
 
@@ -88,9 +87,7 @@ def size(measuring: bool) -> Size:
     data = (small_text(), small_examples())
     if on_gpu():
         return Size("tiny", PRESETS["tiny"], 4, 128, 20, 10, 6, *data)
-    model = ModelConfig(
-        vocab_size=320, dim=32, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=64, max_seq_len=32
-    )
+    model = ModelConfig(vocab_size=320, dim=32, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=64, max_seq_len=32)
     return Size("one small layer", model, 2, 16, 6, 5, 3, *data)
 
 
@@ -133,9 +130,7 @@ def pretrain_config(s: Size, run: Path, **options: Any) -> PretrainConfig:
         "validation_tokens": 4 * s.tokens,
         "cache": str(CACHE),
         "out": str(run),
-        "optim": OptimConfig(
-            lr=0.002, embedding_lr=0.002, weight_decay=0.1, warmup_steps=s.warmup, decay_fraction=0.4
-        ),
+        "optim": OptimConfig(lr=0.002, embedding_lr=0.002, weight_decay=0.1, warmup_steps=s.warmup, decay_fraction=0.4),
     }
     return PretrainConfig(**(defaults | options))
 
@@ -334,9 +329,7 @@ def watch(
 
     def train(*arguments: Any, **named: Any) -> int:
         given = inspect.signature(run_steps).bind(*arguments, **named)
-        steps = watched_steps(
-            given.arguments["batches"], seen, last, limit is not None, s.warmup, actions or {}
-        )
+        steps = watched_steps(given.arguments["batches"], seen, last, limit is not None, s.warmup, actions or {})
         given.arguments["batches"] = steps
         seen.attention = given.arguments["run"].state["attention"]
         prepare(given.arguments)

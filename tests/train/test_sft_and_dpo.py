@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from fastlm import checkpoint, files
 from fastlm.cli import main
-from fastlm.commands import Sampling
+from fastlm.config import Sampling
 from fastlm.data.examples.formats import Message
 from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.templates import render_prompt
 from fastlm.generate import generate
-from fastlm.load import chat_template, open_model
+from fastlm.places import chat_template, open_model
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for b in ("dan", "fel", "gor", "hin", "jup", "kez", "lam")
@@ -197,8 +197,8 @@ def test_losses_do_not_depend_on_micro_batches(stage, start, instructions, pairs
 
 
 MISTAKES = {
-    "no model": (["sft"], "which model?"),
-    "no data": (["sft", "START"], "which data?"),
+    "no model": (["sft"], "sft needs MODEL"),
+    "no data": (["sft", "START"], "sft needs --data"),
     "missing model": (["sft", "no/such/run", "--data", "DATA"], "no/such/run does not exist"),
     "missing data": (["dpo", "START", "--data", "no/such.jsonl"], "no/such.jsonl"),
     "not pairs": (["dpo", "START", "--data", "DATA"], "no field 'chosen'"),
