@@ -217,7 +217,6 @@ def test_gpu_steps(kind, measuring, record, kernels_on_device):
     with run_folder() as run:
         seen = watch(pretrain, pretrain_config(s, run, **OPTIONS[kind]), s, s.few_steps)
     figures = seen.figures(training_flops_per_token(s.model, s.seq_len))
-    fields = {"attention": seen.attention, "shape": s.case, "waits": dict(seen.waits)}
-    record(measures={"ours": figures}, fields=fields)
+    record(measures={"ours": figures}, fields=seen.fields(s))
     assert not seen.waits, f"the host waits for the GPU in a step: {dict(seen.waits)}"
     assert not seen.compiled_late, f"{seen.compiled_late} graphs were compiled after the first step"

@@ -49,7 +49,7 @@ from fastlm.train import loop  # noqa: E402
 from fastlm.train.pretrain import pretrain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / "build" / "gpu"  # tokenised text and the model that tuning starts from
+CACHE = ROOT / "build" / "gpu"  # tokenised text
 FIRST_QUIET = 2  # the steps before it may compile and warm up; from it on nothing may make the host wait
 
 
@@ -164,6 +164,15 @@ class Seen:
         if self.joules is not None:
             found["joules_per_token"] = self.joules / sum(self.tokens)
         return found | {"waits": sum(self.waits.values()), "compiled_late": self.compiled_late}
+
+    def fields(self, s: Size) -> dict[str, Any]:
+        """What a row says beside its figures."""
+        found: dict[str, Any] = {"attention": self.attention, "shape": s.case}
+        if STOOD_IN:
+            found["stand_ins"] = list(STOOD_IN)
+        if self.waits:
+            found["waits"] = dict(self.waits)
+        return found
 
     def losses(self, every: int) -> list[list[float]]:
         """[step, loss] of every so-manieth step and of the last."""
@@ -322,8 +331,7 @@ def watch(
         given = inspect.signature(run_steps).bind(*arguments, **named)
         steps = watched_steps(given.arguments["batches"], seen, last, limit is not None, s.warmup, actions or {})
         given.arguments["batches"] = steps
-        backend = given.arguments["model"].attention_backend
-        seen.attention = given.arguments["state"].get("attention") or backend
+        seen.attention = given.arguments["run"].state["attention"]
         prepare(given.arguments)
         with contextlib.closing(steps):
             return run_steps(*given.args, **given.kwargs)
@@ -349,12 +357,10 @@ def run_folder() -> Iterator[Path]:
         yield Path(folder) / "run"
 
 
-def starting_model(s: Size) -> Path:
-    """A run of one step, for tuning to start from: made once, then kept."""
-    run = CACHE / f"start-{s.name.replace(' ', '-')}"
-    if not (run / "checkpoints").is_dir():
-        options = {"steps": 1, "batch_rows": 1, "compile": False, "validation_tokens": s.seq_len + 1}
-        with on_this_machine(s):
-            code = pretrain(pretrain_config(s, run, **options))
-        assert code == 0, f"pretraining the starting model ended with exit code {code}"
+def starting_model(s: Size, run: Path) -> Path:
+    """A run of one step, for tuning to start from."""
+    options = {"steps": 1, "batch_rows": 1, "compile": False, "validation_tokens": s.seq_len + 1}
+    with on_this_machine(s):
+        code = pretrain(pretrain_config(s, run, **options))
+    assert code == 0, f"pretraining the starting model ended with exit code {code}"
     return run
