@@ -5,8 +5,8 @@
 steps: the pretrain, SFT and DPO step of three models, beside the same models in plain PyTorch under torch.compile
 (compiled_step.py). kernels: the kernels' PTX executed in a simulator, beside Liger-Kernel's where it is installed
 (simulated_kernels.py). scale: the pretrain step of modern-253m as batch, sequence length, vocabulary and model grow. Everything
-is counted; times are projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. It needs gpucompile.py and ptxsim.py
-in ../shared/tools. About 15 minutes on one core for all three parts.
+is counted, with tests/gpuless; times are projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. About 15 minutes
+on one core for all three parts.
 """
 
 from __future__ import annotations
