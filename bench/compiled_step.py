@@ -3,7 +3,7 @@
     python bench/compiled_step.py [--preset modern-253m] [--rows 32] [--seq-len 1024] [--stage pretrain] [--plain] [--json]
     python bench/compiled_step.py --trainer [--before] [--preset modern-253m] [--rows 32] [--seq-len 1024]
 
-It needs gpucompile.py in ../shared/tools. The fused ops are counted with their own traffic: what they take in and give out, and
+Counted with tests/gpuless/gpucompile.py. The fused ops are counted with their own traffic: what they take in and give out, and
 what they move inside (norms' partial sums; for the head's loss two passes over the logits, since their second read
 finds them in the L2 cache (docs/kernels.md), and the cast of its weight). What is kept for the backward is decided as on an
 80 GB GPU.
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT.parent / "shared" / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpuless")]
 
 
 H100 = 79 << 30, 132  # bytes of memory, multiprocessors
@@ -162,7 +162,7 @@ STEPS = {"pretrain": pretrain_step, "sft": sft_step, "dpo": dpo_step}
 
 def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "pretrain") -> dict:
     """Counts of one compiled step of a stage: rows x seq_len tokens, bf16 autocast, forward and backward."""
-    from gpucompile import compile_for_gpu
+    from gpucompile import DEVICE, compile_for_gpu
 
     import fastlm.kernels.flops
     import fastlm.model
@@ -177,7 +177,7 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
         return tuple(torch.empty(shape, dtype=dtype) for dtype, *shape in shapes)
 
     def step(*batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return box["step"](*batch)
 
     def unavailable(*tensors: torch.Tensor) -> bool:  # the native kernels: a GPU takes PyTorch's attention
@@ -186,13 +186,15 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
     swapped = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
     with swapped, mock.patch("fastlm.attention.cpu.available", unavailable):
         report = compile_for_gpu(step, build)
-    generated = sum(g.pointwise_bytes for g in report.graphs)
+    generated = sum(g.generated_bytes for g in report.graphs)
     # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does
     attention = sum(n for g in report.graphs for k, n in g.launches.items() if "attention_for_cpu" in k)
     launches = sum(sum(g.launches.values()) for g in report.graphs) - attention
     matmul_s, fused, head_s = 0.0, {}, 0.0
     for g in report.graphs:
         for name, given, made, flops in g.nodes:
+            if name.startswith("aten") and "attention" in name:  # a CUDA build knows its FLOPs: they are attention_ms
+                continue
             if flops or not name.startswith("fastlm.") or "packed_documents" in name:  # a matmul, or attention
                 matmul_s += max((given + made) / 3.0e12, flops / 700e12)
                 continue

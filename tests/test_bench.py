@@ -334,11 +334,7 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(tmp_path, capsys):
     assert main(["bench"]) == 2
 
 
-TOOLS = ROOT.parent / "shared" / "tools"
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not TOOLS.is_dir(), reason="the folder ../shared/tools, which counts GPU programs, is absent")
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 def test_the_gpu_program_costs_no_more_than_the_results_say(stage):
     """Bytes moved, launches and bytes saved of the compiled step of `tiny`, counted again."""
