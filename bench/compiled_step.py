@@ -1,12 +1,15 @@
 """The GPU program of a whole compiled training step, counted without a GPU: bytes, launches, memory, and a projected time.
 
     python bench/compiled_step.py [--preset modern-253m] [--rows 32] [--seq-len 1024] [--stage pretrain] [--plain] [--json]
+    python bench/compiled_step.py --trainer [--before] [--preset modern-253m] [--rows 32] [--seq-len 1024]
 
 It needs gpucompile.py in ../shared/tools. The fused ops are counted with their own traffic: what they take in and give out, and
 what they move inside (norms' partial sums; for the head's loss two passes over the logits, since their second read finds them
 in the L2 cache (docs/kernels.md), and the cast of its weight). What is kept for the backward is decided as on an 80 GB GPU.
---plain: the same model written in plain PyTorch. Every time printed is a projection from counts, not a
-measurement; attention's own (attention_ms) is beside the projected time, not in it.
+--plain: the same model written in plain PyTorch. --trainer: the whole step of fastlm pretrain, with clipping, Muon and
+AdamW (optimizer_step.py); --before: that step, 32 x 1024, as it was before the optimizers had kernels of their own. Every
+time printed is a projection from counts, not a measurement; attention's own (attention_ms) is beside the projected time, not
+in it, but in the trainer's.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -216,18 +220,98 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
     }  # fmt: skip
 
 
+class Part(NamedTuple):
+    """One part of the trainer's step: what passes through kernels that are not matmuls, in how many launches, and times."""
+
+    name: str
+    gb: float
+    launches: int
+    bound_ms: float  # at 3.0 TB/s and 700 TFLOP/s
+    expected_ms: float  # at the rates that are assumed to be reached
+
+
+# Assumed: kernels reach 85% of 3.0 TB/s, matmuls 90% of 700 TFLOP/s; attention 288 TFLOP/s, which is cuDNN's forward with
+# heads of 64 at 1,024 tokens in the FlashAttention-3 paper (Shah et al. 2024).
+KERNELS_REACH = 0.85
+MATMULS_REACH = 0.9
+ATTENTION_REACHES = 288 / 700
+# Counted at commit d3e1301 by the same functions; the launches of its clipping are those that PyTorch made on fakegpu.
+BEFORE = ROOT / "bench" / "results" / "before" / "trainer-step.json"
+
+
+def models() -> dict:
+    """The presets, and one shape on each side of them."""
+    from fastlm.config import PRESETS, ModelConfig
+
+    large = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim": 8192, "max_seq_len": 4096}
+    small = {"dim": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "ffn_dim": 1024, "max_seq_len": 4096}
+    return {"30m": ModelConfig(**small), **PRESETS, "1b": ModelConfig(**large)}
+
+
+def trainer_step(config, rows: int, seq_len: int) -> list[Part]:
+    """The parts of a step of fastlm pretrain with Muon, and their sum.
+
+    Not in it: batches, which are copied beside the step before (0.5 MB for 32,768 tokens), and gaps between launches.
+    """
+    import optimizer_step
+
+    def part(name: str, gb: float, launches: int, matmul_ms: float) -> Part:
+        expected = gb / (3.0 * KERNELS_REACH) + matmul_ms / MATMULS_REACH
+        return Part(name, gb, launches, gb / 3.0 + matmul_ms, expected)
+
+    found = measure(config, rows, seq_len)
+    attention = found["attention_ms"]
+    parts = [
+        part("forward and backward: matmuls", 0.0, 0, found["matmul_ms"]),
+        Part("forward and backward: attention", 0.0, 0, attention, attention / ATTENTION_REACHES),
+        part("forward and backward: the rest", found["traffic_gb"], found["launches"], 0.0),
+    ]
+    for name, counted in optimizer_step.count(config).items():
+        parts.append(part(name, counted.traffic / 1e9, counted.launches, 1e3 * counted.matmul_s))
+    gb, launches, bound, expected = (sum(column) for column in list(zip(*parts, strict=True))[1:])
+    return [*parts, Part("in all", gb, launches, bound, expected)]
+
+
+def trainer_steps_before() -> dict[str, list[Part]]:
+    found = json.loads(BEFORE.read_text(encoding="utf-8"))
+    return {name: [Part(*row) for row in rows] for name, rows in found.items()}
+
+
+def print_trainer_step(config, rows: int, seq_len: int, parts: list[Part]) -> None:
+    from fastlm.model import training_flops_per_token
+
+    print(f"{'projected, not measured':34} {'GB':>6} {'launches':>8} {'bound, ms':>9} {'expected, ms':>12}")
+    for p in parts:
+        print(f"{p.name:34} {p.gb:6.2f} {p.launches:8} {p.bound_ms:9.2f} {p.expected_ms:12.2f}")
+    flops = training_flops_per_token(config, seq_len)
+    for name, ms in (("bound", parts[-1].bound_ms), ("expected", parts[-1].expected_ms)):
+        rate = 1e3 * rows * seq_len / ms
+        print(f"{name}: {rate:,.0f} tokens/s, {rate * flops / 989e12:.1%} MFU")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="modern-253m")
+    parser.add_argument("--preset", default="modern-253m", choices=models())
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--stage", default="pretrain", choices=STEPS)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--trainer", action="store_true")
+    parser.add_argument("--before", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    from fastlm.config import PRESETS
-
-    result = measure(PRESETS[args.preset], args.rows, args.seq_len, args.plain, args.stage)
+    config = models()[args.preset]
+    if args.before:
+        print_trainer_step(config, 32, 1024, trainer_steps_before()[args.preset])
+        return
+    if args.trainer:
+        parts = trainer_step(config, args.rows, args.seq_len)
+        if args.json:
+            print(json.dumps(parts))
+        else:
+            print_trainer_step(config, args.rows, args.seq_len, parts)
+        return
+    result = measure(config, args.rows, args.seq_len, args.plain, args.stage)
     if args.json:
         print(json.dumps(result))
         return

@@ -74,7 +74,7 @@ COMMANDS = {
     ),
     "lm-eval": Command(
         "LmEvalConfig",
-        "fastlm.harness:lm_eval",
+        "fastlm.harness:run_lm_eval",
         "lm-eval's tasks with a model; its own options follow",
         example="fastlm lm-eval runs/sft-demo --tasks TASK,...",
         argument="model",

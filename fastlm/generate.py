@@ -13,8 +13,9 @@ from torch import Tensor
 from fastlm.config import GenerateConfig, Sampling
 from fastlm.decode import Cache, feed, prefill
 from fastlm.errors import check
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
 from fastlm.places import open_model, stop_tokens
+from fastlm.runtime import pick_device
 from fastlm.sampling import choose
 from fastlm.tokenizer import Tokenizer
 

@@ -6,8 +6,7 @@ so that each addition is fused with the norm that follows it.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import cast
 
@@ -20,7 +19,7 @@ from fastlm import kernels
 from fastlm.attention import Documents, attention, prepare
 from fastlm.bigram import bigram_tables
 from fastlm.config import ModelConfig
-from fastlm.errors import UserError, check
+from fastlm.errors import check
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -261,42 +260,6 @@ def initialise(model: Transformer, seed: int, text: Tensor | None = None) -> Non
         check(not c.tie_embeddings, "init bigram needs an untied head; pass --model.no-tie-embeddings, or --init normal")
         embedding, head = bigram_tables(text, c.vocab_size, c.dim, generator)
         model.embedding[: c.vocab_size], model.head[: c.vocab_size] = embedding, head
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: the GPU when there is one. The name is checked, so that a missing GPU is one clear line."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device is {name!r}; choose among auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but PyTorch sees no GPU here; pass --device cpu, or install a CUDA build of torch")
-    return torch.device(name)
-
-
-def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """torch.compile with static shapes, one graph. On a CPU it needs a C++ compiler; without one, one clear line."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("--compile on a CPU needs a C++ compiler, and none was found; install g++, or leave --compile out")
-    if device.type == "cuda":
-        own_ops_have_no_lowering()
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def own_ops_have_no_lowering() -> None:
-    """Tell Inductor that our ops are called as they are.
-
-    It would find out by itself, but on torch 2.11 each time with a log message that prints the op's inputs and theirs, at a
-    cost exponential in the number of layers: four of them already take minutes.
-    """
-    from torch._inductor.lowering import lowerings, make_fallback
-
-    for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("fastlm::"):
-            packet = getattr(torch.ops.fastlm, name.removeprefix("fastlm::").partition(".")[0])
-            for overload in packet.overloads():
-                if (op := getattr(packet, overload)) not in lowerings:
-                    make_fallback(op, warn=False)
 
 
 def build(config: ModelConfig, seed: int, device: torch.device, text: Tensor | None = None, **options) -> Transformer:

@@ -18,53 +18,12 @@ from torch import Tensor
 
 from fastlm import files
 from fastlm.errors import UserError
-from fastlm.memory import process_peak_gib
+from fastlm.runtime import ceiling, peak_gib
 
-# Dense bf16 matmul peaks, FLOP/s, from NVIDIA's and AMD's data sheets; other devices are measured.
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "RTX 4090": 165e12, "MI300X": 1307e12}
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "kl")  # of a validation; the file has all
 PLAIN_SECONDS = 10.0  # between two lines where the output is not a terminal
 NVML_SECONDS = 1.0  # between two questions to NVML, each of which takes milliseconds
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large matmul on this device now: the best of the repetitions that fit in the time."""
-    n = 4096 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
-    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
-    a @ a
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def ceiling(device: torch.device) -> tuple[float, str]:
-    """FLOP/s to compare with, and its name: MFU against the data sheet's peak, else a share of the measured rate."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, peak in PEAKS.items():
-            if key in name:
-                return peak, "MFU"
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return matmul_rate(device, dtype), "of matmul rate"
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most memory in use so far: of the GPU's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return process_peak_gib()
 
 
 class Power:

@@ -107,6 +107,7 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     """
     device = check_start(cfg)
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
+    distributed.broadcast_parameters(model)
     cfg = with_lengths(cfg, model.config.max_seq_len, group)
     examples = read_examples(cfg, tokenizer, load)
     train, held_out = pack_examples(examples, cfg.row_len, group, share)

@@ -23,8 +23,9 @@ from fastlm.errors import check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.evaluate import open_scorer, read_documents, views
 from fastlm.evaluation.score import segment_nats, summarise
-from fastlm.model import Transformer, count_parameters, pick_device
+from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
+from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.dpo import dpo
@@ -39,6 +40,8 @@ Row = dict[str, Any]
 def pipeline(cfg: PipelineConfig) -> int:
     """Run the stages that are not done yet, score every model, print the table. Returns the exit code of a stopped stage."""
     check(not distributed.launched(), "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one")
+    with tf32_matmuls(cfg.eval.tf32, pick_device(cfg.eval.device)):
+        pass  # says so now if the device has no TF32
     out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")
     options = to_toml(cfg)
     noted = out / "config.toml"
@@ -93,7 +96,8 @@ def score(cfg: PipelineConfig, place: str, console: Console) -> Row:
     documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
     scores = {}
     for protocol in views(protocols.chosen(cfg.eval.protocols), documents, tokenizer, longest, console):
-        nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
+        with tf32_matmuls(cfg.eval.tf32, device):
+            nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
         scores[protocol.name] = dataclasses.asdict(summarise(protocol, nats))
     row: Row = {"place": place, "text": cfg.eval.data, "text_sha256": digest, "perplexity": scores,
                 "parameters": None, "answer_perplexity": None, "prefers_chosen": None}  # fmt: skip
@@ -112,7 +116,7 @@ def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, 
         return None
 
     def loss(batch: PackedBatch) -> dict[str, torch.Tensor]:
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": model.loss(batch.x, batch.y, **batch.layout())}
 
     batches = (((b,), b.counted) for b in packed_epoch(rows, 4))
@@ -127,7 +131,7 @@ def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, dev
         return None
     right = pairs = 0
     for batch in (move(b, device) for b in packed_epoch(rows, 1)):
-        with loop.autocast(device):
+        with autocast(device):
             logps = model.logprobs(batch.x, batch.y, **batch.layout())
         member = membership(batch.unit, batch.units)
         means = of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from fastlm import checkpoint, files
 from fastlm.attention_backend import Choice, choose
@@ -22,8 +23,9 @@ from fastlm.config import ModelConfig, StageConfig
 from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
 from fastlm.errors import UserError, check
-from fastlm.model import Transformer, keep_what_fits, pick_device
-from fastlm.monitor import Monitor, peak_gib, sparkline
+from fastlm.model import Transformer, keep_what_fits
+from fastlm.monitor import Monitor, sparkline
+from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.loop import Run
@@ -172,7 +174,7 @@ def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig
 
     packed: whether the stage's rows hold documents to keep apart.
     """
-    choice = choose(cfg.attention, device, loop.matmul_dtype(device), config)
+    choice = choose(cfg.attention, device, matmul_dtype(device), config)
     check(
         choice.backend != "xformers" or not packed or not cfg.compile,
         "xformers cannot be compiled with packed documents; leave --compile or --attention out",
@@ -184,7 +186,19 @@ def settle_memory(model: Transformer, device: torch.device, tokens: int) -> None
     """What a pass over so many tokens keeps for its backward: decided once, before anything is compiled."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        keep_what_fits(model, tokens, memory, loop.matmul_dtype(device).itemsize)
+        keep_what_fits(model, tokens, memory, matmul_dtype(device).itemsize)
+
+
+def compiled_step(
+    cfg: StageConfig, device: torch.device, model: Transformer, function: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The model's function as the training step calls it: with --compile compiled, a small model's in CUDA graphs."""
+    if not cfg.compile:
+        return function
+    if not replays_graphs(model, device):
+        return compiled(function, device)
+    distributed.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
+    return compiled_in_graphs(function, device, model)
 
 
 @dataclass(frozen=True)

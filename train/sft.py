@@ -12,11 +12,11 @@ from fastlm.config import Sampling, SftConfig
 from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.packing import PackedBatch
 from fastlm.generate import generate
-from fastlm.model import compiled
 from fastlm.monitor import Monitor
+from fastlm.runtime import autocast
 from fastlm.train import distributed, loop
 from fastlm.train.packed import Tuning, open_tuning
-from fastlm.train.run import finish, resume_or_create, say_start, train_steps
+from fastlm.train.run import compiled_step, finish, resume_or_create, say_start, train_steps
 
 SAMPLES = 8
 SAMPLE_TOKENS = 128
@@ -34,12 +34,12 @@ def sft(cfg: SftConfig) -> int:
     name = f"sft-{Path(cfg.model).name}"
     run = resume_or_create("sft", cfg, device, model, tuning.tokenizer, tuning.facts, name)
     say_start(run, tuning.described())
-    training_loss = compiled(model.loss, device) if cfg.compile else model.loss
+    training_loss = compiled_step(cfg, device, model, model.loss)
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
         # validation compiles nothing more
         function = training_loss if torch.is_grad_enabled() else model.loss
-        with loop.autocast(device):
+        with autocast(device):
             total = function(batch.x, batch.y, max_counted=tuning.max_counted, **batch.layout())
         return {"loss": total}
 

@@ -50,7 +50,7 @@ class WritingConfig(Sampling):
     tokenizer: str = ""
     """gpt2 or a tokenizer.json, where it is not the model's own."""
     device: str = "auto"
-    """auto (cuda when there is one), cpu or cuda."""
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,10 +108,12 @@ class EvalConfig:
     """Tokens per forward pass (0: 4,096 on a CPU, 131,072 on a GPU)."""
     compile: bool = False
     """Compile the model with torch.compile: worth it for a long text."""
+    tf32: bool = False
+    """On a GPU, multiply in TF32: several times as fast, with inputs rounded to 10 bits of mantissa."""
     json: bool = False
     """Print JSON instead of a table."""
     device: str = "auto"
-    """auto (cuda when there is one), cpu or cuda."""
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         check_not_negative(self, "max_documents", "batch_tokens")

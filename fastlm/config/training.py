@@ -108,7 +108,7 @@ class StageConfig:
     tensorboard: bool = False
     """Write TensorBoard events into the run folder too."""
     device: str = "auto"
-    """auto (cuda when there is one), cpu or cuda."""
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
     attention: Literal["auto", "torch", "flash", "flash3", "flash4", "xformers"] = "auto"
     """Attention backend; fastlm doctor prints what auto chooses and why."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -40,13 +40,15 @@ STAGES = {
     "dpo, prompts apart": f"dpo {{runs}}/pretrain {TUNED} --data {{pairs}} --no-share-prompt",
 }
 
+WORDS = ("red", "green", "blue", "one", "two", "three")
+
 
 def write_data(folder: Path) -> dict[str, Path]:
     """Documents, instructions and pairs of 1 to 40 words, a JSON object a line."""
     rng = random.Random(0)
 
     def words() -> str:
-        return " ".join(rng.choices(["red", "green", "blue", "one", "two", "three"], k=rng.randint(1, 40)))
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, 40)))
 
     rows = {
         "text": [{"text": words()} for _ in range(3000)],

@@ -151,6 +151,31 @@ def make_pairs(count, seed=0):
     return made
 
 
+def test_every_slot_knows_where_it_stands_among_the_keys():
+    packed = pack(make_pairs(12), 64, group=2, share=True)
+    batch = lay_out(packed, range(len(packed)))
+    cu_seqlens_k, keys, places = batch.sharing
+    seen = keys[: cu_seqlens_k[-1]].tolist()
+    for slot, found in enumerate(places.tolist()):
+        assert sorted(place for place in found if place >= 0) == [n for n, key in enumerate(seen) if key == slot]
+    assert cu_seqlens_k[-1] > batch.x.numel()  # some prompts are seen by both answers
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_all_batches_of_a_run_have_one_shape_that_holds_the_fullest(count):
+    """Whatever rows of whatever epochs meet, of training and of held-out rows."""
+    train = pack(make_pairs(40), 64, group=2, share=True)
+    held_out = pack(make_pairs(7, seed=1), 64, group=2, share=True)
+    rooms = [rows.room(count) for rows in (train, held_out)]
+    room = max(segments for segments, _ in rooms), max(keys for _, keys in rooms)
+    batches = [packed_batch(train, position, count, 0, room) for position in range(0, 60, count)]
+    batches += packed_epoch(held_out, count, room)
+    assert {len(b.cu_seqlens) for b in batches} == {len(b.sharing[0]) for b in batches} == {room[0] + 1}
+    assert {len(b.sharing[1]) for b in batches} == {room[1]}
+    most = max(len(b.cu_seqlens.unique()) - 1 for b in batches)
+    assert most <= room[0] <= 2 * most
+
+
 def test_what_a_pair_has_in_common_is_what_its_ids_say():
     for a, b in zip(*[iter(make_pairs(60))] * 2, strict=True):
         n = common_slots([a, b])
