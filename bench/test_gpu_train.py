@@ -115,10 +115,7 @@ ALL: dict[str, Callable[[Size], Seen]] = {
     "Hugging Face Llama compiled": hugging_face,
     **{name: functools.partial(chunks, size=size) for name, size in CHUNKS.items()},
     **{name: functools.partial(sdpa, name=kernel) for name, kernel in SDPA.items()},
-    **{
-        f"attention {name}": functools.partial(few_steps, attention=name)
-        for name in OTHER_ATTENTION
-    },
+    **{f"attention {name}": functools.partial(few_steps, attention=name) for name in OTHER_ATTENTION},
 }
 CONTENDERS = {name: contender for name, contender in ALL.items() if name not in ABSENT}
 

@@ -55,7 +55,7 @@ class LanguageModel:
 def load(place: str, device: str = "auto", tokenizer: str = "") -> LanguageModel:
     """The model of a run, a checkpoint or a Hugging Face folder of the Llama family.
 
-    device: auto (cuda when there is one), cpu or cuda. tokenizer: gpt2 or a tokenizer.json, where
+    device: auto (cuda when there is one), cpu, cuda or cuda:N. tokenizer: gpt2 or a tokenizer.json, where
     it is not the model's own. Raises UserError where nothing can be loaded.
     """
     model, found = open_model(place, pick_device(device), tokenizer)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from fastlm import files
+from fastlm import files, runtime
 from fastlm.errors import UserError
 from fastlm.runtime import ceiling, peak_gib
 
@@ -79,22 +79,9 @@ class Power:
 
 
 def read_later(tensors: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, float]]:
-    """A function that gives the tensors' values. Called one step later, it never waits for the step that runs then.
-
-    On a GPU the values are copied to pinned memory as soon as they are there, and an event behind the copy tells when.
-    """
-    stacked = torch.stack([tensor.detach().float() for tensor in tensors.values()])
-    if device.type != "cuda":
-        return lambda: dict(zip(tensors, stacked.tolist(), strict=True))
-    copied = stacked.to("cpu", non_blocking=True)  # pinned: PyTorch makes it so for a copy that nobody waits for
-    event = torch.cuda.Event(blocking=True)
-    event.record()
-
-    def read() -> dict[str, float]:
-        event.synchronize()
-        return dict(zip(tensors, copied.tolist(), strict=True))
-
-    return read
+    """A function that gives the tensors' values. Called one step later, it never waits for the step that runs then."""
+    values = runtime.read_later(torch.stack([tensor.detach().float() for tensor in tensors.values()]), device)
+    return lambda: dict(zip(tensors, values(), strict=True))
 
 
 def wide_console(stderr: bool = False) -> Console:

@@ -154,6 +154,38 @@ def compiled_in_graphs(function: Callable[..., Tensor], device: torch.device, mo
     return replayed
 
 
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """step on a GPU recorded as a CUDA graph, which the function that is returned replays; elsewhere step itself.
+
+    step must have run before, so that nothing is compiled now, and must do the same work on the same tensors every time.
+    """
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def read_later(tensor: Tensor, device: torch.device) -> Callable[[], list]:
+    """A function that gives the tensor's values as they are now. Called later, it need not wait for what is launched then.
+
+    On a GPU they are copied to pinned memory as soon as they are there, and an event behind the copy tells when.
+    """
+    if device.type != "cuda":
+        values = tensor.tolist()
+        return lambda: values
+    copied = tensor.to("cpu", non_blocking=True)  # pinned: PyTorch makes it so for a copy that nobody waits for
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+
+    def read() -> list:
+        event.synchronize()
+        return copied.tolist()
+
+    return read
+
+
 def declare_own_ops_to_inductor() -> None:
     """Tell Inductor before it compiles that our ops have no lowering and are called as they are.
 

@@ -39,6 +39,7 @@ from fastlm.train.run import (
     finish,
     resume_or_create,
     say_start,
+    settle_memory,
     train_steps,
 )
 from fastlm.train.shortlist import by_frequency, draw
@@ -69,6 +70,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     distributed.broadcast_parameters(model)
     attention = choose_attention(cfg, device, cfg.model, packed=cfg.isolate_documents)
     model.attention_backend = attention.backend
+    settle_memory(model, device, distributed.micro_rows(cfg) * cfg.seq_len)
     say_model_and_text(cfg, device, data)
     name = f"pretrain-{Path(cfg.recipe).stem}"
     facts = {"train_tokens": len(data.train), "attention": str(attention)}

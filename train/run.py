@@ -23,7 +23,7 @@ from fastlm.config import ModelConfig, StageConfig
 from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
 from fastlm.errors import UserError, check
-from fastlm.model import Transformer
+from fastlm.model import Transformer, keep_what_fits
 from fastlm.monitor import Monitor, sparkline
 from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs
 from fastlm.tokenizer import Tokenizer
@@ -192,6 +192,13 @@ def compiled_step(
         return compiled(function, device)
     distributed.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
     return compiled_in_graphs(function, device, model)
+
+
+def settle_memory(model: Transformer, device: torch.device, tokens: int) -> None:
+    """What a pass over so many tokens keeps for its backward: decided once, before anything is compiled."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        keep_what_fits(model, tokens, memory, matmul_dtype(device).itemsize)
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ def on_this_machine(s: Size) -> Iterator[None]:
     """Inside, "gpt2" is the word tokenizer; on a CPU kernels are interpreted and code generation is left out."""
     words = word_tokenizer(read_text(s.text), s.model.vocab_size, "gpt2")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("fastlm.tokenizer._load_gpt2", lambda: words))
+        stack.enter_context(mock.patch("fastlm.tokenizer._load_gpt2", return_value=words))
         if on_gpu() and rehearsing():
             stack.enter_context(mock.patch("fastlm.monitor.read_later", zeros_later))
         if not on_gpu():

@@ -11,8 +11,8 @@ from harness.gpu_stage import CACHE, Enough, Seen, Size, on_this_machine, watche
 from harness.gpu_timing import device, on_gpu
 
 from fastlm.config import ModelConfig
-from fastlm.data.text.batches import row_batch
 from fastlm.data.prefetch import prefetch
+from fastlm.data.text.batches import row_batch
 from fastlm.data.text.shards import prepare
 from fastlm.tokenizer import load_tokenizer
 

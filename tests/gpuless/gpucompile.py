@@ -148,11 +148,10 @@ def compile_for_gpu(
             stack.enter_context(pretend_gpu(properties))
         if execute is None:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if on_cuda:
-            stack.enter_context(DEVICE)  # of tensors that build() makes
         stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
         torch._dynamo.reset()
-        inputs = build()
+        with DEVICE if on_cuda else contextlib.nullcontext():
+            inputs = build()
         report.result = torch.compile(step, backend=backend, fullgraph=True)(*inputs)
         if isinstance(report.result, torch.Tensor) and report.result.requires_grad:
             report.result.backward()

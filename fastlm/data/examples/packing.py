@@ -59,11 +59,16 @@ class PackedBatch(NamedTuple):
     unit: (rows, row_len) int64, the example each counted target belongs to, numbered within the batch from 0 (for pairs: 2 i
     is the chosen and 2 i + 1 the rejected answer of pair i), -1 elsewhere; units: how many there are. numbers: (rows,) int64,
     which packed row each is (-1 for an empty one). cu_seqlens: int32, boundaries of the segments in the rows laid end to end,
-    from 0 to rows * row_len; max_seqlen: the longest segment there may be (row_len). sharing: None, or where prompts are
-    shared, cu_seqlens_k, int32, keys (n,) int64 and places (rows * row_len, 1 + group) int64: segment i sees the slots
-    keys[cu_seqlens_k[i] : cu_seqlens_k[i + 1]], of which its own are the last, and slot n stands at keys[places[n]], -1 for
-    nowhere. Boundaries repeat their last and keys end in 0, so that all batches of as many rows have one shape and a compiled
-    model is not compiled again. real: slots that hold a token of an example; counted: targets.
+    from 0 to rows * row_len; max_seqlen: the longest segment there may be (row_len).
+
+    sharing: None, or where prompts are shared, cu_seqlens_k, int32, keys (n,) int64 and places
+    (rows * row_len, 1 + group) int64. Segment i sees the slots keys[cu_seqlens_k[i] :
+    cu_seqlens_k[i + 1]], of which its own are the last; slot m stands at keys[places[m]], of which
+    the last, n - 1, is seen by none and stands for nowhere.
+
+    Boundaries repeat their last and keys end in 0, so that all batches of as many rows have one
+    shape and a compiled model is not compiled again. real: slots that hold a token of an example;
+    counted: targets.
     """
 
     x: Tensor
@@ -127,9 +132,9 @@ class PackedRows:
         return segments, keys
 
     def room(self, count: int) -> tuple[int, int]:
-        """The most segments and keys that a batch of `count` rows may have."""
+        """The most segments that a batch of `count` rows may have, and keys, with one that nobody sees."""
         segments, keys = self.sizes
-        return most_of(segments, count), most_of(keys, count)
+        return most_of(segments, count), most_of(keys, count) + 1
 
     @cached_property
     def most_counted(self) -> int:
@@ -214,7 +219,7 @@ def lay_out(packed: PackedRows, numbers: Sequence[int], room: tuple[int, int] | 
     unit = np.full((len(numbers), length), -1, np.int64)
     bounds, key_bounds, real, units = [0], [0], 0, 0
     keys: list[int] = []
-    places = np.full((len(numbers) * length, 1 + group), -1, np.int64)
+    places = np.full((len(numbers) * length, 1 + group), most_keys - 1, np.int64)
 
     def segment(row: int, at: int, size: int, seen: range, side: int = 0) -> int:
         """Close a segment of the row that starts at slot `at`. Returns its end.

@@ -1,4 +1,4 @@
-"""The kernels' PTX executed on the CPU (../shared/tools/ptxsim.py), which checks bounds, alignment, barriers and races.
+"""The kernels' PTX executed on the CPU (tests/gpuless/ptxsim), which checks bounds, alignment, barriers and races.
 
 Run by test_compiled.py, in a process of its own.
 """
@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-TOOLS = Path(__file__).resolve().parents[4] / "shared" / "tools"
-sys.path[:0] = [str(TOOLS), str(Path(__file__).resolve().parents[1])]
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TESTS / "gpuless"), str(TESTS / "kernels")]
 
 import ptxsim  # noqa: E402
 from exactness import assert_as_exact, leaves, run, unaligned  # noqa: E402
