@@ -119,17 +119,10 @@ def begin(name: str, path: Path, about: dict[str, Any], seconds: float) -> Part:
 # ---------------------------------------------------------------- processes
 
 
-def pytest_command() -> list[str]:
-    """pytest by this interpreter; on the stand-in for a GPU by its runner, which marks torch as such."""
-    fake = getattr(torch, "fakegpu_counts", None)
-    runner = [fake.__code__.co_filename] if fake else []
-    return [sys.executable, *runner, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-
-
 def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
     """(exit code, output) of pytest in a process of its own; None where it was ended after so many seconds."""
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [*pytest_command(), *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
         try:
             output = process.communicate(timeout=max(seconds, 1))[0]

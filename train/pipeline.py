@@ -83,8 +83,9 @@ def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | Dpo
         shutil.rmtree(folder, ignore_errors=True)
         return stage(dataclasses.replace(cfg, out=str(folder)))
     begun = load_run(type(cfg), str(folder))
-    if checkpoint.read_state(saved[-1])["step"] >= begun.steps:
-        print(f"done: {saved[-1]}")
+    place, state, _ = checkpoint.newest_whole(folder)
+    if state["step"] >= begun.steps:
+        print(f"done: {place}")
         return 0
     return stage(dataclasses.replace(begun, resume=str(folder)))
 

@@ -45,6 +45,7 @@ from fastlm.config import PRESETS, ModelConfig, OptimConfig, PretrainConfig  # n
 from fastlm.data.functions import cut_functions, make_rows  # noqa: E402
 from fastlm.data.sources import SEPARATOR, open_source  # noqa: E402
 from fastlm.kernels.common import triton_on_cpu  # noqa: E402
+from fastlm.runtime import ceiling  # noqa: E402
 from fastlm.train import loop  # noqa: E402
 from fastlm.train.pretrain import pretrain  # noqa: E402
 
@@ -156,7 +157,7 @@ class Seen:
         rate = 1e3 * each / statistics.median(self.milliseconds)
         found = {"tokens_per_second": rate, "peak_gib": self.peak_gib}
         if on_gpu():
-            peak, name = monitor.ceiling(device())
+            peak, name = ceiling(device())
             if name == "MFU":
                 found["mfu"] = rate * flops_per_token / peak
         if self.pairs:
