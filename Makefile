@@ -6,7 +6,7 @@ BIN := .venv/bin
 CMAKE_PYTHON = -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test gpu bench lint native sanitize mutate architectures clean
+.PHONY: demo test rehearse gpu bench lint native sanitize mutate architectures clean
 
 demo: .venv/user
 	$(BIN)/fastlm pretrain --compile
@@ -19,6 +19,10 @@ test: .venv/developer
 # 9 minutes, into bench/results. Nothing is installed. Without a GPU: a rehearsal, small.
 gpu:
 	$(PYTHON) bench/gpu.py
+
+# Every command on a stand-in GPU, with the CUDA build of PyTorch in an environment of its own (5 GB): about 12 minutes.
+rehearse:
+	$(PYTHON) tests/gpuless/rehearse.py
 
 # Every benchmark that runs on this machine, the peers installed first: about 40 minutes on two slow cores. Where a target was
 # missed it fails, but after the rest.

@@ -21,7 +21,8 @@ from importlib import import_module
 import torch
 
 from fastlm.attention import HALF
-from fastlm.config import ModelConfig, check
+from fastlm.config import ModelConfig
+from fastlm.errors import check
 from fastlm.kernels import cpu
 
 # In PyTorch's registry, and the generations of GPUs that PyTorch lets each serve

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from fastlm import kernels
 from fastlm.attention_backend import choose
-from fastlm.config import PRESETS
+from fastlm.config import PRESETS, DoctorConfig
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
-from fastlm.monitor import matmul_rate, wide_console
+from fastlm.monitor import wide_console
+from fastlm.runtime import matmul_dtype, matmul_rate, pick_device
 from fastlm.tokenizer import load_tokenizer
 
 OPTIONAL = {
@@ -45,10 +46,11 @@ def kernel_choice(device: torch.device) -> tuple[str, str]:
     return "PyTorch reference", cpu.status()
 
 
-def print_report() -> int:
+def doctor(cfg: DoctorConfig) -> int:
+    """Print the machine, the choice for every operation with its reason, and what else is there."""
     console = wide_console()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    device = pick_device("auto")
+    dtype = matmul_dtype(device)
     machine = Table("machine", "", box=None, title_justify="left")
     machine.add_row("processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none that this PyTorch can use"

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from fastlm import checkpoint, files
-from fastlm.commands import ExportConfig, ImportConfig
-from fastlm.config import check
+from fastlm.config import ExportConfig, ImportConfig
 from fastlm.data.examples.templates import published_template
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.interop import export, is_hugging_face
-from fastlm.load import chat_template, local, open_model, stop_tokens
 from fastlm.model import count_parameters
+from fastlm.places import chat_template, local, open_model, stop_tokens
 from fastlm.tokenizer import Tokenizer, gpt2_json, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -55,7 +54,6 @@ def tokenizer_files(tokenizer: Tokenizer, max_len: int, template: str) -> dict[s
 
 def export_run(cfg: ExportConfig) -> int:
     """fastlm export: weights, configuration, tokenizer and chat template as transformers, vLLM and llama.cpp read them."""
-    check(bool(cfg.to), f"where to? name a new folder: fastlm export {cfg.model} --to DIR")
     model, tokenizer = open_model(cfg.model, CPU, cfg.tokenizer)
     template = chat_template(cfg.model, tokenizer, default="none") if cfg.template == "auto" else cfg.template
     beside = tokenizer_files(tokenizer, model.config.max_seq_len, template)
@@ -71,7 +69,6 @@ def export_run(cfg: ExportConfig) -> int:
 
 def import_folder(cfg: ImportConfig) -> int:
     """fastlm import: a run with one checkpoint, step 0, that holds the folder's weights and a copy of its tokenizer."""
-    check(bool(cfg.to), f"where to? name a new run folder: fastlm import {cfg.model} --to runs/NAME")
     run = Path(cfg.to)
     check(is_hugging_face(Path(local(cfg.model))), f"{cfg.model} holds no config.json; give a Hugging Face model folder")
     check(not run.exists() or (run.is_dir() and not any(run.iterdir())), f"{run} exists and is not empty; choose another --to")

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlm import files
-from fastlm.config import ModelConfig, check
-from fastlm.errors import UserError, printable
+from fastlm.config import ModelConfig
+from fastlm.errors import UserError, check, printable
 from fastlm.model import Transformer
 from fastlm.schema import SchemaError, parse, read_json, read_object
 

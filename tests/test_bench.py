@@ -23,11 +23,13 @@ from packaging.requirements import Requirement
 
 from fastlm import bench_report
 from fastlm.cli import main
+from fastlm.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
+import optimizer_step  # noqa: E402
 import results  # noqa: E402
 
 SLEEPERS = """
@@ -332,11 +334,7 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(tmp_path, capsys):
     assert main(["bench"]) == 2
 
 
-TOOLS = ROOT.parent / "shared" / "tools"
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not TOOLS.is_dir(), reason="the folder ../shared/tools, which counts GPU programs, is absent")
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 def test_the_gpu_program_costs_no_more_than_the_results_say(stage):
     """Bytes moved, launches and bytes saved of the compiled step of `tiny`, counted again."""
@@ -358,3 +356,19 @@ def test_docs_benchmarks_is_what_the_results_give():
     assert docs.read_text(encoding="utf-8") == text, "run fastlm bench report"
     for name, svg in charts.items():
         assert (docs.with_suffix("") / name).read_text(encoding="utf-8") == svg, "run fastlm bench report"
+
+
+def test_clipping_and_optimizers_cost_a_gpu_no_more_than_the_docs_say():
+    """Counted for modern-253m; the same, wholly by hand, from the sizes of its matrices."""
+    counted = optimizer_step.count(PRESETS["modern-253m"])
+    clip, muon, adamw = (counted[name] for name in ("clip", "Muon", "AdamW"))
+    assert [part.launches for part in counted.values()] == [2, 13, 2]
+    hidden, others = 12 * (3 + 1 + 8 + 4) * 1024 * 1024, 50304 * 1024 + 25 * 1024
+    squares = 48 * 1024 * 1024  # numbers in the Gram matrices, in fp16
+    assert clip.traffic == pytest.approx(4 * (hidden + others), rel=1e-3)
+    assert muon.traffic == pytest.approx((14 + 4 + 10) * hidden + 5 * 2 * 2 * squares, rel=1e-3)
+    assert adamw.traffic == pytest.approx(28 * others, rel=1e-3)
+    assert muon.matmuls == 30
+    by_gram = 2 * 1024 * (2 * 2 * hidden + 14 * squares)  # twice X X^T and P X; A A, A P, (A P) P and P P beside them
+    assert muon.flops == pytest.approx(by_gram, rel=1e-9)
+    assert muon.ms < 6.7

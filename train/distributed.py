@@ -28,19 +28,15 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastlm.config import StageConfig, check, divisors
-from fastlm.evaluation.score import ranks
+from fastlm.config import StageConfig
+from fastlm.errors import check, divisors
+from fastlm.runtime import launched, ranks
 
 BUCKET_BYTES = 64 << 20
 PATIENCE = timedelta(days=1)  # text may be tokenised for hours while the others wait; torchrun sees to processes that died
 
 T = TypeVar("T")
 C = TypeVar("C", bound=StageConfig)
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
@@ -167,6 +163,17 @@ def all_reduce_counts(n_counted: int, figures: dict[str, Any]) -> tuple[int, dic
     total, *found = sums.tolist()
     pairs = zip(numbers.items(), found, strict=True)
     return int(total), figures | {name: int(x) if isinstance(value, int) else x / world for (name, value), x in pairs}
+
+
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every process the main one's parameters and buffers, so that all start from the same bits.
+
+    Unlike machines may make unlike ones of one seed.
+    """
+    if ranks()[1] == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def all_reduce_means(means: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,31 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.config import DpoConfig, check
+from fastlm.config import DpoConfig
 from fastlm.data.examples.load import load_preferences
 from fastlm.data.examples.packing import PackedBatch
-from fastlm.model import compiled
+from fastlm.errors import check, nearest
 from fastlm.monitor import Monitor
-from fastlm.options import nearest
+from fastlm.runtime import autocast
 from fastlm.train import distributed, loop
 from fastlm.train.losses import LOSSES, Pairs, membership, of_answers
 from fastlm.train.packed import Tuning, open_tuning
 from fastlm.train.reference import ReferencePass, reference_logprobs, with_reference
-from fastlm.train.run import cache_folder, finish, resume_or_create, say_start, train_steps
+from fastlm.train.run import cache_folder, compiled_step, finish, resume_or_create, say_start, train_steps
 
 
 @distributed.under_torchrun
 def dpo(cfg: DpoConfig) -> int:
     """Train a model on preferences as cfg says; returns the process's exit code."""
     check_loss(cfg)
-    tuning = open_tuning("dpo", cfg, load_preferences, group=2, share=cfg.share_prompt)
+    tuning = open_tuning(cfg, load_preferences, group=2, share=cfg.share_prompt)
     cfg, device, model = tuning.cfg, tuning.device, tuning.model
-    training_logprobs = compiled(model.logprobs, device) if cfg.compile else model.logprobs
+    training_logprobs = compiled_step(cfg, device, model, model.logprobs)
 
     def logprobs(batch: PackedBatch) -> Tensor:
         # validation compiles nothing more
         function = training_logprobs if torch.is_grad_enabled() else model.logprobs
-        with loop.autocast(device):
+        with autocast(device):
             return function(batch.x, batch.y, max_counted=tuning.max_counted, **batch.layout())
 
     facts = tuning.facts

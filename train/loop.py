@@ -58,16 +58,6 @@ class Run:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on GPUs that have it; fp32 elsewhere (bf16 matmuls are slower than fp32 on most CPUs)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device) == torch.bfloat16)
-
-
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """What autocast() makes of the matmuls."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
 def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:
     """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
 
@@ -199,7 +189,8 @@ def train(
 
 def improved(state: dict[str, Any], folder: Path) -> bool:
     """Whether this step's validation, if there was one, beats those of the checkpoints in the folder."""
-    return state["validation_loss"] is not None and state["validation_loss"] < checkpoint.best(folder)[1]
+    nats = state["validation_loss"]
+    return nats is not None and nats < checkpoint.best(folder)[1]
 
 
 def due(done: int, every: int, steps: int) -> bool:
@@ -216,7 +207,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     """
     seen: list[int] = []
 
-    def note(number: int, frame) -> None:
+    def note(number: int, frame: object) -> None:
         if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)

@@ -13,14 +13,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fastlm.config import TuningConfig, check
+from fastlm.config import TuningConfig
 from fastlm.data.examples.load import Examples, pack_examples
 from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
-from fastlm.load import open_model
+from fastlm.errors import check
 from fastlm.model import Transformer, count_parameters, training_flops_per_token
+from fastlm.places import open_model
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed
-from fastlm.train.run import cache_folder, check_start, choose_attention
+from fastlm.train.run import cache_folder, check_start, choose_attention, settle_memory
 
 MAX_LEN = 512  # of an example, where the options do not say
 
@@ -98,17 +99,15 @@ class Tuning(Generic[C]):
         return f"{self.cfg.steps} steps of {self.cfg.batch_rows} rows ({epochs:.2f} epochs)"
 
 
-def open_tuning(stage: str, cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
+def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
     """Open the model and the examples, pack them, settle the steps, and say so.
 
     load: reads the examples. group: sequences that belong together, two in a pair of answers. share:
     whether a pair's prompt is computed once for both.
     """
-    usage = f"fastlm {stage} {cfg.model or 'runs/pretrain-demo'} --data FILE.jsonl"
-    check(bool(cfg.model), f"which model? give a run or a Hugging Face folder: {usage}")
-    check(bool(cfg.data), f"which data? give a .jsonl file or a data set: {usage}")
     device = check_start(cfg)
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
+    distributed.broadcast_parameters(model)
     cfg = with_lengths(cfg, model.config.max_seq_len, group)
     examples = read_examples(cfg, tokenizer, load)
     train, held_out = pack_examples(examples, cfg.row_len, group, share)
@@ -119,6 +118,7 @@ def open_tuning(stage: str, cfg: C, load: Callable[..., Examples], group: int = 
     model.checkpoint_activations = cfg.checkpoint_activations
     attention = choose_attention(cfg, device, model.config, packed=True)
     model.attention_backend = attention.backend
+    settle_memory(model, device, distributed.micro_rows(cfg) * train.row_len)
     what = "pairs" if group > 1 else "examples"
     for line in (
         f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {distributed.devices(device)}",

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlm.bigram import MOST
-from fastlm.commands import Sampling
-from fastlm.config import PretrainConfig, check
+from fastlm.config import PretrainConfig, Sampling
 from fastlm.data.text.batches import (
     IGNORED,
     isolate_documents,
@@ -24,19 +23,23 @@ from fastlm.data.text.batches import (
 from fastlm.data.text.mixture import Mixture
 from fastlm.data.text.shards import Settings, prepare
 from fastlm.data.text.tokens import TokenData, Tokens, unigram_perplexity
+from fastlm.errors import check
 from fastlm.generate import generate
 from fastlm.kernels import cpu
-from fastlm.model import build, compiled, count_parameters, training_flops_per_token
+from fastlm.model import build, count_parameters, training_flops_per_token
 from fastlm.monitor import Monitor, showing_bytes
+from fastlm.runtime import autocast
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.run import (
     cache_folder,
     check_start,
     choose_attention,
+    compiled_step,
     finish,
     resume_or_create,
     say_start,
+    settle_memory,
     train_steps,
 )
 from fastlm.train.shortlist import by_frequency, draw
@@ -64,22 +67,24 @@ def pretrain(cfg: PretrainConfig) -> int:
         sample if from_bigrams else None,
         checkpoint_activations=cfg.checkpoint_activations,
     )
+    distributed.broadcast_parameters(model)
     attention = choose_attention(cfg, device, cfg.model, packed=cfg.isolate_documents)
     model.attention_backend = attention.backend
+    settle_memory(model, device, distributed.micro_rows(cfg) * cfg.seq_len)
     say_model_and_text(cfg, device, data)
     name = f"pretrain-{Path(cfg.recipe).stem}"
     facts = {"train_tokens": len(data.train), "attention": str(attention)}
     run = resume_or_create("pretrain", cfg, device, model, tokenizer, facts, name)
     say_start(run, described(cfg, len(data.train)))
 
-    training_loss = compiled(model.loss, device) if cfg.compile else model.loss
+    training_loss = compiled_step(cfg, device, model, model.loss)
 
     def loss(tokens: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": training_loss(tokens, targets, cfg.z_loss, **options)}
 
     def plain_loss(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        with loop.autocast(device):
+        with autocast(device):
             return {"loss": model.loss(tokens, targets)}
 
     def validate() -> dict[str, float]:

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from fastlm import checkpoint, files
 from fastlm.attention_backend import Choice, choose
-from fastlm.config import ModelConfig, StageConfig, check
+from fastlm.config import ModelConfig, StageConfig
+from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
-from fastlm.errors import UserError
-from fastlm.model import Transformer, pick_device
-from fastlm.monitor import Monitor, peak_gib, sparkline
-from fastlm.options import to_toml
+from fastlm.errors import UserError, check
+from fastlm.model import Transformer, keep_what_fits
+from fastlm.monitor import Monitor, sparkline
+from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.loop import Run
@@ -82,9 +84,11 @@ def resume_or_create(
     if cfg.resume:
         folder = Path(cfg.resume)
         lock = locked(folder)
-        place = checkpoint.locate(folder)
-        saved = checkpoint.load(place, model, named_state(optimizers))
+        place, saved, problems = checkpoint.newest_whole(folder)
+        for problem in problems:
+            distributed.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
         check_facts(place, saved, state, cfg.steps)
+        checkpoint.restore(place, model, named_state(optimizers))
         state |= saved | {"attention": state["attention"]}  # that of this machine
     else:
         torch.manual_seed(cfg.seed)
@@ -172,12 +176,31 @@ def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig
 
     packed: whether the stage's rows hold documents to keep apart.
     """
-    choice = choose(cfg.attention, device, loop.matmul_dtype(device), config)
+    choice = choose(cfg.attention, device, matmul_dtype(device), config)
     check(
         choice.backend != "xformers" or not packed or not cfg.compile,
         "xformers cannot be compiled with packed documents; leave --compile or --attention out",
     )
     return choice
+
+
+def compiled_step(
+    cfg: StageConfig, device: torch.device, model: Transformer, function: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The model's function as the training step calls it: with --compile compiled, a small model's in CUDA graphs."""
+    if not cfg.compile:
+        return function
+    if not replays_graphs(model, device):
+        return compiled(function, device)
+    distributed.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
+    return compiled_in_graphs(function, device, model)
+
+
+def settle_memory(model: Transformer, device: torch.device, tokens: int) -> None:
+    """What a pass over so many tokens keeps for its backward: decided once, before anything is compiled."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        keep_what_fits(model, tokens, memory, matmul_dtype(device).itemsize)
 
 
 @dataclass(frozen=True)

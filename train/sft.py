@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlm.commands import Sampling
-from fastlm.config import SftConfig
+from fastlm.config import Sampling, SftConfig
 from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.packing import PackedBatch
 from fastlm.generate import generate
-from fastlm.model import compiled
 from fastlm.monitor import Monitor
+from fastlm.runtime import autocast
 from fastlm.train import distributed, loop
 from fastlm.train.packed import Tuning, open_tuning
-from fastlm.train.run import finish, resume_or_create, say_start, train_steps
+from fastlm.train.run import compiled_step, finish, resume_or_create, say_start, train_steps
 
 SAMPLES = 8
 SAMPLE_TOKENS = 128
@@ -30,17 +29,17 @@ def sft(cfg: SftConfig) -> int:
     The loss of a step is the sum of -log p over the counted targets of all its rows, responses and
     their end-of-text, by their number: nats per token, whatever the packing and the micro-batches.
     """
-    tuning = open_tuning("sft", cfg, load_instructions)
+    tuning = open_tuning(cfg, load_instructions)
     cfg, device, model = tuning.cfg, tuning.device, tuning.model
     name = f"sft-{Path(cfg.model).name}"
     run = resume_or_create("sft", cfg, device, model, tuning.tokenizer, tuning.facts, name)
     say_start(run, tuning.described())
-    training_loss = compiled(model.loss, device) if cfg.compile else model.loss
+    training_loss = compiled_step(cfg, device, model, model.loss)
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
         # validation compiles nothing more
         function = training_loss if torch.is_grad_enabled() else model.loss
-        with loop.autocast(device):
+        with autocast(device):
             total = function(batch.x, batch.y, max_counted=tuning.max_counted, **batch.layout())
         return {"loss": total}
 

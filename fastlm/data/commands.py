@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastlm import files
+from fastlm.config import DataInspectConfig, DataPrepareConfig
 from fastlm.data.sources import open_source
 from fastlm.data.text.manifest import MANIFEST, Manifest, Settings, read_manifest
 from fastlm.data.text.shards import write_folder
@@ -17,53 +17,29 @@ from fastlm.data.text.tokens import Tokens, open_data
 from fastlm.errors import UserError, printable
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 
-PROGRAM = "fastlm data"
 BAR_CHARS = 40
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of both subcommands."""
-    top = _Parser(prog=PROGRAM, description="tokenise text into shards, and look into them")
-    commands = top.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    prepare = commands.add_parser("prepare", help="tokenise sources into a folder, to train from it later")
-    prepare.add_argument("sources", nargs="+", metavar="SOURCE", help="python-stdlib, a file or folder, or a hub name")
-    prepare.add_argument("--out", required=True, help="folder to write (with several sources: one folder inside it for each)")
-    prepare.add_argument("--tokenizer", default="gpt2", help="gpt2, a tokenizer.json or a folder that holds one")
-    prepare.add_argument("--text-field", default="text", help="column of the text in .jsonl and .parquet rows")
-    prepare.add_argument("--bad-rows", default="fail", choices=("fail", "skip"), help="stop at a bad row, or leave it out")
-    prepare.add_argument("--dedup", default="none", choices=("none", "exact", "near"), help="drop duplicate documents")
-    prepare.add_argument("--workers", type=int, default=0, help="threads that tokenise (0: one per core)")
-    inspect = commands.add_parser("inspect", help="counts, document lengths, samples, and a check of every hash")
-    inspect.add_argument("folder", metavar="DIR", help="a folder written by prepare")
-    inspect.add_argument("--documents", type=int, default=3, help="decoded documents to show of each split")
-    inspect.add_argument("--picture", default="", help="write the length histogram as this .svg file too")
-    return top
-
-
-def main(argv: list[str]) -> int:
-    """Run `fastlm data ...`; returns the exit code."""
-    options = parser().parse_args(argv)
-    if options.command == "inspect":
-        print(inspect_folder(Path(options.folder), options.documents, Path(options.picture) if options.picture else None))
-        return 0
-    if options.workers < 0:
-        raise UserError(f"--workers is {options.workers}; expected 0 (one per core) or more")
-    tokenizer = load_tokenizer(options.tokenizer)
-    settings = Settings(options.text_field, options.bad_rows, options.dedup)
-    several = len(options.sources) > 1
-    for name in options.sources:
-        folder = Path(options.out) / Path(name).stem if several else Path(options.out)
-        print(prepare_folder(name, tokenizer, folder, settings, options.workers or None))
-    print("Train on it with:\n  fastlm pretrain --data " + _mixture(options.sources, options.out, several))
+def prepare(cfg: DataPrepareConfig) -> int:
+    """fastlm data prepare: each source into a folder, and how to train on them."""
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    settings = Settings(cfg.text_field, cfg.bad_rows, cfg.dedup)
+    several = len(cfg.sources) > 1
+    for name in cfg.sources:
+        folder = Path(cfg.out) / Path(name).stem if several else Path(cfg.out)
+        print(prepare_folder(name, tokenizer, folder, settings, cfg.workers or None))
+    print("Train on it with:\n  fastlm pretrain --data " + _mixture(cfg.sources, cfg.out, several))
     return 0
 
 
-def _mixture(sources: list[str], out: str, several: bool) -> str:
+def inspect(cfg: DataInspectConfig) -> int:
+    """fastlm data inspect: what a prepared folder holds."""
+    picture = Path(cfg.picture) if cfg.picture else None
+    print(inspect_folder(Path(cfg.folder), cfg.documents, picture))
+    return 0
+
+
+def _mixture(sources: Sequence[str], out: str, several: bool) -> str:
     folders = [str(Path(out) / Path(name).stem) for name in sources]
     return '"' + ", ".join(folders) + '"' if several else out
 

@@ -28,8 +28,9 @@ def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2)
         yield from batches
         return
     stream = torch.cuda.Stream(device)
+    gpu = torch.cuda.current_device() if device.index is None else device.index
     ready: Any = None
-    for batch in in_thread((pin(batch) for batch in batches), depth):
+    for batch in in_thread(pinned(batches, gpu), depth):
         with torch.cuda.stream(stream):
             copied = move(batch, device), batch, stream.record_event()  # the pinned batch lives until it is copied
         if ready is not None:
@@ -99,6 +100,13 @@ def apply(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     if isinstance(batch, dict):
         return {name: apply(function, part) for name, part in batch.items()}
     return batch
+
+
+def pinned(batches: Iterable[Any], gpu: int) -> Iterator[Any]:
+    """The batches in pinned memory, for a thread to make."""
+    torch.cuda.set_device(gpu)  # a new thread is on GPU 0, where pinning would take memory for every process
+    for batch in batches:
+        yield pin(batch)
 
 
 def pin(batch: Any) -> Any:

@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastlm.commands import EvalConfig
-from fastlm.config import check
+from fastlm.config import EvalConfig
 from fastlm.data.sources import open_source
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.foreign import open_foreign
 from fastlm.evaluation.protocols import Protocol
 from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
 from fastlm.interop import KINDS, architecture, is_hugging_face
-from fastlm.load import fitting_tokenizer, local, open_model
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
 from fastlm.monitor import wide_console
+from fastlm.places import fitting_tokenizer, local, open_model
+from fastlm.runtime import launched, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 
 
@@ -86,14 +86,14 @@ def views(wanted: list[str], documents: list[str], tokenizer: Tokenizer, longest
 def evaluate(cfg: EvalConfig) -> int:
     """Score every model by every protocol; print a table, or JSON."""
     device, wanted = pick_device(cfg.device), protocols.chosen(cfg.protocols)
-    with joined(device) as first:
+    with joined(device) as first, tf32_matmuls(cfg.tf32, device):
         return report(cfg, device, wanted, first)
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[bool]:
     """Under torchrun, one of its processes while the context lasts, with a GPU of its own. Whether this is the first."""
-    if not dist.is_available() or not dist.is_torchelastic_launched():
+    if not launched():
         yield True
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -119,7 +119,7 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
                 nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, advance, cfg.compile)
             rows.append((place, summarise(protocol, nats)))
     if cfg.json and first:
-        print(json.dumps({"data": cfg.data, "text_sha256": digest,
+        print(json.dumps({"data": cfg.data, "text_sha256": digest, "tf32": cfg.tf32,
                           "results": [{"model": place, **dataclasses.asdict(r)} for place, r in rows]}, indent=1))  # fmt: skip
     elif not cfg.json:
         show(console, cfg, digest, rows)
@@ -127,7 +127,8 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
 
 
 def show(console: Console, cfg: EvalConfig, digest: str, rows: list[tuple[str, Result]]) -> None:
-    console.print(f"{cfg.data}, text SHA-256 {digest}", highlight=False, soft_wrap=True)
+    matmuls = ", matmuls in TF32" if cfg.tf32 else ""
+    console.print(f"{cfg.data}, text SHA-256 {digest}{matmuls}", highlight=False, soft_wrap=True)
     names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "how")
     table = Table(*names, box=None)
     for column in table.columns[2:9]:

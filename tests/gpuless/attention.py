@@ -53,7 +53,7 @@ def asked(step: Callable[[], None]) -> dict[str, int]:
 
 
 def fake_shapes_of_varlen_are_the_real_ones() -> str:
-    """torch.compile plans memory by them; the log-sum-exp is the one that differs between builds."""
+    """torch.compile plans memory by them; the log-sum-exp differs between builds."""
     operator = torch.ops.torch_attn._varlen_attn
     for kv_heads in (HEADS, 2):
         q, k, v = (t.flatten(0, 1) for t in inputs(kv_heads, torch.bfloat16))

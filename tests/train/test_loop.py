@@ -14,7 +14,7 @@ import torch
 from fastlm.config import ModelConfig
 from fastlm.data.text.batches import IGNORED
 from fastlm.errors import UserError
-from fastlm.model import build, compiled, pick_device
+from fastlm.model import build
 from fastlm.train import loop, run
 
 SMALL = ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
@@ -145,19 +145,3 @@ def test_two_processes_do_not_share_a_run(tmp_path):
     holder.kill()
     holder.communicate()
     run.locked(tmp_path).release()
-
-
-def test_unusable_devices_are_named(monkeypatch):
-    assert pick_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="device is 'gpu'; choose among auto, cpu, cuda"):
-        pick_device("gpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto").type == "cpu"
-    with pytest.raises(UserError, match="PyTorch sees no GPU here"):
-        pick_device("cuda")
-
-
-def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and none was found"):
-        compiled(torch.sin, torch.device("cpu"))

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from fastlm.data.text import shards, writer
 from fastlm.data.sources import open_source
-from fastlm.memory import process_peak_gib
+from fastlm.runtime import process_peak_gib
 from fastlm.tokenizer import load_tokenizer
 shards.JOURNAL_EVERY = 4
 writer.SHARD_TOKENS = 1 << 20

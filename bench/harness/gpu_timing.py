@@ -36,6 +36,11 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def rehearsing() -> bool:
+    """Whether there is no GPU that computes: none at all, or the stand-in of tests that need none."""
+    return not on_gpu() or hasattr(torch, "fakegpu_counts")
+
+
 def device() -> torch.device:
     return torch.device("cuda" if on_gpu() else "cpu")
 
@@ -58,7 +63,7 @@ def say(error: Exception) -> str:
 
 def copies(call_bytes: int) -> int:
     """Sets of buffers to rotate over: together a hundredth of the GPU's memory (0.8 GB of 80), at most 64 sets."""
-    if not on_gpu():
+    if rehearsing():
         return 1
     return max(1, min(64, torch.cuda.get_device_properties(0).total_memory // 100 // call_bytes))
 
@@ -127,20 +132,17 @@ def peak_bytes(turn: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def joules(turn: Call, seconds: float) -> tuple[float, int] | None:
-    """(energy, turns) of turns repeated for so many seconds, by the GPU's own meter; None where there is no NVML."""
+def energy_meter() -> Callable[[], float] | None:
+    """A function that reads the GPU's own meter, joules; None where there is no NVML or no meter."""
     try:
         import pynvml
-
-        pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-        begun = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-    except FAILURES:  # no package, no driver, no meter on this device
+    except ImportError:
         return None
-    n, end = 0, time.perf_counter() + seconds
-    with on_stream():
-        while time.perf_counter() < end:
-            turn()
-            torch.cuda.synchronize()
-            n += 1
-    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) - begun) / 1e3, n
+    try:
+        pynvml.nvmlInit()
+        name = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(name)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+    except pynvml.NVMLError:  # no driver, a part of a GPU (MIG), or no meter on this device
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from fastlm.checkpoint import load_model, locate, read_state
-from fastlm.config import check
 from fastlm.data.examples.templates import has_own_template
 from fastlm.data.hub import HubOffline, network_errors, require_hub
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.interop import is_hugging_face, load_hugging_face
 from fastlm.model import Transformer
 from fastlm.tokenizer import Tokenizer, load_tokenizer

