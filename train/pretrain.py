@@ -20,9 +20,9 @@ from fastlm.commands import Sampling
 from fastlm.config import PretrainConfig, check
 from fastlm.data.prefetch import prefetch
 from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch, validation_batches
-from fastlm.data.text.mixture import Mixture
-from fastlm.data.text.shards import Settings, prepare
-from fastlm.data.text.tokens import Tokens, unigram_perplexity
+from fastlm.data.text.manifest import Settings
+from fastlm.data.text.prepare import prepare
+from fastlm.data.text.tokens import TokenSource, token_counts, unigram_perplexity
 from fastlm.generate import generate
 from fastlm.kernels import cpu
 from fastlm.model import Transformer, build, compiled, count_parameters, pick_device, training_flops_per_token
@@ -52,7 +52,7 @@ def pretrain(cfg: PretrainConfig) -> int:
         settings = Settings(on_bad_row=cfg.bad_rows)
         data = prepare(cfg.data, tokenizer, loop.cache_folder(cfg.cache), progress, settings)
     train, held_out = data.train, data.validation[: cfg.validation_tokens]
-    row_batch(train, 0, cfg.batch_rows, cfg.seq_len, cfg.seed)  # says so now if the text is too short
+    train.rows(cfg.seq_len)  # says so now if the text is too short
 
     torch.manual_seed(cfg.seed)
     counted = cfg.init == "bigram" or (cfg.init == "auto" and not cfg.model.tie_embeddings)
@@ -102,7 +102,7 @@ def pretrain(cfg: PretrainConfig) -> int:
 
 
 def batches(
-    cfg: PretrainConfig, train: Tokens | Mixture, position: int, ranked: Tensor | None, eos_id: int, device: torch.device
+    cfg: PretrainConfig, train: TokenSource, position: int, ranked: Tensor | None, eos_id: int, device: torch.device
 ) -> Iterator[loop.Step]:
     """Each step's micro-batches in this process, on the device, with what is counted in them."""
     rows = distributed.micro_rows(cfg)
@@ -121,8 +121,9 @@ def batches(
                     options["shortlist"], options["raised"], y = draw(ranked, y, cfg.shortlist, cfg.seed, start + i)
                 parts.append((x, y, options))
             figures: dict[str, Any] = {"tokens": len(parts) * rows * cfg.seq_len}
-            if isinstance(train, Mixture):
-                figures["tokens_by_source"] = train.tokens_drawn(start + cfg.batch_rows, cfg.seq_len)
+            drawn = train.tokens_drawn(start + cfg.batch_rows, cfg.seq_len)
+            if len(drawn) > 1:
+                figures["tokens_by_source"] = drawn
             yield parts, counted, figures
 
     return prefetch(on_the_host(), device)
@@ -157,11 +158,12 @@ def describe(
 
 
 def report(
-    say: Callable[..., None], cfg: PretrainConfig, run: Path, model: Transformer, tokenizer: Tokenizer, train: Tokens | Mixture,
+    say: Callable[..., None], cfg: PretrainConfig, run: Path, model: Transformer, tokenizer: Tokenizer, train: TokenSource,
     held_out: Any, monitor: Monitor, seconds: float,
 ) -> None:  # fmt: skip
     """The end of a run: what it reached, beside what counting alone reaches, and what to do next."""
-    baseline = unigram_perplexity(train[:MOST], held_out, tokenizer.vocab_size)
+    counts = (token_counts(ids, tokenizer.vocab_size) for ids in (train[:MOST], held_out))
+    baseline = unigram_perplexity(*counts)
     prompt = held_out[: min(32, cfg.seq_len // 2)].tolist()
     sample = generate(model, [prompt], 64, Sampling(temperature=1.0, top_p=0.95), cfg.seed)[0]
     say("")

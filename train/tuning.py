@@ -17,8 +17,9 @@ from rich.console import Console
 
 from fastlm import checkpoint
 from fastlm.config import TuningConfig, check
-from fastlm.data.examples.load import Examples, pack_examples
+from fastlm.data.examples.load import pack_examples
 from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
+from fastlm.data.examples.report import Examples
 from fastlm.data.prefetch import prefetch
 from fastlm.load import open_model
 from fastlm.model import Transformer, count_parameters, pick_device, training_flops_per_token

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fastlm import files
-from fastlm.data.sources import open_source
-from fastlm.data.text.manifest import MANIFEST, Manifest, Settings, read_manifest
+from fastlm.data.catalogue import open_source
+from fastlm.data.text.manifest import MANIFEST, SPLITS, Manifest, Settings, read_manifest
 from fastlm.data.text.shards import write_folder
-from fastlm.data.text.tokens import Tokens, open_data
+from fastlm.data.text.tokens import Tokens, open_data, open_tokens
 from fastlm.errors import UserError, printable
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -71,11 +71,11 @@ def _mixture(sources: list[str], out: str, several: bool) -> str:
 def prepare_folder(name: str, tokenizer: Tokenizer, folder: Path, settings: Settings, workers: int | None = None) -> str:
     """Tokenise a source into a folder with a progress bar (MB/s, time left); a summary, or that it was there already.
 
-    Raises UserError where the folder holds something else, and for all that `fastlm.data.text.shards.prepare` refuses.
+    Raises UserError where the folder holds something else, and for all that `fastlm.data.text.shards.write_folder` refuses.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    source = open_source(name, settings.text_field, settings.on_bad_row)
+    source = open_source(name, "text", settings.text_field, settings.on_bad_row)
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         wanted = (source.name, source.fingerprint, settings, tokenizer.hash)
@@ -87,13 +87,11 @@ def prepare_folder(name: str, tokenizer: Tokenizer, folder: Path, settings: Sett
         return f"{name}: already prepared.\n{summary(manifest)}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: holds other files; name an empty or new folder")
-    if folder.exists():
-        folder.rmdir()
     started = time.perf_counter()
     columns = [TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     with Progress(*columns, TextColumn("{task.fields[tokens]:,} tokens"), transient=True) as bar:
         task = bar.add_task(name, total=source.size_bytes, tokens=0)
-        data = write_folder(
+        write_folder(
             source,
             tokenizer,
             folder,
@@ -102,9 +100,11 @@ def prepare_folder(name: str, tokenizer: Tokenizer, folder: Path, settings: Sett
             workers,
         )
     seconds = time.perf_counter() - started
-    assert data.manifest is not None
-    megabytes = data.manifest.text_bytes / 1e6
-    return f"{name}: {megabytes:,.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)\n{summary(data.manifest)}"
+    manifest = read_manifest(folder)
+    megabytes = manifest.text_bytes / 1e6
+    left_out = "\n  its test split is left out" if "test" in source.splits else ""
+    rate = f"{megabytes:,.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
+    return f"{name}: {rate}\n{summary(manifest)}{left_out}"
 
 
 def summary(manifest: Manifest) -> str:
@@ -126,10 +126,9 @@ def inspect_folder(folder: Path, n_documents: int = 3, picture: Path | None = No
 
     picture: an .svg file to write the histogram of training document lengths to. Raises UserError for a damaged folder.
     """
-    data = open_data(folder, verify=True)
-    manifest = data.manifest
-    assert manifest is not None
+    manifest = read_manifest(folder)
     made = manifest.tokenizer
+    splits = {split: open_tokens(folder, split, verify=True) for split in SPLITS}
     bytes_per_token = manifest.text_bytes / max(1, sum(entry.tokens for entry in manifest.splits.values()))
     parts = [
         f"{folder}: {printable(manifest.source)} (revision {printable(manifest.fingerprint)}), "
@@ -139,7 +138,7 @@ def inspect_folder(folder: Path, n_documents: int = 3, picture: Path | None = No
         summary(manifest),
         "  every size and sha256 is as in the manifest",
     ]
-    histogram = length_histogram(data.train)
+    histogram = length_histogram(splits["train"])
     parts.append("\ntraining documents by length in tokens\n" + histogram_text(histogram))
     if picture is not None:
         files.write_text(picture, histogram_svg(histogram, f"{manifest.source}: documents by length"))
@@ -148,7 +147,7 @@ def inspect_folder(folder: Path, n_documents: int = 3, picture: Path | None = No
     if tokenizer.hash != made.hash:
         raise UserError(f"{folder}: made by a tokenizer of hash {printable(made.hash)}, but {printable(made.name)} is now "
                         f"{tokenizer.hash}; put the tokenizer back, or prepare the text again")  # fmt: skip
-    for split, tokens in (("train", data.train), ("validation", data.validation)):
+    for split, tokens in splits.items():
         count = len(tokens.document_ends)
         for number in sorted({n * count // max(1, n_documents) for n in range(n_documents)} & set(range(count))):
             ids = tokens.document(number)

@@ -8,8 +8,8 @@ import pytest
 
 from fastlm.cli import main
 from fastlm.data.commands import histogram_svg, length_histogram
-from fastlm.data.sources import Piece
 from fastlm.data.text.dedup import Duplicates, drop_duplicates
+from fastlm.data.text.documents import Piece
 from fastlm.data.text.tokens import Tokens, open_data
 from fastlm.errors import UserError
 

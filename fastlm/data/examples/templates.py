@@ -51,7 +51,7 @@ TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
 DEFAULTS = {"chat": "chatml", "alpaca": "alpaca", "text": "none", "hh": "none"}
 
 
-class Encoded(NamedTuple):
+class EncodedSequence(NamedTuple):
     """Token ids, (n,) int32, and which of them are counted as targets, (n,) bool."""
 
     ids: np.ndarray
@@ -110,16 +110,16 @@ def template_of(dialogue: Dialogue, template: str) -> str:
     return DEFAULTS[dialogue.form] if template == "auto" else template
 
 
-def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto") -> Encoded:
+def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto") -> EncodedSequence:
     """Ids of a dialogue with its last end-of-text, and which are counted.
 
-    template: "auto" (by the row's form: ChatML for chat, Alpaca's for Alpaca rows, none for running text), a name of
+    template: "auto" (by its form: ChatML for chat, Alpaca's for Alpaca records, none for running text), a name of
     TEMPLATES, "tokenizer" (its own), a Jinja file, or "none". Raises UserError where the template cannot render the dialogue.
     """
     chosen = template_of(dialogue, template)
     if chosen == "none":
         if dialogue.raw is None:
-            raise UserError("chat template none: these rows are messages; name chatml, alpaca or a Jinja file")
+            raise UserError("chat template none: these records are messages; name chatml, alpaca or a Jinja file")
         segments = [(dialogue.raw[0], False), (dialogue.raw[1], True)]
     else:
         segments = render_segments(dialogue.messages, tokenizer, template_source(chosen, tokenizer))
@@ -132,7 +132,7 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "a
     if not len(parts[-1]) or parts[-1][-1] != tokenizer.eos_id:
         parts.append(np.array([tokenizer.eos_id]))
         masks.append(np.array([True]))
-    return Encoded(np.concatenate(parts).astype(np.int32), np.concatenate(masks))
+    return EncodedSequence(np.concatenate(parts).astype(np.int32), np.concatenate(masks))
 
 
 def literals(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
@@ -142,7 +142,7 @@ def literals(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
 
 
 def _encode(text: str, literal: Sequence[str], tokenizer: Tokenizer, specials: bool) -> np.ndarray:
-    """Ids of a segment; the template's special tokens are special, those written inside a row's text are not."""
+    """Ids of a segment; the template's special tokens are special, those written inside a record's text are not."""
     for content in literal:
         if content in text:
             before, after = text.split(content, 1)

@@ -1,59 +1,27 @@
-"""Rows for training and validation, drawn from one counter: nothing but the position needs to be saved to resume.
-
-Epoch e of a text of N tokens is cut into floor((N - 1) / T) contiguous rows of T + 1 tokens that overlap by one (row r gives
-inputs [r T, r T + T) and targets shifted by one), starting at a phase of its own so that the leftover is not always the same.
-Row number p of the run is row perm_e(p mod n_rows) of epoch e = p // n_rows (fastlm.data.order).
-"""
+"""Batches of rows for training and validation, drawn from one counter: nothing but the position needs to be saved to resume."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from fastlm.data.order import mix64, permutation_keys, permute, rows_per_epoch
-from fastlm.data.text.mixture import Mixture, draw
-from fastlm.data.text.tokens import Tokens
+from fastlm.data.text.tokens import Tokens, TokenSource
 from fastlm.errors import UserError
 
 IGNORED = -100
 
 
-def row_starts(tokens: Tokens, position: int, count: int, seq_len: int, seed: int) -> list[int]:
-    """First token of rows position, ..., position + count - 1 of the run."""
-    n_rows = rows_per_epoch(tokens, seq_len)
-    spare = (len(tokens) - 1) % seq_len
-    starts = []
-    for epoch, numbers in itertools.groupby(range(position, position + count), lambda number: number // n_rows):
-        keys = permutation_keys(seed, epoch)
-        phase = mix64(seed, epoch, 0) % (spare + 1)
-        starts += [permute(number % n_rows, n_rows, keys) * seq_len + phase for number in numbers]
-    return starts
-
-
 def row_batch(
-    tokens: Tokens | Mixture, position: int, count: int, seq_len: int, seed: int
+    tokens: TokenSource, position: int, count: int, seq_len: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows position ... position + count - 1 of the run: inputs and targets, each (count, seq_len) int64.
 
     position counts the rows drawn so far in the whole run, over all ranks and micro-batches. Every slot is a real token;
-    within an epoch no token is a target twice. A Mixture gives each row from the source whose turn it is. Raises
-    UserError where the sequence is longer than the data.
+    within an epoch no token is a target twice. Raises UserError where the sequence is longer than the data.
     """
-    rows = np.empty((count, seq_len + 1), np.int64)
-    if isinstance(tokens, Mixture):
-        weights = tokens.weights(seq_len)
-        for row, number in zip(rows, range(position, position + count), strict=True):
-            source, place = draw(number, weights)
-            part = tokens.parts[source]
-            start = row_starts(part, place, 1, seq_len, mix64(seed, source))[0]
-            row[:] = part[start : start + seq_len + 1]
-    else:
-        for row, start in zip(rows, row_starts(tokens, position, count, seq_len, seed), strict=True):
-            row[:] = tokens[start : start + seq_len + 1]
-    both = torch.from_numpy(rows)
+    both = torch.from_numpy(tokens.rows_at(position, count, seq_len, seed))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 

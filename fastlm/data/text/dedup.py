@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from fastlm.data.sources import Piece
+from fastlm.data.text.documents import Piece
 from fastlm.errors import UserError
 
 NEAR_SIMILARITY = 0.8
@@ -32,36 +33,38 @@ class Duplicates:
             raise UserError(f'duplicates: got {self.mode!r}; expected "none", "exact" or "near"')
 
 
-def drop_duplicates(documents: Iterator[Piece], found: Duplicates) -> Iterator[Piece]:
+def drop_duplicates(documents: Iterator[Piece], duplicates: Duplicates) -> Iterator[Piece]:
     """The documents (whole ones) of which no earlier one is a duplicate; the first of each is kept, in order."""
     seen: set[bytes] = set()
-    index = _near_index() if found.mode == "near" else None
+    index = _near_index() if duplicates.mode == "near" else None
     for number, piece in enumerate(documents):
         words = piece.text.lower().split()
         digest = hashlib.blake2b(" ".join(words).encode("utf-8", "replace"), digest_size=16).digest()
         if digest in seen:
-            found.exact += 1
+            duplicates.exact += 1
             continue
         seen.add(digest)
         if index is not None and len(words) >= SHINGLE_WORDS:
             sketch = _sketch(words)
             if index.query(sketch):
-                found.near += 1
+                duplicates.near += 1
                 continue
             index.insert(number, sketch, check_duplication=False)
         yield piece
 
 
-def _near_index():
+def _near_index() -> Any:
     try:
         from datasketch import MinHashLSH
     except ImportError:
-        raise UserError("duplicates: near ones need the package datasketch (pip install 'fastlm[dedup]'); or drop only exact "
-                        'ones with --dedup exact') from None  # fmt: skip
+        raise UserError(
+            "duplicates: near ones need the package datasketch (pip install 'fastlm[dedup]'); "
+            "or drop only exact ones with --dedup exact"
+        ) from None
     return MinHashLSH(threshold=NEAR_SIMILARITY, num_perm=PERMUTATIONS)
 
 
-def _sketch(words: list[str]):
+def _sketch(words: list[str]) -> Any:
     from datasketch import MinHash
 
     shingles = {" ".join(words[n : n + SHINGLE_WORDS]) for n in range(len(words) - SHINGLE_WORDS + 1)}

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlm.data.sources import Piece
+from fastlm.data.text.documents import Piece
 from fastlm.tokenizer import Tokenizer
 
 
-class Encoded(NamedTuple):
+class EncodedBatch(NamedTuple):
     """A batch of pieces, the ids of each, and how many bytes of UTF-8 their text has."""
 
     pieces: list[Piece]
@@ -28,16 +28,16 @@ class Encoded(NamedTuple):
 
 def encode_batches(
     tokenizer: Tokenizer, batches: Iterator[list[Piece]], dtype: np.dtype, workers: int | None = None
-) -> Iterator[Encoded]:
+) -> Iterator[EncodedBatch]:
     """Tokenise batches in parallel; the order and the ids are the same for any number of workers (None: one per core)."""
 
-    def encode(batch: list[Piece]) -> Encoded:
+    def encode(batch: list[Piece]) -> EncodedBatch:
         ids = [tokenizer.encode_array(piece.text).astype(dtype) for piece in batch]
         size = sum(len(p.text) if p.text.isascii() else len(p.text.encode("utf-8", "replace")) for p in batch)
-        return Encoded(batch, ids, size)
+        return EncodedBatch(batch, ids, size)
 
     workers = workers or usable_cores()
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[Future[EncodedBatch]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for batch in batches:

@@ -14,7 +14,7 @@ from typing import Literal
 from fastlm.errors import UserError
 from fastlm.schema import read_json
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
 MEND = "delete the folder and prepare it again"
 SPLITS = ("train", "validation")

@@ -7,7 +7,7 @@ import pytest
 
 from fastlm.data.examples.formats import Message, read_dialogue, read_preference
 from fastlm.data.examples.load import Report, load_instructions, load_preferences, truncate, truncate_pair
-from fastlm.data.examples.templates import Encoded, encode_dialogue, render_prompt
+from fastlm.data.examples.templates import EncodedSequence, encode_dialogue, render_prompt
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
@@ -259,7 +259,7 @@ def test_a_bad_row_in_an_array_is_named_by_its_line(gpt2, tmp_path):
 
 
 def make(prompt, response):
-    return Encoded(np.arange(prompt + response, dtype=np.int32), np.arange(prompt + response) >= prompt)
+    return EncodedSequence(np.arange(prompt + response, dtype=np.int32), np.arange(prompt + response) >= prompt)
 
 
 @pytest.mark.parametrize(

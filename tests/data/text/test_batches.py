@@ -3,16 +3,8 @@
 import numpy as np
 import pytest
 
-from fastlm.data.text.batches import (
-    IGNORED,
-    mix64,
-    permutation_keys,
-    permute,
-    row_batch,
-    row_starts,
-    rows_per_epoch,
-    validation_batches,
-)
+from fastlm.data.order import mix64, permutation_keys, permute
+from fastlm.data.text.batches import IGNORED, row_batch, validation_batches
 from fastlm.data.text.tokens import Tokens
 from fastlm.errors import UserError
 
@@ -51,7 +43,7 @@ def test_permutation_looks_random():
 
 def test_an_epoch_has_every_target_once_and_targets_follow_inputs():
     tokens, seq_len = make_tokens(1000), 16
-    n_rows = rows_per_epoch(tokens, seq_len)
+    n_rows = tokens.rows(seq_len)
     for epoch in range(3):
         x, y = row_batch(tokens, epoch * n_rows, n_rows, seq_len, seed=3)
         assert (y - x == 1).all()
@@ -76,7 +68,7 @@ def test_order_is_the_same_for_any_ranks_micro_batches_and_resume():
 
 def test_another_seed_is_another_order():
     tokens = make_tokens(5000)
-    assert row_starts(tokens, 0, 50, 32, 0) != row_starts(tokens, 0, 50, 32, 1)
+    assert tokens.row_starts(0, 50, 32, 0) != tokens.row_starts(0, 50, 32, 1)
 
 
 def test_sequence_longer_than_the_data_is_refused():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastlm.data.text.manifest import MANIFEST, file_in
-from fastlm.data.text.shards import prepare
+from fastlm.data.text.prepare import prepare
 from fastlm.data.text.tokens import open_data
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch
-from fastlm.data.text.mixture import Mixture, draw, parse_mixture, quotas, shuffle_documents
-from fastlm.data.text.shards import prepare
-from fastlm.data.text.tokens import Tokens, unigram_perplexity
+from fastlm.data.text.mixture import Mixture, draw, parse_mixture, quotas
+from fastlm.data.text.prepare import prepare
+from fastlm.data.text.tokens import ShuffledTokens, Tokens, unigram_perplexity
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
@@ -49,6 +49,46 @@ def test_a_mixture_draws_epochs_of_each_source():
     assert torch.equal(resumed, x[20:])
 
 
+def sources():
+    """Every kind of token source, and a mixture of mixtures."""
+    small = make_tokens(161, 0, name="small")
+    large = make_tokens(1601, 1000, name="large")
+    mixture = Mixture((small, large), (4.0, 0.25))
+    return [small, ShuffledTokens(make_tokens(1600, 1000, name="large"), 3), mixture, Mixture((mixture, make_tokens(321, 5000, name="third")), (1.0, 2.0))]
+
+
+@pytest.mark.parametrize("source", sources())
+def test_every_source_of_tokens_keeps_the_same_promises(source):
+    seq_len = 16
+    n_rows = source.rows(seq_len)
+    rows = source.rows_at(0, 2 * n_rows, seq_len, seed=1)
+    assert rows.shape == (2 * n_rows, seq_len + 1)
+    assert rows.dtype == np.int64
+    one_by_one = [source.rows_at(position, 1, seq_len, seed=1)[0] for position in range(2 * n_rows)]
+    assert (rows == one_by_one).all()
+    for position in (0, 1, n_rows, 2 * n_rows):
+        drawn = source.tokens_drawn(position, seq_len)
+        assert sum(drawn.values()) == position * seq_len
+        first = rows[:position, 0]
+        for name, ids in (("small", range(1000)), ("large", range(1000, 3000)), ("third", range(5000, 6000))):
+            assert drawn.get(name, 0) == seq_len * np.isin(first, ids).sum()
+    assert source.counts(6000).shape == (6000,)
+    assert set(np.flatnonzero(source.counts(6000))) == set(source[:].tolist())
+    assert len(source[:]) == len(source)
+    assert (source[3:40] == source[:][3:40]).all()
+    with pytest.raises(UserError, match="longer than the data"):
+        source.rows(5000)
+
+
+def test_counts_of_a_mixture_weigh_each_text_by_its_epochs():
+    a = Tokens([np.array([0, 1, 1], np.uint16)], np.array([3]), 0)
+    b = Tokens([np.array([2], np.uint16), np.array([1], np.uint16)], np.array([2]), 0)
+    assert Mixture((a, b), (2.0, 0.5)).counts(4).tolist() == [2, 4.5, 0.5, 0]
+    assert Tokens([], np.array([], np.int64), 0).counts(3).tolist() == [0, 0, 0]
+    with pytest.raises(UserError, match="the vocabulary has 2"):
+        b.counts(2)
+
+
 def test_mixture_text_is_parsed_or_refused():
     assert parse_mixture("wikitext-103:4, tinystories:0.25") == [("wikitext-103", 4.0), ("tinystories", 0.25)]
     assert parse_mixture("org/name:config") == [("org/name:config", 1.0)]
@@ -71,14 +111,14 @@ def test_prepare_takes_a_mixture(tmp_path):
     text = gpt2.decode(data.validation[:])
     assert "red" in text
     assert "one" in text
-    assert 1 < unigram_perplexity(data.train, data.validation, gpt2.vocab_size) < 1000
+    assert 1 < unigram_perplexity(data.train.counts(gpt2.vocab_size), data.validation.counts(gpt2.vocab_size)) < 1000
 
 
 def test_shuffled_documents_are_the_same_documents():
     rng = random.Random(3)
     ends = np.cumsum([rng.randint(1, 30) for _ in range(200)])
     tokens = Tokens([np.arange(ends[-1], dtype=np.uint32)], ends, 0)
-    shuffled = shuffle_documents(tokens, seed=5)
+    shuffled = ShuffledTokens(tokens, seed=5)
     assert len(shuffled) == len(tokens)
     documents = [[t.document(n).tolist() for n in range(200)] for t in (tokens, shuffled)]
     assert documents[0] != documents[1]
@@ -86,8 +126,8 @@ def test_shuffled_documents_are_the_same_documents():
     whole = [i for document in documents[1] for i in document]
     for start, stop in ((0, 5), (17, 400), (len(tokens) - 3, len(tokens)), (9, 9)):
         assert shuffled[start:stop].tolist() == whole[start:stop]
-    assert shuffle_documents(tokens, seed=5)[:].tolist() == whole
-    assert shuffle_documents(tokens, seed=6)[:].tolist() != whole
+    assert ShuffledTokens(tokens, seed=5)[:].tolist() == whole
+    assert ShuffledTokens(tokens, seed=6)[:].tolist() != whole
     x, y = row_batch(shuffled, 3, 4, 16, seed=0)
     assert x.shape == y.shape == (4, 16)
 

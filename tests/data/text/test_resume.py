@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlm.data.text import shards
+from fastlm.data.text.prepare import prepare
 from fastlm.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,12 +19,13 @@ RUN = """
 import sys
 from pathlib import Path
 from fastlm.data.text import shards, writer
-from fastlm.data.sources import open_source
+from fastlm.data.catalogue import open_source
+from fastlm.data.text.manifest import Settings
 from fastlm.memory import process_peak_gib
 from fastlm.tokenizer import load_tokenizer
 shards.JOURNAL_EVERY = 4
 writer.SHARD_TOKENS = 1 << 20
-settings = shards.Settings(on_bad_row="skip", dedup=sys.argv[3])
+settings = Settings(on_bad_row="skip", dedup=sys.argv[3])
 source = open_source(sys.argv[1], on_bad_row="skip")
 shards.write_folder(source, load_tokenizer(), Path(sys.argv[2]), None, settings)
 print(round(process_peak_gib() * 1024))
@@ -113,7 +114,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     source = write_text(tmp_path / "a.txt", 2_000_000)
     tokenizer = load_tokenizer()
-    folders = [shards.prepare(str(source), tokenizer, tmp_path / str(n), workers=n).folder for n in (1, 3)]
+    folders = [prepare(str(source), tokenizer, tmp_path / str(n), workers=n).folder for n in (1, 3)]
     assert content(folders[0]) == content(folders[1])
 
 
