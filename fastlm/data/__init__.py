@@ -1,4 +1,4 @@
-"""Text to batches: sources -> token shards -> rows, and instructions and preferences -> packed rows.
+"""From names to batches: text to rows of tokens, instructions and preferences to packed rows.
 
 sources, hub, rows       where text comes from; what happens to bad rows
 encode, dedup, writer    many texts to ids; duplicates; shard files

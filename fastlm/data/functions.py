@@ -1,12 +1,13 @@
-"""python-functions: instructions and preferences made from the standard library, for runs without any download.
+"""python-functions: instructions and preferences made from the standard library.
 
 Each function with a docstring and a body of some lines gives one record:
 
     prompt       "Complete this function." and its source up to the end of the docstring
     completion   the true body (also `chosen`)
-    rejected     in turn: the body of another function; the true body with its lines in the opposite order
+    rejected     in turn: the body of another function; the true body with its lines reversed
 
-Functions of the files that python-stdlib holds out are the validation split, so a model pretrained on it has not seen them.
+Functions of the files that python-stdlib holds out are the validation split, so a model pretrained
+on it has not seen them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ def open_functions(name: str, bad: BadRecords) -> Source:
             yield Record(f"{name} {split} record {number}", fields)
 
     fingerprint = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-    return Source(name, fingerprint, {split: [Part(records=partial(records, split))] for split in made}, bad=bad)
+    return Source(
+        name,
+        fingerprint,
+        {split: [Part(records=partial(records, split))] for split in made},
+        bad=bad,
+    )
 
 
 def function_records() -> dict[str, list[dict[str, str]]]:
@@ -56,7 +62,9 @@ def function_records() -> dict[str, list[dict[str, str]]]:
 def stdlib_functions() -> dict[str, list[Function]]:
     """The functions of each split, each body once."""
     root = Path(sysconfig.get_path("stdlib"))
-    texts = {name: path.read_text("utf-8", errors="replace") for name, path in stdlib_files(root).items()}
+    texts = {
+        name: path.read_text("utf-8", errors="replace") for name, path in stdlib_files(root).items()
+    }
     held_out = stdlib_held_out(texts)
     functions: dict[str, list[Function]] = {"train": [], "validation": []}
     seen: set[str] = set()
@@ -76,7 +84,11 @@ def cut_functions(text: str) -> Iterator[Function]:
         return
     lines = text.splitlines(keepends=True)
     for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or ast.get_docstring(node) is None:
+        if (
+            not isinstance(node, ast.FunctionDef)
+            or len(node.body) < 2
+            or ast.get_docstring(node) is None
+        ):
             continue
         head_end = node.body[0].end_lineno
         assert head_end is not None
@@ -85,7 +97,11 @@ def cut_functions(text: str) -> Iterator[Function]:
         source = [line[indent:] if line[:indent].strip() == "" else line for line in source]
         head = "".join(source[: head_end - node.lineno + 1])
         body = "".join(source[head_end - node.lineno + 1 :])
-        fits = len(head) + len(body) <= MOST_CHARACTERS and len(body) >= LEAST_CHARACTERS and body.endswith("\n")
+        fits = (
+            len(head) + len(body) <= MOST_CHARACTERS
+            and len(body) >= LEAST_CHARACTERS
+            and body.endswith("\n")
+        )
         if fits and "def " not in body and "class " not in body:
             yield Function(head, body)
 
@@ -98,7 +114,9 @@ def make_records(functions: list[Function]) -> list[dict[str, str]]:
         rejected = (mutate(body) if number % 2 else "") or other
         if rejected != body:
             prompt = f"Complete this function.\n\n{head}"
-            records.append({"prompt": prompt, "completion": body, "chosen": body, "rejected": rejected})
+            records.append(
+                {"prompt": prompt, "completion": body, "chosen": body, "rejected": rejected}
+            )
     return records
 
 

@@ -23,8 +23,9 @@ class HubOffline(UserError):
 class HubDataset(NamedTuple):
     """Where data lives on the hub.
 
-    splits: the hub's names of them, where they are known (else the hub is asked). text_field: the column of text.
-    one_line_each: a record is a line, and documents are the lines from one title to the next (as in WikiText).
+    splits: the hub's names of them, where they are known (else the hub is asked). text_field: the
+    column of text. one_line_each: a record is a line, and documents are the lines from one title to
+    the next (as in WikiText).
     """
 
     repository: str
@@ -55,13 +56,19 @@ def open_hub(name: str, bad: BadRecords, dataset: HubDataset) -> Source:
 
 
 def _fingerprint(revision: str, hub_splits: list[str]) -> str:
-    """The revision, and where older versions chose the validation split otherwise, what is chosen now."""
+    """The revision; where older versions chose other validation data, what is chosen now too."""
     names = [split for split in hub_splits if split_named(split) == "validation"]
     older = [split for split in ("validation", "valid", "dev", "test") if split in hub_splits][:1]
-    return revision[:16] if names == older else f"{revision[:16]}, validation {'+'.join(names) or 'held out'}"
+    return (
+        revision[:16]
+        if names == older
+        else f"{revision[:16]}, validation {'+'.join(names) or 'held out'}"
+    )
 
 
-def _records(name: str, dataset: HubDataset, split: str, revision: str, bad: BadRecords) -> Iterator[Record]:
+def _records(
+    name: str, dataset: HubDataset, split: str, revision: str, bad: BadRecords
+) -> Iterator[Record]:
     rows = _stream(name, dataset, split, revision)
     if dataset.one_line_each:
         articles = join_articles(row[dataset.text_field] for row in rows)
@@ -98,8 +105,8 @@ def require_hub(name: str) -> None:
         asking.join(CONNECT_SECONDS + 1)
     if not answered.is_set():
         raise HubOffline(
-            f"data source {name!r}: the Hugging Face hub does not answer (offline?); connect, or name a local "
-            ".txt, .jsonl or .parquet file, or python-stdlib, which every machine has"
+            f"data source {name!r}: the Hugging Face hub does not answer (offline?); connect, or "
+            "name a local .txt, .jsonl or .parquet file, or python-stdlib, which every machine has"
         )
 
 
@@ -115,7 +122,9 @@ def _look_up(name: str, dataset: HubDataset) -> tuple[str, list[str]]:
         )
     except network_errors() as error:
         reason = _first_line(error)
-        raise UserError(f"data source {name!r}: the hub has no such data set that can be read ({reason})") from error
+        raise UserError(
+            f"data source {name!r}: the hub has no such data set that can be read ({reason})"
+        ) from error
     return revision, splits
 
 
@@ -125,21 +134,30 @@ def _stream(name: str, dataset: HubDataset, split: str, revision: str) -> Iterat
 
     try:
         yield from datasets.load_dataset(
-            dataset.repository, dataset.configuration, split=split, revision=revision, streaming=True
+            dataset.repository,
+            dataset.configuration,
+            split=split,
+            revision=revision,
+            streaming=True,
         )
     except network_errors() as error:
         reason = _first_line(error)
         raise UserError(
-            f"data source {name!r}: reading it failed ({reason}); run the same command again to go on where it stopped"
+            f"data source {name!r}: reading it failed ({reason}); run the same command again to go "
+            "on where it stopped"
         ) from error
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What the hub's libraries raise when a data set cannot be had: each network library has a root of its own."""
+    """What the hub's libraries raise; each network library has a root of its own."""
     import datasets
 
     roots = {"httpx": "HTTPError", "aiohttp": "ClientError", "requests": "RequestException"}
-    loaded = [getattr(sys.modules[module], name) for module, name in roots.items() if module in sys.modules]
+    loaded = [
+        getattr(sys.modules[module], name)
+        for module, name in roots.items()
+        if module in sys.modules
+    ]
     return (OSError, ValueError, datasets.exceptions.DatasetsError, *loaded)
 
 
@@ -148,7 +166,7 @@ def _first_line(error: Exception) -> str:
 
 
 def join_articles(lines: Iterator[str]) -> Iterator[str]:
-    """WikiText has one record per line; an article is the lines from one level-one heading to the next, unchanged."""
+    """Articles of WikiText, unchanged: the lines from one level-one heading to the next."""
     article: list[str] = []
     for line in lines:
         if _TITLE.match(line) and any(part.strip() for part in article):

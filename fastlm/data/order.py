@@ -1,7 +1,8 @@
-"""The order of things from a counter alone: a keyed permutation computed for any index, never stored.
+"""The order of things from a counter alone: a permutation computed for any index, never stored.
 
-A Feistel network over the smallest power of two that holds the size, with cycle walking (Black and Rogaway 2002, "Ciphers
-with arbitrary finite domains"): a bijection of range(size) for any round function.
+A Feistel network over the smallest power of two that holds the size, with cycle walking (Black and
+Rogaway 2002, "Ciphers with arbitrary finite domains"): a bijection of range(size) for any round
+function.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ def permutation_keys(seed: int, epoch: int) -> list[int]:
 
 
 def permute(index: int, size: int, keys: list[int]) -> int:
-    """Where `index` goes in a pseudo-random permutation of range(size): an alternating Feistel network, cycle walking.
+    """Where `index` goes in a pseudo-random permutation of range(size).
 
-    The block is the smallest power of two that holds the size, so an index walks twice at most on average. Plain integers:
-    for a handful of rows they are faster than numpy (0.02 ms a row at worst).
+    An alternating Feistel network with cycle walking. The block is the smallest power of two that
+    holds the size, so an index walks twice at most on average. Plain integers: for a handful of
+    rows they are faster than numpy (0.02 ms a row at worst).
     """
     bits = max(2, (size - 1).bit_length())
     low = bits // 2
@@ -31,7 +33,10 @@ def permute(index: int, size: int, keys: list[int]) -> int:
         n_left = bits - low
         for key in keys:
             mixed = ((right ^ key) * 0x9E3779B97F4A7C15 & _MASK) >> (64 - n_left)
-            left, right = right, left ^ mixed  # the halves change places, and with them their widths
+            left, right = (
+                right,
+                left ^ mixed,
+            )  # the halves change places, and with them their widths
             n_left = bits - n_left
         index = left << low | right
         if index < size:
@@ -50,7 +55,7 @@ def mix64(*numbers: int) -> int:
 
 
 def scramble(index: np.ndarray, seed: int) -> np.ndarray:
-    """64 well-mixed bits of each index (SplitMix64's finaliser), the same on every machine and numpy."""
+    """64 well-mixed bits of each index (SplitMix64's finaliser), the same on every machine."""
     value = index ^ np.uint64(mix64(seed, 11))
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
 """Records of .json, .jsonl and .parquet files, and what becomes of bad ones.
 
-Every bad record is reported with its file and line: either the first one ends the run, or, when the user says so, each
-is left out, counted and kept as an example. Nothing is lost silently.
+Every bad record is reported with its file and line: either the first one ends the run, or, when the
+user says so, each is left out, counted and kept as an example. Nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class BadRecords:
     def report(self, place: str, problem: str) -> None:
         """One bad record: its place, and what is wrong with it."""
         if self.policy == "fail":
-            raise UserError(f"{place}: {problem}; mend it, or leave bad records out with --bad-rows skip")
+            raise UserError(
+                f"{place}: {problem}; mend it, or leave bad records out with --bad-rows skip"
+            )
         self.count += 1
         if len(self.examples) < EXAMPLES_KEPT:
             self.examples.append(f"{place}: {problem}")
@@ -93,7 +95,9 @@ def read_json_lines(file: Path, bad: BadRecords) -> Iterator[Record]:
 def parse_object(line: bytes, place: str, bad: BadRecords) -> dict[str, Any] | None:
     """One JSON object from its bytes, or None after reporting what is wrong."""
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(
+            line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+        )
     except UnicodeDecodeError as error:
         bad.report(place, f"not UTF-8 (byte {error.start} of the line: {error.reason})")
     except json.JSONDecodeError as error:
@@ -121,11 +125,13 @@ def _no_constant(name: str) -> Any:
 
 
 def read_json(file: Path, bad: BadRecords) -> Iterator[Record]:
-    """An array of objects, or one object per line under the wrong suffix; the file is read whole."""
+    """An array of objects, or one object per line all the same; the file is read whole."""
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
+        raise UserError(
+            f"{file}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from error
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] != "[":
         for number, content in enumerate(text.split("\n"), 1):
@@ -152,8 +158,8 @@ def read_json(file: Path, bad: BadRecords) -> Iterator[Record]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{file}:{error.lineno}: not JSON ({error.msg} at column {error.colno}, record {number}); "
-                "the rest of the file cannot be read"
+                f"{file}:{error.lineno}: not JSON ({error.msg} at column {error.colno}, "
+                f"record {number}); the rest of the file cannot be read"
             ) from error
         except ValueError as error:
             bad.report(place, str(error))
@@ -166,7 +172,7 @@ def read_json(file: Path, bad: BadRecords) -> Iterator[Record]:
 
 
 def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[Record]:
-    """The records of a .parquet file, PARQUET_BATCH at a time; only `columns` are read where the file has them."""
+    """The records of a .parquet file; only `columns` are read where the file has them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -175,7 +181,9 @@ def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[Recor
         table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         if columns is not None and not set(columns) & set(names):
-            raise UserError(f"{file}: no column {', '.join(map(repr, columns))}; it has {', '.join(names)}")
+            raise UserError(
+                f"{file}: no column {', '.join(map(repr, columns))}; it has {', '.join(names)}"
+            )
         wanted = None if columns is None else [column for column in columns if column in names]
         for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=wanted):
             for fields in batch.to_pylist():
@@ -183,6 +191,8 @@ def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[Recor
                 yield Record(f"{file}:{number}", fields)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: not a readable parquet file ({reason}); write it again") from error
+        raise UserError(
+            f"{file}: not a readable parquet file ({reason}); write it again"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: record {number + 1} is not UTF-8 ({error.reason})") from error

@@ -1,4 +1,4 @@
-"""python-stdlib: the Python sources of the standard library that runs this process, without its tests: about 12 MB."""
+"""python-stdlib: the standard library that runs this process, without its tests: about 12 MB."""
 
 from __future__ import annotations
 
@@ -52,12 +52,15 @@ def stdlib_files(root: Path) -> dict[str, Path]:
 
 
 def stdlib_held_out(files: dict[str, str], one_in: int = 24, max_shared: float = 0.2) -> set[str]:
-    """Names of the validation files: one in `one_in` by a hash of the relative path, near-duplicates of others excepted.
+    """Names of the validation files: one in `one_in`, but none that is much like another file.
 
-    A file stays in training when more than `max_shared` of its text (lines of 12 characters and more) also stands in some
-    other file, as in encodings/cp*.py, so that validation text is text the model has not seen.
+    Which ones follows from a hash of the relative path. A file stays in training when more than
+    `max_shared` of its text (lines of 12 characters and more) also stands in some other file, as in
+    encodings/cp*.py, so that validation text is text the model has not seen.
     """
-    candidates = [name for name in files if int(hashlib.sha256(name.encode()).hexdigest(), 16) % one_in == 0]
+    candidates = [
+        name for name in files if int(hashlib.sha256(name.encode()).hexdigest(), 16) % one_in == 0
+    ]
     seen_in: dict[str, int] = {}
     for text in files.values():
         for line in set(_long_lines(text)):

@@ -1,4 +1,4 @@
-"""One door: a name opens the same source, and a place names the same split, for text and for examples."""
+"""One door: a name opens the same source, and a place names the same split, for all data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from fastlm.tokenizer import load_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "red", "green", "blue", "one", "two", "three"]
 SPLITS = {
-    "train": ["train/a.jsonl", "train.jsonl", "other/a.jsonl", "a.jsonl", "more/test/a.jsonl", "trained.jsonl"],
+    "train": [
+        "train/a.jsonl",
+        "train.jsonl",
+        "other/a.jsonl",
+        "a.jsonl",
+        "more/test/a.jsonl",
+        "trained.jsonl",
+    ],
     "validation": [
         "validation/a.jsonl",
         "valid/deep/a.jsonl",
@@ -58,22 +65,30 @@ def as_examples(folder: Path, cache: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("read", [as_text, as_examples])
-@pytest.mark.parametrize(("validation", "test"), list(zip(SPLITS["validation"], cycle(SPLITS["test"]), strict=False)))
+@pytest.mark.parametrize(
+    ("validation", "test"), list(zip(SPLITS["validation"], cycle(SPLITS["test"]), strict=False))
+)
 def test_a_place_names_the_same_split_by_both_doors(read, validation, test, tmp_path):
     folder = tmp_path / "data"
-    for split, places in {"train": SPLITS["train"], "validation": [validation], "test": [test]}.items():
+    for split, places in {
+        "train": SPLITS["train"],
+        "validation": [validation],
+        "test": [test],
+    }.items():
         for place in places:
             write(folder / place, f"{split}-marked")
     found = read(folder, tmp_path / "cache")
     assert found["train"].count("train-marked") >= 60 * len(SPLITS["train"])
     assert found["validation"].count("validation-marked") >= 60
     for split, text in found.items():
-        assert {word for word in ("train-marked", "validation-marked", "test-marked") if word in text} == {f"{split}-marked"}
+        assert {
+            word for word in ("train-marked", "validation-marked", "test-marked") if word in text
+        } == {f"{split}-marked"}
 
 
 @pytest.mark.parametrize("read", [as_text, as_examples])
 def test_a_test_split_alone_is_no_validation(read, tmp_path):
-    """A share of the training data is held out instead: what is chosen by validation has not seen the test split."""
+    """A share of the training data is held out: what validation chooses has not seen the test."""
     write(tmp_path / "data" / "train.jsonl", "train-marked", 300)
     write(tmp_path / "data" / "test.jsonl", "test-marked", 300)
     found = read(tmp_path / "data", tmp_path / "cache")
@@ -106,7 +121,10 @@ def test_the_test_split_is_there_for_who_asks_for_it(tmp_path):
 
 
 def test_split_names():
-    assert {name: split_named(name) for name in ("validation", "valid", "val", "dev", "test", "train", "tests", "")} == {
+    assert {
+        name: split_named(name)
+        for name in ("validation", "valid", "val", "dev", "test", "train", "tests", "")
+    } == {
         **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
         "test": "test",
         **dict.fromkeys(("train", "tests", ""), "train"),
@@ -131,25 +149,36 @@ def test_plain_text_beside_examples_is_passed_over(tmp_path):
     assert load_instructions(str(tmp_path / "data"), load_tokenizer(), 256).report.read == 60
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, entry.kind) for name, entry in CATALOGUE.items()])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, entry.kind) for name, entry in CATALOGUE.items()]
+)
 def test_a_name_of_the_other_kind_is_refused_at_once_with_the_names_that_serve(name, kind):
     other = "examples" if kind == "text" else "text"
-    with pytest.raises(UserError, match=f"it holds {kind}, not {other}; expected a path, ") as error:
+    with pytest.raises(
+        UserError, match=f"it holds {kind}, not {other}; expected a path, "
+    ) as error:
         open_source(name, other)
     listed = [n for n, entry in CATALOGUE.items() if entry.kind == other]
     assert all(n in str(error.value) for n in listed)
 
 
-def test_a_folder_here_comes_before_a_name_of_the_hub_but_not_before_what_every_machine_has(tmp_path, monkeypatch):
+def test_a_folder_here_comes_before_a_name_of_the_hub_but_not_before_what_every_machine_has(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name in ("tinystories", "python-stdlib"):
         write(tmp_path / name / "a.jsonl", "here", 3)
-    assert [text.split()[0] for text in read_documents(open_source("tinystories"), "train")] == ["here"] * 3
+    assert [text.split()[0] for text in read_documents(open_source("tinystories"), "train")] == [
+        "here"
+    ] * 3
     assert not next(read_documents(open_source("python-stdlib"), "train")).startswith("here")
 
 
 @pytest.mark.parametrize("kind", ["text", "examples"])
-@pytest.mark.parametrize("name", ["", " ", "unknown", "none.jsonl", "./none/here", "/none", "~/none", "a/b/c", "org/x.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "unknown", "none.jsonl", "./none/here", "/none", "~/none", "a/b/c", "org/x.jsonl"],
+)
 def test_what_is_not_there_is_refused_without_asking_the_hub(name, kind, monkeypatch):
     monkeypatch.setattr("fastlm.data.hub.require_hub", None)
     with pytest.raises(UserError, match="expected a path") as error:

@@ -1,4 +1,4 @@
-"""Encoded examples kept in a file; a file that is not whole, or not of the form written here, is as good as none."""
+"""Encoded examples kept in a file; one that is not whole or of another form is as good as none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fastlm.errors import UserError
 from fastlm.schema import parse
 
 ARRAYS = {"ids": "int32", "counted": "bool", "ends": "int64"}
-# What zipfile, zlib, numpy's header parser and ours raise for a file that is not whole, whichever of its bytes is wrong.
+# What zipfile, zlib, numpy's header parser and ours raise for a file that is not whole, whichever
+# of its bytes is wrong.
 DAMAGED = (
     OSError,
     EOFError,
@@ -35,7 +36,7 @@ DAMAGED = (
 
 
 def write_cache(file: Path, examples: Examples) -> None:
-    """Keep the examples: all sequences end to end, those of training first; UserError where the disk refuses."""
+    """Keep the examples, those of training first; UserError where the disk refuses."""
     sequences = [*examples.train, *examples.validation]
     report = asdict(examples.report) | {"train_sequences": len(examples.train)}
     with files.whole_file(file) as stream:
@@ -70,5 +71,7 @@ def read_cache(file: Path) -> Examples | None:
 def _array(content: Mapping[str, np.ndarray], name: str, dtype: str) -> np.ndarray:
     array = content[name]
     if array.dtype != dtype or array.ndim != 1:
-        raise ValueError(f"{name}: {array.dtype} of shape {array.shape}, expected {dtype} of one dimension")
+        raise ValueError(
+            f"{name}: {array.dtype} of shape {array.shape}, expected {dtype} of one dimension"
+        )
     return array

@@ -2,11 +2,15 @@
 
     Alpaca              {"instruction", "input" (optional), "output"}
     prompt/completion   {"prompt", "completion"} ("response" will do), text or messages
-    chat                {"messages": [{"role", "content"}, ...]} ("conversations" with "from" and "value" will do)
-    preference          {"prompt", "chosen", "rejected"}, each text or messages; the prompt may be inside both
-    HH-RLHF             {"chosen", "rejected"}: text of "\\n\\nHuman: ...\\n\\nAssistant: ..." turns, cut at the LAST Assistant
+    chat                {"messages": [{"role", "content"}, ...]}
+                        ("conversations" with "from" and "value" will do)
+    preference          {"prompt", "chosen", "rejected"}, each text or messages;
+                        the prompt may be inside both
+    HH-RLHF             {"chosen", "rejected"}, each text of "\\n\\nHuman: ..." and
+                        "\\n\\nAssistant: ..." turns, cut at the LAST Assistant
 
-A record that fits none raises RecordProblem with what is wrong; the reader reports it with file and line.
+A record that fits none raises RecordProblem with what is wrong; the reader reports it with file and
+line.
 """
 
 from __future__ import annotations
@@ -14,7 +18,14 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -31,9 +42,10 @@ class Message(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """Turns that end with the assistant's. form: the record's format, which decides the default template.
+    """Turns that end with the assistant's.
 
-    raw: prompt and response are one running text (prompt/completion, HH-RLHF); without a template they are joined as is.
+    form: the record's format, which decides the default template. raw: prompt and response are one
+    running text (prompt/completion, HH-RLHF); without a template they are joined as is.
     """
 
     messages: list[Message]
@@ -49,12 +61,17 @@ class Preference(NamedTuple):
 
 
 def read_dialogue(record: dict[str, Any]) -> Dialogue:
-    """An instruction record as a dialogue; RecordProblem where a field is missing, of the wrong type, or the response empty."""
+    """An instruction record as a dialogue.
+
+    Raises RecordProblem where a field is missing or of the wrong type, or the response empty.
+    """
     if "messages" in record or "conversations" in record:
         key = "messages" if "messages" in record else "conversations"
         messages = _messages(record[key], key)
         if messages[-1].role != "assistant":
-            raise RecordProblem(f"{key!r} ends with a {messages[-1].role} turn, expected an assistant turn")
+            raise RecordProblem(
+                f"{key!r} ends with a {messages[-1].role} turn, expected an assistant turn"
+            )
         return Dialogue(messages, "chat")
     if "instruction" in record:
         answer = _text(record, "output" if "output" in record else "response")
@@ -62,15 +79,28 @@ def read_dialogue(record: dict[str, Any]) -> Dialogue:
         if not isinstance(extra, str):
             raise RecordProblem(f"field 'input': expected text, got {type(extra).__name__}")
         question = _text(record, "instruction")
-        return Dialogue([Message("user", question, extra if extra.strip() else ""), Message("assistant", answer)], "alpaca")
+        return Dialogue(
+            [
+                Message("user", question, extra if extra.strip() else ""),
+                Message("assistant", answer),
+            ],
+            "alpaca",
+        )
     if "prompt" in record:
-        key = next((k for k in ("completion", "response", "output", "answer") if k in record), "completion")
+        key = next(
+            (k for k in ("completion", "response", "output", "answer") if k in record), "completion"
+        )
         if isinstance(record["prompt"], list):
             messages = _messages(record["prompt"], "prompt")
             return Dialogue([*messages, _last_turn(record.get(key), key)], "chat")
         prompt, answer = _text(record, "prompt"), _text(record, key)
-        return Dialogue([Message("user", prompt), Message("assistant", answer)], "text", (prompt, answer))
-    raise RecordProblem(f"expected the fields messages, instruction/output or prompt/completion, got {_names(record)}")
+        return Dialogue(
+            [Message("user", prompt), Message("assistant", answer)], "text", (prompt, answer)
+        )
+    raise RecordProblem(
+        "expected the fields messages, instruction/output or prompt/completion, "
+        f"got {_names(record)}"
+    )
 
 
 def read_preference(record: dict[str, Any]) -> Preference:
@@ -94,11 +124,17 @@ def read_preference(record: dict[str, Any]) -> Preference:
 def _text_preference(record: dict[str, Any]) -> Preference:
     if isinstance(record["prompt"], list):
         prompt = _messages(record["prompt"], "prompt")
-        both = [Dialogue([*prompt, Message("assistant", _text(record, key))], "chat") for key in ("chosen", "rejected")]
+        both = [
+            Dialogue([*prompt, Message("assistant", _text(record, key))], "chat")
+            for key in ("chosen", "rejected")
+        ]
     else:
         text = _text(record, "prompt")
         answers = [_text(record, key) for key in ("chosen", "rejected")]
-        both = [Dialogue([Message("user", text), Message("assistant", a)], "text", (text, a)) for a in answers]
+        both = [
+            Dialogue([Message("user", text), Message("assistant", a)], "text", (text, a))
+            for a in answers
+        ]
     return Preference(*both)
 
 
@@ -113,18 +149,22 @@ def _chat_preference(record: dict[str, Any]) -> Preference:
     if len(chosen) == 1:
         chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-        raise RecordProblem("'chosen' and 'rejected' must be dialogues that differ in their last turn only")
+        raise RecordProblem(
+            "'chosen' and 'rejected' must be dialogues that differ in their last turn only"
+        )
     if {chosen[-1].role, rejected[-1].role} != {"assistant"}:
         raise RecordProblem("'chosen' and 'rejected' must end with an assistant turn")
     return Preference(Dialogue(chosen, "chat"), Dialogue(rejected, "chat"))
 
 
 def _hh(record: dict[str, Any], key: str) -> Dialogue:
-    """HH-RLHF text: the response is what follows the last "Assistant:", earlier answers belong to the prompt."""
+    """HH-RLHF text: the response follows the last "Assistant:"; earlier answers are prompt."""
     text = _text(record, key)
     turns = list(_HH_TURN.finditer(text))
     if not turns or turns[0].start() != 0:
-        raise RecordProblem(f"field {key!r}: expected turns that start with '\\n\\nHuman:' or '\\n\\nAssistant:'")
+        raise RecordProblem(
+            f"field {key!r}: expected turns that start with '\\n\\nHuman:' or '\\n\\nAssistant:'"
+        )
     if turns[-1].group(1) != "Assistant":
         raise RecordProblem(f"field {key!r} ends with a Human turn, expected an Assistant turn")
     ends = [turn.start() for turn in turns[1:]] + [len(text)]
@@ -144,9 +184,13 @@ def _messages(value: Any, key: str) -> list[Message]:
             raise RecordProblem(f"{key!r} message {number}: expected an object, got {_kind(item)}")
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
         if not isinstance(role, str) or role.lower() not in ROLES:
-            raise RecordProblem(f"{key!r} message {number}: role {role!r}, expected one of {', '.join(ROLES)}")
+            raise RecordProblem(
+                f"{key!r} message {number}: role {role!r}, expected one of {', '.join(ROLES)}"
+            )
         if not isinstance(content, str):
-            raise RecordProblem(f"{key!r} message {number}: content: expected text, got {_kind(content)}")
+            raise RecordProblem(
+                f"{key!r} message {number}: content: expected text, got {_kind(content)}"
+            )
         if not content.strip():
             raise RecordProblem(f"{key!r} message {number}: the {role} turn is empty")
         messages.append(Message(ROLES[role.lower()], content))

@@ -1,6 +1,7 @@
-"""Instruction and preference data from a name to packed rows, with an account of every record that was read.
+"""Instructions and preferences by name: packed rows, and an account of every record read.
 
-records -> dialogues -> ids and counted targets -> truncation that keeps the response -> best-fit-decreasing rows
+records -> dialogues -> ids and counted targets -> truncation that keeps the response ->
+best-fit-decreasing rows
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from fastlm.data.examples.cache import read_cache, write_cache
 from fastlm.data.examples.formats import RecordProblem, read_dialogue, read_preference
 from fastlm.data.examples.packing import PackedRows, pack
 from fastlm.data.examples.report import Examples, Report
-from fastlm.data.examples.templates import EncodedSequence, encode_dialogue, template_of, template_source
+from fastlm.data.examples.templates import (
+    EncodedSequence,
+    encode_dialogue,
+    template_of,
+    template_source,
+)
 from fastlm.data.examples.truncate import last_response, response_start, truncate, truncate_pair
 from fastlm.data.records import Record
 from fastlm.data.source import Source, splits_of_a_run
@@ -25,7 +31,8 @@ from fastlm.tokenizer import Tokenizer
 
 CACHE_FORMAT = 3
 
-# A record's fields to its sequences, or None where nothing is left of them; what happened is noted in the report.
+# A record's fields to its sequences, or None where nothing is left of them; what happened is noted
+# in the report.
 Encode = Callable[[dict[str, Any], Report], list[EncodedSequence] | None]
 
 
@@ -38,11 +45,12 @@ def load_instructions(
     held_out: float = 0.05,
     cache: Path | None = None,
 ) -> Examples:
-    """Instruction examples of a source, each at most max_len + 1 ids (max_len slots), its last response always kept.
+    """Instruction examples of a source, each at most max_len + 1 ids (max_len slots).
 
-    name: as in `open_source`. Where the source has no validation split, a share `held_out` of its examples is held out,
-    chosen by a hash of the prompt, so that all answers to one prompt stay on one side. cache: a folder that keeps the
-    result, keyed by the source's revision, the tokenizer and every setting. Raises UserError for bad records (unless
+    The last response is always kept. name: as in `open_source`. Where the source has no validation
+    split, a share `held_out` of its examples is held out, chosen by a hash of the prompt, so that
+    all answers to one prompt stay on one side. cache: a folder that keeps the result, keyed by the
+    source's revision, the tokenizer and every setting. Raises UserError for bad records (unless
     on_bad_row="skip") and where nothing is left.
     """
 
@@ -52,7 +60,14 @@ def load_instructions(
         sequence = truncate(encode_dialogue(dialogue, tokenizer, template), max_len + 1, report)
         return None if sequence is None else [sequence]
 
-    key = ["instructions", tokenizer.hash, max_len, template_source(template, tokenizer), on_bad_row, held_out]
+    key = [
+        "instructions",
+        tokenizer.hash,
+        max_len,
+        template_source(template, tokenizer),
+        on_bad_row,
+        held_out,
+    ]
     return _load(name, encode, on_bad_row, held_out, cache, key)
 
 
@@ -65,18 +80,28 @@ def load_preferences(
     held_out: float = 0.05,
     cache: Path | None = None,
 ) -> Examples:
-    """Preference pairs of a source as sequences chosen, rejected, chosen, rejected, ..., each at most max_len + 1 ids.
+    """Preference pairs as sequences chosen, rejected, ..., each at most max_len + 1 ids.
 
-    Only the last turn is counted. A pair's prompt is shortened the same way on both sides. See `load_instructions`.
+    Only the last turn is counted. A pair's prompt is shortened the same way on both sides. See
+    `load_instructions`.
     """
 
     def encode(fields: dict[str, Any], report: Report) -> list[EncodedSequence] | None:
         pair = read_preference(fields)
         report.template = template_of(pair.chosen, template)
-        chosen, rejected = (last_response(encode_dialogue(side, tokenizer, template)) for side in pair)
+        chosen, rejected = (
+            last_response(encode_dialogue(side, tokenizer, template)) for side in pair
+        )
         return truncate_pair(chosen, rejected, max_len + 1, report)
 
-    key = ["preferences", tokenizer.hash, max_len, template_source(template, tokenizer), on_bad_row, held_out]
+    key = [
+        "preferences",
+        tokenizer.hash,
+        max_len,
+        template_source(template, tokenizer),
+        on_bad_row,
+        held_out,
+    ]
     return _load(name, encode, on_bad_row, held_out, cache, key)
 
 
@@ -85,15 +110,20 @@ def pack_examples(
 ) -> tuple[PackedRows, PackedRows | None]:
     """Both splits packed into rows of row_len slots (validation None where nothing was held out).
 
-    group=2 for pairs: a row must then hold both answers with their prompts (2 max_len), and rows of 4 max_len waste
-    least; with share=True each pair holds its prompt once.
+    group=2 for pairs: a row must then hold both answers with their prompts (2 max_len), and rows of
+    4 max_len waste least; with share=True each pair holds its prompt once.
     """
     validation = pack(examples.validation, row_len, group, share) if examples.validation else None
     return pack(examples.train, row_len, group, share), validation
 
 
 def _load(
-    name: str, encode: Encode, on_bad_row: str, held_out: float, cache: Path | None, settings: list[Any]
+    name: str,
+    encode: Encode,
+    on_bad_row: str,
+    held_out: float,
+    cache: Path | None,
+    settings: list[Any],
 ) -> Examples:
     """The examples from the cache where it has them, else read, encoded and kept there."""
     source = open_source(name, "examples", on_bad_row=on_bad_row)
@@ -121,7 +151,9 @@ def _read(source: Source, encode: Encode, held_out: float) -> Examples:
                     _encode_record(record, encode, report, share, sequences, split)
     report.read += report.bad.count
     if not sequences["train"]:
-        raise UserError(f"data source {source.name!r}: no example is left to train on ({report.line()})")
+        raise UserError(
+            f"data source {source.name!r}: no example is left to train on ({report.line()})"
+        )
     return Examples(sequences["train"], sequences["validation"], report)
 
 
@@ -148,4 +180,7 @@ def _encode_record(
 
 def _is_held_out(sequence: EncodedSequence, share: float) -> bool:
     prompt = sequence.ids[: max(1, response_start(sequence))]
-    return int.from_bytes(hashlib.blake2b(prompt.tobytes(), digest_size=8).digest(), "little") < share * 2**64
+    return (
+        int.from_bytes(hashlib.blake2b(prompt.tobytes(), digest_size=8).digest(), "little")
+        < share * 2**64
+    )

@@ -39,7 +39,7 @@ class Report:
 
 
 class Examples(NamedTuple):
-    """Encoded sequences of one source (two a pair for preferences), by split, and the account of its records."""
+    """Encoded sequences of a source (two a pair) by split, and the account of its records."""
 
     train: list[EncodedSequence]
     validation: list[EncodedSequence]

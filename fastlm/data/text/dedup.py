@@ -1,8 +1,9 @@
 """Dropping documents that were seen before: the same text, or nearly the same.
 
-Exact: equal after case and white space are evened out (BLAKE2b of 16 bytes, remembered per document). Near: MinHash over
-5-word shingles with locality-sensitive hashing at a Jaccard similarity of 0.8 (Broder 1997; Lee et al. 2022, "Deduplicating
-training data makes language models better", use the same), by the library datasketch.
+Exact: equal after case and white space are evened out (BLAKE2b of 16 bytes, remembered per
+document). Near: MinHash over 5-word shingles with locality-sensitive hashing at a Jaccard
+similarity of 0.8 (Broder 1997; Lee et al. 2022, "Deduplicating training data makes language models
+better", use the same), by the library datasketch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PERMUTATIONS = 128
 
 @dataclass
 class Duplicates:
-    """Which duplicates to drop ("none", "exact", "near": exact ones too), and how many were dropped."""
+    """Which duplicates to drop ("none", "exact" or "near", exact ones too), and how many were."""
 
     mode: str = "none"
     exact: int = 0
@@ -34,12 +35,14 @@ class Duplicates:
 
 
 def drop_duplicates(documents: Iterator[Piece], duplicates: Duplicates) -> Iterator[Piece]:
-    """The documents (whole ones) of which no earlier one is a duplicate; the first of each is kept, in order."""
+    """The whole documents of which no earlier one is a duplicate, in order."""
     seen: set[bytes] = set()
     index = _near_index() if duplicates.mode == "near" else None
     for number, piece in enumerate(documents):
         words = piece.text.lower().split()
-        digest = hashlib.blake2b(" ".join(words).encode("utf-8", "replace"), digest_size=16).digest()
+        digest = hashlib.blake2b(
+            " ".join(words).encode("utf-8", "replace"), digest_size=16
+        ).digest()
         if digest in seen:
             duplicates.exact += 1
             continue
@@ -67,7 +70,9 @@ def _near_index() -> Any:
 def _sketch(words: list[str]) -> Any:
     from datasketch import MinHash
 
-    shingles = {" ".join(words[n : n + SHINGLE_WORDS]) for n in range(len(words) - SHINGLE_WORDS + 1)}
+    shingles = {
+        " ".join(words[n : n + SHINGLE_WORDS]) for n in range(len(words) - SHINGLE_WORDS + 1)
+    }
     sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
     sketch.update_batch([shingle.encode("utf-8", "replace") for shingle in sorted(shingles)])
     return sketch

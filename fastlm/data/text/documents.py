@@ -1,7 +1,7 @@
 """The documents of a source of text, as a stream of pieces, always in the same order.
 
-A reader can stop after any piece and go on there another day. Nothing here holds more than one piece (about PIECE_CHARS
-characters, or one record) in memory.
+A reader can stop after any piece and go on there another day. Nothing here holds more than one
+piece (about PIECE_CHARS characters, or one record) in memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from fastlm.data.source import Source
 from fastlm.errors import UserError
 
 PIECE_CHARS = 1 << 18
-SEPARATOR = "<|endoftext|>"  # separates the documents of a plain text file, as in TinyStories' own files
-# A document may be cut before a space that stands between two non-spaces: no token of a GPT-2 style BPE crosses it.
+SEPARATOR = (
+    "<|endoftext|>"  # separates the documents of a plain text file, as in TinyStories' own files
+)
+# A document may be cut before a space that stands between two non-spaces: no token of a GPT-2 style
+# BPE crosses it.
 _CUT = re.compile(r"(?<=\S)(?= \S)")
 
 
@@ -76,12 +79,16 @@ def whole_documents(pieces: Iterator[Piece]) -> Iterator[Piece]:
 def text_pieces(file: Path) -> Iterator[Piece]:
     """The documents of a plain text file: all of it, or the parts between "<|endoftext|>" marks.
 
-    A long document is given in parts of about `PIECE_CHARS`, cut where no token can cross (before a space between two
-    non-spaces), so that the ids are those of the whole. Text without any such place for 64 pieces is cut where it stands.
-    Raises UserError where the file is not UTF-8, naming the byte.
+    A long document is given in parts of about `PIECE_CHARS`, cut where no token can cross (before a
+    space between two non-spaces), so that the ids are those of the whole. Text without any such
+    place for 64 pieces is cut where it stands. Raises UserError where the file is not UTF-8, naming
+    the byte.
     """
     pending = ""
-    with files.disk_errors("read", file, "put it back, or name another text"), file.open("rb") as stream:
+    with (
+        files.disk_errors("read", file, "put it back, or name another text"),
+        file.open("rb") as stream,
+    ):
         decoded = _decode_blocks(file, iter(lambda: stream.read(PIECE_CHARS), b""))
         for block in decoded:
             pending += block
@@ -101,7 +108,7 @@ def text_pieces(file: Path) -> Iterator[Piece]:
 
 
 def _decode_blocks(file: Path, blocks: Iterator[bytes]) -> Iterator[str]:
-    """Decode UTF-8 whose characters may be split between blocks, as Python's text mode does: every line end becomes "\\n".
+    """Decode UTF-8 whose characters may be split between blocks; every line end becomes "\\n".
 
     A leading byte order mark is dropped.
     """
@@ -118,7 +125,8 @@ def _decode_blocks(file: Path, blocks: Iterator[bytes]) -> Iterator[str]:
     except UnicodeDecodeError as error:
         place = start - kept + error.start
         raise UserError(
-            f"{file}: not UTF-8 (byte {place}: {error.reason}); save it as UTF-8, for example with iconv"
+            f"{file}: not UTF-8 (byte {place}: {error.reason}); save it as UTF-8, for example "
+            "with iconv"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Tokenising many texts at once, in order.
 
-Threads, not processes: tiktoken and tokenizers work outside Python's lock, there is nothing to start or to copy, and the
-main thread only reads text and writes ids. Memory holds a few batches per thread, however long the text is.
+Threads, not processes: tiktoken and tokenizers work outside Python's lock, there is nothing to
+start or to copy, and the main thread only reads text and writes ids. Memory holds a few batches per
+thread, however long the text is.
 """
 
 from __future__ import annotations
@@ -27,13 +28,22 @@ class EncodedBatch(NamedTuple):
 
 
 def encode_batches(
-    tokenizer: Tokenizer, batches: Iterator[list[Piece]], dtype: np.dtype, workers: int | None = None
+    tokenizer: Tokenizer,
+    batches: Iterator[list[Piece]],
+    dtype: np.dtype,
+    workers: int | None = None,
 ) -> Iterator[EncodedBatch]:
-    """Tokenise batches in parallel; the order and the ids are the same for any number of workers (None: one per core)."""
+    """Tokenise batches in parallel.
+
+    The order and the ids are the same for any number of workers (None: one per core).
+    """
 
     def encode(batch: list[Piece]) -> EncodedBatch:
         ids = [tokenizer.encode_array(piece.text).astype(dtype) for piece in batch]
-        size = sum(len(p.text) if p.text.isascii() else len(p.text.encode("utf-8", "replace")) for p in batch)
+        size = sum(
+            len(p.text) if p.text.isascii() else len(p.text.encode("utf-8", "replace"))
+            for p in batch
+        )
         return EncodedBatch(batch, ids, size)
 
     workers = workers or usable_cores()

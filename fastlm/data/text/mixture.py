@@ -1,8 +1,9 @@
 """Several texts in stated proportions, without more state than the position.
 
-A mixture "a:4, b:0.25" is four epochs of a and a quarter of b, w_i = epochs_i * rows_i rows of each. The first n rows of
-the run hold c_i(n) of text i: c_1(n) = round(n w_1 / W), the rest shared among the others the same way, so every prefix
-has the stated proportions to within half a row per text, and which text row n comes from follows from n alone.
+A mixture "a:4, b:0.25" is four epochs of a and a quarter of b, w_i = epochs_i * rows_i rows of
+each. The first n rows of the run hold c_i(n) of text i: c_1(n) = round(n w_1 / W), the rest shared
+among the others the same way, so every prefix has the stated proportions to within half a row per
+text, and which text row n comes from follows from n alone.
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     for part in text.split(","):
         match = _SOURCE.match(part.strip())
         if match is None:
-            raise UserError(f'mixture {text!r}: an empty part; expected "source:epochs, source:epochs"')
+            raise UserError(
+                f'mixture {text!r}: an empty part; expected "source:epochs, source:epochs"'
+            )
         epochs = float(match["epochs"] or 1)
         if epochs <= 0:
-            raise UserError(f"mixture {text!r}: {match['name']} has {epochs:g} epochs; expected more than 0")
+            raise UserError(
+                f"mixture {text!r}: {match['name']} has {epochs:g} epochs; expected more than 0"
+            )
         sources.append((match["name"].strip(), epochs))
     if len({name for name, _ in sources}) < len(sources):
-        raise UserError(f"mixture {text!r}: a source is named twice; give each once, with all its epochs")
+        raise UserError(
+            f"mixture {text!r}: a source is named twice; give each once, with all its epochs"
+        )
     return sources
 
 
@@ -80,7 +87,10 @@ class Mixture:
 
     def counts(self, vocab_size: int) -> np.ndarray:
         """See TokenSource."""
-        each = [epochs * text.counts(vocab_size) for text, epochs in zip(self.texts, self.epochs, strict=True)]
+        each = [
+            epochs * text.counts(vocab_size)
+            for text, epochs in zip(self.texts, self.epochs, strict=True)
+        ]
         return np.sum(each, axis=0)
 
     def weights(self, seq_len: int) -> list[int]:
@@ -94,7 +104,7 @@ class Mixture:
 
 
 def quotas(position: int, weights: list[int]) -> list[int]:
-    """How many of the first `position` draws fall to each weight: sums to position, near the exact shares."""
+    """How many of the first `position` draws fall to each weight; they sum to position."""
     left = position
     total = sum(weights)
     counts = []
@@ -107,7 +117,7 @@ def quotas(position: int, weights: list[int]) -> list[int]:
 
 
 def draw(position: int, weights: list[int]) -> tuple[int, int]:
-    """Which weight draw number `position` falls to, and how many of that weight's came before it."""
+    """Which weight draw number `position` falls to, and how many draws of that came before."""
     before = quotas(position, weights)
     after = quotas(position + 1, weights)
     which = next(n for n, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
@@ -117,6 +127,8 @@ def draw(position: int, weights: list[int]) -> tuple[int, int]:
 def join_tokens(texts: list[Tokens], name: str) -> Tokens:
     """Several texts as one, one after the other."""
     starts = np.cumsum([0] + [len(text) for text in texts[:-1]])
-    ends = np.concatenate([text.document_ends + start for text, start in zip(texts, starts, strict=True)])
+    ends = np.concatenate(
+        [text.document_ends + start for text, start in zip(texts, starts, strict=True)]
+    )
     shards = [shard for text in texts for shard in text.shards]
     return Tokens(shards, ends, texts[0].eos_id, name, texts[0].vocab_size)

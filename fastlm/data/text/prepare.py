@@ -29,13 +29,16 @@ def prepare(
 ) -> TokenData:
     """Tokens of a source.
 
-    name: a name for `open_source`, a folder that was prepared, or a mixture ("a:4, b:0.25": its train is a Mixture, its
-    validation the documents of all its sources in a mixed order). cache: where tokens are kept, keyed by the source with
-    its revision, the tokenizer's hash and the settings. progress(bytes of text done, bytes in all or None, tokens so
-    far) is called after each batch. workers: threads that tokenise (None: one per core). Another process that prepares
-    the same waits for the first. Without the network a name of the hub gives what the cache holds of it.
+    name: a name for `open_source`, a folder that was prepared, or a mixture ("a:4, b:0.25": its
+    train is a Mixture, its validation the documents of all its sources in a mixed order). cache:
+    where tokens are kept, keyed by the source with its revision, the tokenizer's hash and the
+    settings. progress(bytes of text done, bytes in all or None, tokens so far) is called after each
+    batch. workers: threads that tokenise (None: one per core). Another process that prepares the
+    same waits for the first. Without the network a name of the hub gives what the cache holds of
+    it.
 
-    Raises UserError for anything wrong with the source, for text that is too short, and where the disk refuses.
+    Raises UserError for anything wrong with the source, for text that is too short, and where the
+    disk refuses.
     """
     path = Path(name).expanduser()
     if (path / MANIFEST).is_file():
@@ -43,7 +46,10 @@ def prepare(
     if not path.exists():
         sources = parse_mixture(name)
         if sources != [(name, 1.0)]:
-            data = [prepare(source, tokenizer, cache, progress, settings, workers) for source, _ in sources]
+            data = [
+                prepare(source, tokenizer, cache, progress, settings, workers)
+                for source, _ in sources
+            ]
             return _mix(data, [epochs for _, epochs in sources], Path(cache))
     try:
         source = open_source(name, "text", settings.text_field, settings.on_bad_row)
@@ -60,7 +66,9 @@ def cached_folder(source: Source, tokenizer: Tokenizer, cache: Path, settings: S
     """Where the cache keeps the tokens of a source."""
     key = [FORMAT, source.name, source.fingerprint, tokenizer.hash, asdict(settings)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    label = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(source.name).name or source.name).strip("-.") or "text"
+    label = (
+        re.sub(r"[^A-Za-z0-9.-]+", "-", Path(source.name).name or source.name).strip("-.") or "text"
+    )
     return cache / f"{label}-{digest}"
 
 
@@ -70,8 +78,10 @@ def _mix(data: list[TokenData], epochs: list[float], cache: Path) -> TokenData:
     return TokenData(cache, None, train, ShuffledTokens(validation, seed=0))
 
 
-def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Settings) -> Path | None:
-    """The newest folder of the cache with this source, tokenizer and settings, of whatever revision."""
+def _prepared_before(
+    name: str, tokenizer: Tokenizer, cache: Path, settings: Settings
+) -> Path | None:
+    """The newest folder of the cache that was made of this, of whatever revision."""
     newest: tuple[float, Path] | None = None
     for file in cache.glob(f"*/{MANIFEST}"):
         if file.parent.name.startswith(".") or file.parent.suffix == ".partial":
@@ -80,6 +90,10 @@ def _prepared_before(name: str, tokenizer: Tokenizer, cache: Path, settings: Set
             manifest = read_manifest(file.parent)
         except UserError:  # a damaged folder is no help here
             continue
-        if (manifest.source, manifest.tokenizer.hash, manifest.settings) == (name, tokenizer.hash, settings):
+        if (manifest.source, manifest.tokenizer.hash, manifest.settings) == (
+            name,
+            tokenizer.hash,
+            settings,
+        ):
             newest = max(newest or (0.0, file.parent), (file.stat().st_mtime, file.parent))
     return newest[1] if newest else None

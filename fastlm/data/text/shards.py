@@ -1,9 +1,11 @@
 """Documents to token shards: written once, whole or not at all, and resumed after a kill.
 
-    pieces of text -> batches of about 256 KB -> ids (in parallel) -> FOLDER.partial/*.bin + journal.json -> FOLDER/
+    pieces of text -> batches of about 256 KB -> ids (in parallel) -> FOLDER.partial/*.bin +
+    journal.json -> FOLDER/
 
-The journal is written after the data it speaks of is on disk. A run that was killed cuts the data back to the journal
-and goes on from there, so its result is byte-identical to that of an undisturbed run.
+The journal is written after the data it speaks of is on disk. A run that was killed cuts the data
+back to the journal and goes on from there, so its result is byte-identical to that of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -68,7 +70,12 @@ class Task:
     @property
     def key(self) -> str:
         """What the shards are made of: a journal with another key is of no use."""
-        parts = [self.source.name, self.source.fingerprint, self.tokenizer.hash, asdict(self.settings)]
+        parts = [
+            self.source.name,
+            self.source.fingerprint,
+            self.tokenizer.hash,
+            asdict(self.settings),
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -76,8 +83,9 @@ class Task:
 class Journal:
     """How far the shards have come; everything it counts is on the disk.
 
-    finished: splits that were read to their end. pieces: read of the split that comes next. Bad records and duplicates
-    are counted anew whenever a split is read again, and noted here once it is finished.
+    finished: splits that were read to their end. pieces: read of the split that comes next. Bad
+    records and duplicates are counted anew whenever a split is read again, and noted here once it
+    is finished.
     """
 
     key: str
@@ -106,7 +114,9 @@ def write_folder(
         with files.disk_errors("write", folder):
             files.make_folder(folder.parent)
             with files.lock(folder.with_name(folder.name + ".lock")):
-                if not (folder / MANIFEST).is_file():  # written by another process while this one waited
+                if not (
+                    folder / MANIFEST
+                ).is_file():  # written by another process while this one waited
                     _write(task)
                     files.move_into_place(partial, folder)
     except files.DiskError as error:
@@ -114,20 +124,25 @@ def write_folder(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except UserError:
-        if source.size_bytes is not None:  # a mended file is another source; a hub is read on from here
+        if (
+            source.size_bytes is not None
+        ):  # a mended file is another source; a hub is read on from here
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_data(folder, tokenizer)
 
 
 def _write(task: Task) -> None:
-    """Fill the task's folder, from its journal where there is one, and close it with the manifest."""
+    """Fill the task's folder, from its journal on where there is one; the manifest comes last."""
     splits = splits_of_a_run(task.source)
     journal = _resume(task)
     duplicates = Duplicates(task.settings.dedup, journal.duplicates.exact, journal.duplicates.near)
     task.source.bad.count = journal.bad_rows.count
     task.source.bad.examples = list(journal.bad_rows.examples)
-    writers = {split: SplitWriter(task.folder, split, task.dtype, journal.splits[split]) for split in SPLITS}
+    writers = {
+        split: SplitWriter(task.folder, split, task.dtype, journal.splits[split])
+        for split in SPLITS
+    }
     try:
         for split in splits:
             if split not in journal.finished:
@@ -138,7 +153,10 @@ def _write(task: Task) -> None:
     n_tokens = sum(writer.tokens for writer in writers.values())
     if n_tokens < MIN_TOKENS or not writers["train"].tokens:
         name = task.source.name
-        raise UserError(f"data source {name!r}: {n_tokens} tokens; expected at least {MIN_TOKENS}; name a longer text")
+        raise UserError(
+            f"data source {name!r}: {n_tokens} tokens; expected at least {MIN_TOKENS}; "
+            "name a longer text"
+        )
     if "validation" not in splits:
         top_up_validation(task.folder, writers, task.dtype, task.tokenizer.eos_id)
     made = task.tokenizer
@@ -159,9 +177,13 @@ def _write(task: Task) -> None:
 
 
 def _write_split(
-    task: Task, split: str, journal: Journal, writers: dict[str, SplitWriter], duplicates: Duplicates
+    task: Task,
+    split: str,
+    journal: Journal,
+    writers: dict[str, SplitWriter],
+    duplicates: Duplicates,
 ) -> None:
-    """Read one split to its end; documents of "train" are held out where the source has no validation split."""
+    """Read one split to its end; of "train" some is held out if there is no validation split."""
     holding_out = split == "train" and "validation" not in task.source.splits
     pieces = read_pieces(task.source, split)
     if not task.tokenizer.cut_safe or duplicates.mode != "none":
@@ -208,14 +230,14 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def is_held_out(document: int) -> bool:
-    """Whether a document is validation: one of each HELD_OUT_EVERY, none of the first (see top_up_validation)."""
+    """Whether a document is validation: one of each HELD_OUT_EVERY, none of the first ones."""
     group, place = divmod(document, HELD_OUT_EVERY)
     chosen = hashlib.blake2b(group.to_bytes(8, "little"), digest_size=8).digest()
     return group > 0 and int.from_bytes(chosen, "little") % HELD_OUT_EVERY == place
 
 
 def _resume(task: Task) -> Journal:
-    """The journal to go on from, with the files cut back to it; or a new one, in an empty folder."""
+    """The journal to go on from, the files cut back to it; or a new one, in an empty folder."""
     journal = _saved_journal(task)
     if journal is None:
         shutil.rmtree(task.folder, ignore_errors=True)
@@ -226,7 +248,7 @@ def _resume(task: Task) -> Journal:
 
 
 def _saved_journal(task: Task) -> Journal | None:
-    """The journal of an earlier run that was writing the same, if the files hold all that it counts."""
+    """The journal of an earlier run that wrote the same, if the files hold all that it counts."""
     try:
         journal = read_json(task.folder / JOURNAL, Journal, "")
     except UserError:  # there is none, or an older version wrote it: begin anew

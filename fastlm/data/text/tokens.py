@@ -1,13 +1,13 @@
-"""Token shards read back as one long array: sizes and manifest are checked before anything is trained on.
+"""Token shards read back as one long array, after sizes and manifest were checked.
 
-A prepared folder holds manifest.json and, for each split, SPLIT-00000.bin, SPLIT-00001.bin, ... (token ids, little
-endian, uint16 where the vocabulary fits, else uint32) and SPLIT.documents.bin (int64: the position after each
-document). Every document ends with the end-of-text token.
+A prepared folder holds manifest.json and, for each split, SPLIT-00000.bin, SPLIT-00001.bin, ...
+(token ids, little endian, uint16 where the vocabulary fits, else uint32) and SPLIT.documents.bin
+(int64: the position after each document). Every document ends with the end-of-text token.
 
-Rows for training are drawn by one counter. Epoch e of a text of N tokens is cut into floor((N - 1) / T) rows of T + 1
-tokens that overlap by one (row r gives inputs [r T, r T + T) and targets shifted by one), from a phase of its own, so
-that the leftover is not always the same. Row number p of the run is row perm_e(p mod n_rows) of epoch e = p // n_rows
-(fastlm.data.order).
+Rows for training are drawn by one counter. Epoch e of a text of N tokens is cut into floor((N - 1)
+/ T) rows of T + 1 tokens that overlap by one (row r gives inputs [r T, r T + T) and targets shifted
+by one), from a phase of its own, so that the leftover is not always the same. Row number p of the
+run is row perm_e(p mod n_rows) of epoch e = p // n_rows (fastlm.data.order).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TokenSource(Protocol):
         """Rows position, ..., position + count - 1 of the run: ids, (count, seq_len + 1) int64."""
 
     def tokens_drawn(self, position: int, seq_len: int) -> dict[str, int]:
-        """Tokens in the first `position` rows of the run, by the name of the text they come from."""
+        """Tokens in the first `position` rows of the run, by the name of their text."""
 
     def counts(self, vocab_size: int) -> np.ndarray:
         """How often each id is met in one pass, (vocab_size,)."""
@@ -54,9 +54,10 @@ class TokenSource(Protocol):
 class Tokens:
     """One text: token ids over memory-mapped shards, with the end of every document. A TokenSource.
 
-    len(tokens) counts tokens; tokens[a:b] is a numpy copy of the ids in [a, b); tokens[i] is one id. `document_ends` is
-    an int64 array, (n_documents,): the position after each document's end-of-text. Where vocab_size is given, reading
-    an id outside it raises UserError: shards may come from a stranger, and an id is an index into the embedding.
+    len(tokens) counts tokens; tokens[a:b] is a numpy copy of the ids in [a, b); tokens[i] is one
+    id. `document_ends` is an int64 array, (n_documents,): the position after each document's
+    end-of-text. Where vocab_size is given, reading an id outside it raises UserError: shards may
+    come from a stranger, and an id is an index into the embedding.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Tokens:
         name: str = "tokens",
         vocab_size: int | None = None,
     ) -> None:
-        self.shards = [np.asarray(shard).view(np.ndarray) for shard in shards]  # slicing a memmap object is slow
+        self.shards = [
+            np.asarray(shard).view(np.ndarray) for shard in shards
+        ]  # slicing a memmap object is slow
         self.document_ends = document_ends
         self.eos_id = eos_id
         self.name = name
@@ -103,7 +106,9 @@ class Tokens:
 
     def _check(self, largest: int) -> None:
         if self.vocab_size is not None and largest >= self.vocab_size:
-            raise UserError(f"{self.name}: holds the id {largest}, its tokenizer has {self.vocab_size}; {MEND}")
+            raise UserError(
+                f"{self.name}: holds the id {largest}, its tokenizer has {self.vocab_size}; {MEND}"
+            )
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document with its end-of-text."""
@@ -117,8 +122,8 @@ class Tokens:
         n_rows = (len(self) - 1) // seq_len
         if n_rows < 1:
             raise UserError(
-                f"sequence length {seq_len} is longer than the data ({self.name}: {len(self):,} tokens, one row needs "
-                f"{seq_len + 1:,}); shorten the sequence or give more text"
+                f"sequence length {seq_len} is longer than the data ({self.name}: {len(self):,} "
+                f"tokens, one row needs {seq_len + 1:,}); shorten the sequence or give more text"
             )
         return n_rows
 
@@ -134,10 +139,14 @@ class Tokens:
         n_rows = self.rows(seq_len)
         spare = (len(self) - 1) % seq_len
         starts = []
-        for epoch, numbers in itertools.groupby(range(position, position + count), lambda number: number // n_rows):
+        for epoch, numbers in itertools.groupby(
+            range(position, position + count), lambda number: number // n_rows
+        ):
             keys = permutation_keys(seed, epoch)
             phase = mix64(seed, epoch, 0) % (spare + 1)
-            starts += [permute(number % n_rows, n_rows, keys) * seq_len + phase for number in numbers]
+            starts += [
+                permute(number % n_rows, n_rows, keys) * seq_len + phase for number in numbers
+            ]
         return starts
 
     def tokens_drawn(self, position: int, seq_len: int) -> dict[str, int]:
@@ -146,14 +155,19 @@ class Tokens:
 
     def counts(self, vocab_size: int) -> np.ndarray:
         """See TokenSource."""
-        return sum((token_counts(shard, vocab_size) for shard in self.shards), np.zeros(vocab_size, np.int64))
+        return sum(
+            (token_counts(shard, vocab_size) for shard in self.shards),
+            np.zeros(vocab_size, np.int64),
+        )
 
 
 class ShuffledTokens(Tokens):
     """The same tokens with whole documents in a seeded order; 16 bytes of memory per document."""
 
     def __init__(self, tokens: Tokens, seed: int) -> None:
-        super().__init__(tokens.shards, tokens.document_ends, tokens.eos_id, tokens.name, tokens.vocab_size)
+        super().__init__(
+            tokens.shards, tokens.document_ends, tokens.eos_id, tokens.name, tokens.vocab_size
+        )
         starts = np.concatenate([[0], np.asarray(tokens.document_ends[:-1])]).astype(np.int64)
         order = np.argsort(scramble(np.arange(len(starts), dtype=np.uint64), seed), kind="stable")
         self._origin = starts[order]
@@ -174,7 +188,7 @@ class ShuffledTokens(Tokens):
 
 @dataclass(frozen=True)
 class TokenData:
-    """Prepared text: its folder, its manifest (None where several texts are mixed), and both splits."""
+    """Prepared text: its folder, its manifest (None for several texts), and both splits."""
 
     folder: Path
     manifest: Manifest | None
@@ -182,12 +196,15 @@ class TokenData:
     validation: Tokens
 
 
-def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None = None, verify: bool = False) -> Tokens:
+def open_tokens(
+    folder: Path, split: str, tokenizer: Tokenizer | None = None, verify: bool = False
+) -> Tokens:
     """Open one split of a prepared folder.
 
-    Sizes are always checked against the manifest; with verify=True the sha256 of every file and the range of every id
-    are too. Raises UserError for a manifest that cannot be believed, a missing, truncated, unreadable or altered shard,
-    an unknown split, or shards of another tokenizer than the one given.
+    Sizes are always checked against the manifest; with verify=True the sha256 of every file and the
+    range of every id are too. Raises UserError for a manifest that cannot be believed, a missing,
+    truncated, unreadable or altered shard, an unknown split, or shards of another tokenizer than
+    the one given.
     """
     return _open_split(Path(folder), read_manifest(Path(folder)), split, tokenizer, verify)
 
@@ -196,11 +213,15 @@ def open_data(folder: Path, tokenizer: Tokenizer | None = None, verify: bool = F
     """Open both splits of a prepared folder (see `open_tokens`)."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    train, validation = (_open_split(folder, manifest, split, tokenizer, verify) for split in SPLITS)
+    train, validation = (
+        _open_split(folder, manifest, split, tokenizer, verify) for split in SPLITS
+    )
     return TokenData(folder, manifest, train, validation)
 
 
-def _open_split(folder: Path, manifest: Manifest, split: str, tokenizer: Tokenizer | None, verify: bool) -> Tokens:
+def _open_split(
+    folder: Path, manifest: Manifest, split: str, tokenizer: Tokenizer | None, verify: bool
+) -> Tokens:
     if tokenizer is not None:
         _check_tokenizer(folder, manifest, tokenizer)
     if split not in manifest.splits:
@@ -208,11 +229,18 @@ def _open_split(folder: Path, manifest: Manifest, split: str, tokenizer: Tokeniz
     made = manifest.tokenizer
     entry = manifest.splits[split]
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    shards = [map_file(file_in(folder, s.file), dtype, s.tokens, s.sha256 if verify else None) for s in entry.shards]
+    shards = [
+        map_file(file_in(folder, s.file), dtype, s.tokens, s.sha256 if verify else None)
+        for s in entry.shards
+    ]
     index_file = file_in(folder, entry.index.file)
-    ends = map_file(index_file, np.dtype("<i8"), entry.documents, entry.index.sha256 if verify else None)
+    ends = map_file(
+        index_file, np.dtype("<i8"), entry.documents, entry.index.sha256 if verify else None
+    )
     check_document_ends(index_file, ends, entry.tokens)
-    tokens = Tokens(shards, ends, made.eos_id, f"{printable(manifest.source)}/{split}", made.vocab_size)
+    tokens = Tokens(
+        shards, ends, made.eos_id, f"{printable(manifest.source)}/{split}", made.vocab_size
+    )
     if verify:
         for start in range(0, len(tokens), BLOCK):
             tokens[start : start + BLOCK]  # reading checks the ids
@@ -223,13 +251,15 @@ def _check_tokenizer(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> 
     made = manifest.tokenizer
     if made.hash != tokenizer.hash:
         raise UserError(
-            f"{folder}: its tokens were made by tokenizer {printable(made.name)} ({printable(made.hash)}), this run uses "
-            f"{tokenizer.name} ({tokenizer.hash}); name the same tokenizer or prepare the text again"
+            f"{folder}: its tokens were made by tokenizer {printable(made.name)} "
+            f"({printable(made.hash)}), this run uses {tokenizer.name} ({tokenizer.hash}); "
+            "name the same tokenizer or prepare the text again"
         )
     if (made.vocab_size, made.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
         raise UserError(
-            f"{folder / MANIFEST}: tokenizer of {made.vocab_size} ids that ends texts with {made.eos_id}, expected "
-            f"{tokenizer.vocab_size} and {tokenizer.eos_id} for {made.hash}; {MEND}"
+            f"{folder / MANIFEST}: tokenizer of {made.vocab_size} ids that ends texts with "
+            f"{made.eos_id}, expected {tokenizer.vocab_size} and {tokenizer.eos_id} for "
+            f"{made.hash}; {MEND}"
         )
 
 
@@ -239,7 +269,9 @@ def map_file(file: Path, dtype: np.dtype, count: int, sha256: str | None) -> np.
         size = file.stat().st_size
         if size != count * dtype.itemsize:
             expected = f"{count * dtype.itemsize:,}"
-            raise UserError(f"{file}: {size:,} bytes, expected {expected} (truncated or altered); {MEND}")
+            raise UserError(
+                f"{file}: {size:,} bytes, expected {expected} (truncated or altered); {MEND}"
+            )
         if sha256 is not None and files.sha256(file) != sha256:
             raise UserError(f"{file}: its content does not match the manifest's sha256; {MEND}")
         return np.memmap(file, dtype, mode="r") if count else np.empty(0, dtype)
@@ -248,38 +280,48 @@ def map_file(file: Path, dtype: np.dtype, count: int, sha256: str | None) -> np.
 
 
 def check_document_ends(file: Path, ends: np.ndarray, n_tokens: int) -> None:
-    """UserError unless every document has at least its end-of-text and the last ends with the tokens."""
+    """UserError unless every document holds a token and the last ends with the tokens."""
     last = 0
     for start in range(0, len(ends), BLOCK):
         block = ends[start : start + BLOCK]
         if (np.diff(block, prepend=last) < 1).any():
-            raise UserError(f"{file}: a document ends before it begins, expected rising positions; {MEND}")
+            raise UserError(
+                f"{file}: a document ends before it begins, expected rising positions; {MEND}"
+            )
         last = int(block[-1])
     if last != n_tokens:
-        raise UserError(f"{file}: the last document ends at {last:,}, expected the {n_tokens:,} tokens; {MEND}")
+        raise UserError(
+            f"{file}: the last document ends at {last:,}, expected the {n_tokens:,} tokens; {MEND}"
+        )
 
 
 def token_counts(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each id occurs in an array, (vocab_size,); UserError where one is outside the vocabulary."""
+    """How often each id occurs, (vocab_size,); UserError for one outside the vocabulary."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(ids), BLOCK):
         block = np.bincount(ids[start : start + BLOCK], minlength=vocab_size)
         if len(block) > vocab_size:
-            raise UserError(f"tokens: an id is {len(block) - 1}, the vocabulary has {vocab_size}; {MEND}")
+            raise UserError(
+                f"tokens: an id is {len(block) - 1}, the vocabulary has {vocab_size}; {MEND}"
+            )
         counts += block
     return counts
 
 
 def unigram_perplexity(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
-    """Perplexity of validation text under the token frequencies of training text, the bar a model must pass.
+    """Perplexity of validation text under the frequencies of training text: the bar to pass.
 
-    exp(-sum_i c_val(i) ln p(i) / n_val), with p(i) = (c_train(i) + 1) / (n_train + vocab_size) (add-one smoothing).
-    train_counts, validation_counts: (vocab_size,), as `token_counts` gives them.
+    exp(-sum_i c_val(i) ln p(i) / n_val), with p(i) = (c_train(i) + 1) / (n_train + vocab_size)
+    (add-one smoothing). train_counts, validation_counts: (vocab_size,), as `token_counts` gives
+    them.
     """
     n_train = train_counts.sum()
     n_validation = validation_counts.sum()
     if not n_train or not n_validation:
-        raise UserError(f"unigram perplexity: {n_train} training and {n_validation} validation tokens; need both")
+        raise UserError(
+            f"unigram perplexity: {n_train} training and {n_validation} validation tokens; "
+            "need both"
+        )
     smoothed = train_counts + 1.0
     log_p = np.log(smoothed) - math.log(smoothed.sum())
     return math.exp(-float(validation_counts @ log_p) / n_validation)

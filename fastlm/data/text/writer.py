@@ -1,4 +1,4 @@
-"""Token shards being written: appended to, cut back to a journal's counts, and split at the tail for validation."""
+"""Token shards being written: appended to, cut back to counts, split at the tail for validation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Counts:
 
 
 class SplitWriter:
-    """Appends ids and document ends of one split to its files, from the counts on that they hold already."""
+    """Appends ids and document ends of one split to its files, which hold `counts` already."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, counts: Counts) -> None:
         self.folder = folder
@@ -130,11 +130,14 @@ class SplitWriter:
         return SplitEntry(self.tokens, self.documents, shards, index)
 
 
-def top_up_validation(folder: Path, writers: dict[str, SplitWriter], dtype: np.dtype, eos_id: int) -> None:
-    """Move the tail of training into validation where held-out documents gave too little, as for one long text.
+def top_up_validation(
+    folder: Path, writers: dict[str, SplitWriter], dtype: np.dtype, eos_id: int
+) -> None:
+    """Move the tail of training into validation where too little was held out.
 
-    Whole documents are moved, or, where the last one alone is more than twice what is wanted, its end; what stays of
-    that one in training is closed with an end-of-text of its own.
+    So it is for one long text. Whole documents are moved, or, where the last one alone is more than
+    twice what is wanted, its end; what stays of that one in training is closed with an end-of-text
+    of its own.
     """
     train = writers["train"]
     validation = writers["validation"]
@@ -142,9 +145,12 @@ def top_up_validation(folder: Path, writers: dict[str, SplitWriter], dtype: np.d
     least = min(LEAST_VALIDATION_TOKENS, total // 10)
     if validation.tokens >= least:
         return
-    wanted = max(least, min(MOST_VALIDATION_TOKENS, int(total * VALIDATION_SHARE))) - validation.tokens
+    wanted = (
+        max(least, min(MOST_VALIDATION_TOKENS, int(total * VALIDATION_SHARE))) - validation.tokens
+    )
     ends = np.fromfile(train.index_file, "<i8")
-    # The first document that moves: the last one that starts where at least `wanted` tokens are left.
+    # The first document that moves: the last one that starts where at least `wanted` tokens are
+    # left.
     starts = np.concatenate([[0], ends[:-1]])
     document = int(np.searchsorted(starts, train.tokens - wanted, side="right")) - 1
     cut = int(starts[document])
@@ -152,9 +158,13 @@ def top_up_validation(folder: Path, writers: dict[str, SplitWriter], dtype: np.d
     if inside_document:
         cut = train.tokens - wanted
     first_shard = cut // SHARD_TOKENS
-    tail = np.concatenate([train.read_shard(number) for number in range(first_shard, train.n_shards)])
+    tail = np.concatenate(
+        [train.read_shard(number) for number in range(first_shard, train.n_shards)]
+    )
     tail = tail[cut - first_shard * SHARD_TOKENS :]
-    with SplitWriter(folder, "validation", dtype, Counts(validation.tokens, validation.documents)) as longer:
+    with SplitWriter(
+        folder, "validation", dtype, Counts(validation.tokens, validation.documents)
+    ) as longer:
         longer.append(tail)
         longer.append_ends(ends[document:] - cut + validation.tokens)
         longer.flush()

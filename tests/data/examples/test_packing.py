@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
-from fastlm.data.examples.packing import best_fit_decreasing, common_slots, lay_out, pack, packed_batch, packed_epoch
+from fastlm.data.examples.packing import (
+    best_fit_decreasing,
+    common_slots,
+    lay_out,
+    pack,
+    packed_batch,
+    packed_epoch,
+)
 from fastlm.data.text.batches import IGNORED
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer

@@ -37,7 +37,7 @@ def test_prepared_ids_are_those_of_tiktoken_and_of_the_fast_tokenizer(tmp_path):
 
 
 def test_ids_do_not_depend_on_the_way_the_text_is_cut(monkeypatch):
-    """Pieces of every size give the ids of the whole, spaces and line ends of all kinds included."""
+    """Pieces of every size give the ids of the whole, spaces and line ends of all kinds too."""
     from fastlm.data.text import documents
 
     tokenizer = load_tokenizer()
@@ -66,7 +66,13 @@ def test_ids_do_not_depend_on_the_way_the_text_is_cut(monkeypatch):
         monkeypatch.setattr(documents, "PIECE_CHARS", size)
         pieces = list(cut(text, documents, size))
         assert len(pieces) > 5
-        got = np.concatenate([ids for batch in encode_batches(tokenizer, iter([pieces]), np.dtype("<u2")) for ids in batch.ids])
+        got = np.concatenate(
+            [
+                ids
+                for batch in encode_batches(tokenizer, iter([pieces]), np.dtype("<u2"))
+                for ids in batch.ids
+            ]
+        )
         assert got.tolist() == whole
 
 

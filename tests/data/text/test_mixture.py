@@ -1,4 +1,4 @@
-"""Mixtures and shuffled documents: the stated proportions at every step, and nothing but the position to remember."""
+"""Mixtures and shuffled documents: proportions and order follow from the position alone."""
 
 import json
 import random
@@ -16,7 +16,12 @@ from fastlm.tokenizer import load_tokenizer
 
 
 def make_tokens(count, first=0, document=10, name="t"):
-    return Tokens([np.arange(first, first + count, dtype=np.uint32)], np.arange(document, count + 1, document), 0, name)
+    return Tokens(
+        [np.arange(first, first + count, dtype=np.uint32)],
+        np.arange(document, count + 1, document),
+        0,
+        name,
+    )
 
 
 def test_every_prefix_has_the_stated_proportions():
@@ -28,7 +33,10 @@ def test_every_prefix_has_the_stated_proportions():
             assert place == seen[source]
             seen[source] += 1
             assert seen == quotas(position + 1, weights)
-            assert all(abs(s - (position + 1) * w / total) <= len(weights) / 2 for s, w in zip(seen, weights, strict=True))
+            assert all(
+                abs(s - (position + 1) * w / total) <= len(weights) / 2
+                for s, w in zip(seen, weights, strict=True)
+            )
         assert seen == [2 * w for w in weights]
 
 
@@ -54,7 +62,12 @@ def sources():
     small = make_tokens(161, 0, name="small")
     large = make_tokens(1601, 1000, name="large")
     mixture = Mixture((small, large), (4.0, 0.25))
-    return [small, ShuffledTokens(make_tokens(1600, 1000, name="large"), 3), mixture, Mixture((mixture, make_tokens(321, 5000, name="third")), (1.0, 2.0))]
+    return [
+        small,
+        ShuffledTokens(make_tokens(1600, 1000, name="large"), 3),
+        mixture,
+        Mixture((mixture, make_tokens(321, 5000, name="third")), (1.0, 2.0)),
+    ]
 
 
 @pytest.mark.parametrize("source", sources())
@@ -70,7 +83,11 @@ def test_every_source_of_tokens_keeps_the_same_promises(source):
         drawn = source.tokens_drawn(position, seq_len)
         assert sum(drawn.values()) == position * seq_len
         first = rows[:position, 0]
-        for name, ids in (("small", range(1000)), ("large", range(1000, 3000)), ("third", range(5000, 6000))):
+        for name, ids in (
+            ("small", range(1000)),
+            ("large", range(1000, 3000)),
+            ("third", range(5000, 6000)),
+        ):
             assert drawn.get(name, 0) == seq_len * np.isin(first, ids).sum()
     assert source.counts(6000).shape == (6000,)
     assert set(np.flatnonzero(source.counts(6000))) == set(source[:].tolist())
@@ -90,9 +107,15 @@ def test_counts_of_a_mixture_weigh_each_text_by_its_epochs():
 
 
 def test_mixture_text_is_parsed_or_refused():
-    assert parse_mixture("wikitext-103:4, tinystories:0.25") == [("wikitext-103", 4.0), ("tinystories", 0.25)]
+    assert parse_mixture("wikitext-103:4, tinystories:0.25") == [
+        ("wikitext-103", 4.0),
+        ("tinystories", 0.25),
+    ]
     assert parse_mixture("org/name:config") == [("org/name:config", 1.0)]
-    assert parse_mixture("org/name:config:2,./a.txt") == [("org/name:config", 2.0), ("./a.txt", 1.0)]
+    assert parse_mixture("org/name:config:2,./a.txt") == [
+        ("org/name:config", 2.0),
+        ("./a.txt", 1.0),
+    ]
     for text in ("a:0, b:1", "a,,b", "a, a:2"):
         with pytest.raises(UserError, match="mixture"):
             parse_mixture(text)
@@ -103,7 +126,9 @@ def test_prepare_takes_a_mixture(tmp_path):
     rng = random.Random(0)
     for name, words in (("a", "red green blue"), ("b", "one two three")):
         rows = [" ".join(rng.choice(words.split()) for _ in range(30)) for _ in range(100)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": row}) for row in rows)
+        )
     data = prepare(f"{tmp_path}/a.jsonl:2, {tmp_path}/b.jsonl", gpt2, tmp_path / "cache")
     x, _ = row_batch(data.train, 0, 30, 32, seed=0)
     is_a = ["red" in gpt2.decode(row.tolist()) for row in x]
@@ -111,7 +136,13 @@ def test_prepare_takes_a_mixture(tmp_path):
     text = gpt2.decode(data.validation[:])
     assert "red" in text
     assert "one" in text
-    assert 1 < unigram_perplexity(data.train.counts(gpt2.vocab_size), data.validation.counts(gpt2.vocab_size)) < 1000
+    assert (
+        1
+        < unigram_perplexity(
+            data.train.counts(gpt2.vocab_size), data.validation.counts(gpt2.vocab_size)
+        )
+        < 1000
+    )
 
 
 def test_shuffled_documents_are_the_same_documents():
@@ -137,7 +168,17 @@ def test_isolated_documents_have_their_boundaries():
     y = torch.tensor([[6, 0, 7, 8, 9, 4], [0, 0, 2, 3, 0, 8]])
     y, positions, cu_seqlens, max_seqlen = isolate_documents(x, y, eos_id=0)
     assert positions.tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 2]]
-    assert cu_seqlens.tolist() == [0, 3, 6, 8, 9, 12, 12, 12, 12]  # padded to a power of two plus one
+    assert cu_seqlens.tolist() == [
+        0,
+        3,
+        6,
+        8,
+        9,
+        12,
+        12,
+        12,
+        12,
+    ]  # padded to a power of two plus one
     assert cu_seqlens.dtype == torch.int32
     assert max_seqlen == 6
     assert y.tolist() == [[6, 0, IGNORED, 8, 9, 4], [0, IGNORED, IGNORED, 3, 0, IGNORED]]
@@ -148,7 +189,15 @@ def test_isolated_documents_do_not_see_each_other():
     from fastlm.model import Transformer
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 64, "max_seq_len": 32}
+    shape = {
+        "vocab_size": 60,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "ffn_dim": 64,
+        "max_seq_len": 32,
+    }
     model = Transformer(ModelConfig(**shape)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -1,4 +1,4 @@
-"""A preparation that is killed goes on where it was, and ends with the same bytes, in constant memory."""
+"""A preparation that is killed goes on, and ends with the same bytes, in constant memory."""
 
 import json
 import random
@@ -36,7 +36,10 @@ def write_text(file, n_bytes, seed=0):
     """Lines of made-up words: as many different ones as real text has."""
     rng = random.Random(seed)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(20_000)]
-    block = "\n".join(" ".join(rng.choices(vocabulary, k=rng.randint(3, 40))) for _ in range(20_000)) + "\n"
+    block = (
+        "\n".join(" ".join(rng.choices(vocabulary, k=rng.randint(3, 40))) for _ in range(20_000))
+        + "\n"
+    )
     with file.open("w") as stream:
         while stream.tell() < n_bytes:
             stream.write(f"= {stream.tell()} =\n")
@@ -56,10 +59,12 @@ def written(folder):
 
 
 def killed_many_times(source, folder, dedup, marks):
-    """Run, kill -9 when so many bytes are written, run again, ..., then run to the end. The number of kills."""
+    """Run, kill -9 when so many bytes are written, again and again, then run to the end."""
     partial, kills = folder.with_name(folder.name + ".partial"), 0
     for mark in marks:
-        process = subprocess.Popen(command(source, folder, dedup), cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(source, folder, dedup), cwd=ROOT, stdout=subprocess.DEVNULL
+        )
         while process.poll() is None and written(partial) < mark:
             time.sleep(0.002)
         if process.poll() is None:
@@ -82,12 +87,16 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kind):
     else:
         source, dedup, n_kills = tmp_path / "a.jsonl", "exact", 4
         lines = re.split(r"\n", write_text(tmp_path / "a.txt", 3_000_000).read_text())
-        rows = [json.dumps({"text": "\n".join(lines[n : n + 5])}) for n in range(0, len(lines) - 5, 5)]
+        rows = [
+            json.dumps({"text": "\n".join(lines[n : n + 5])}) for n in range(0, len(lines) - 5, 5)
+        ]
         for n in range(0, len(rows), 500):
             rows[n] = "{"  # bad rows, left out and counted
         rows[1000:1010] = rows[10:20]
         source.write_text("\n".join(rows))
-    subprocess.run(command(source, tmp_path / "whole", dedup), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command(source, tmp_path / "whole", dedup), cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
     rng = random.Random(1)
     marks = sorted(rng.uniform(0, written(tmp_path / "whole")) for _ in range(n_kills))
     kills = killed_many_times(source, tmp_path / "again", dedup, marks)
@@ -104,9 +113,16 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     peaks = []
     for size in (1_000_000, 10_000_000):
         source = write_text(tmp_path / f"{size}.txt", size)
-        done = subprocess.run(command(source, tmp_path / f"out{size}"), cwd=ROOT, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command(source, tmp_path / f"out{size}"),
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         peaks.append(int(done.stdout))
-    # The text grows by 9 MB, as ids in lists by 100 MB or more; what may grow once are the tokenizer's and reader's buffers.
+    # The text grows by 9 MB, as ids in lists by 100 MB or more; what may grow once are the
+    # tokenizer's and reader's buffers.
     assert peaks[1] - peaks[0] < 12
     assert peaks[1] < 1000
 
@@ -120,6 +136,9 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
 
 def test_two_processes_that_prepare_the_same_text_both_get_it(tmp_path):
     source = write_text(tmp_path / "a.txt", 1_000_000)
-    processes = [subprocess.Popen(command(source, tmp_path / "out"), cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    processes = [
+        subprocess.Popen(command(source, tmp_path / "out"), cwd=ROOT, stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
     assert [process.wait() for process in processes] == [0, 0]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.txt", "out"]

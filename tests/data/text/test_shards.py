@@ -16,7 +16,23 @@ from fastlm.data.text.tokens import Tokens, open_data, open_tokens, unigram_perp
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "12", "small", "green", "birds", "fly", "over", "there"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "12",
+    "small",
+    "green",
+    "birds",
+    "fly",
+    "over",
+    "there",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +46,9 @@ def words(count, seed=0):
 
 
 def write_rows(file, n_rows=200, seed=0):
-    file.write_text("".join(json.dumps({"text": words(30, seed * 1000 + n)}) + "\n" for n in range(n_rows)))
+    file.write_text(
+        "".join(json.dumps({"text": words(30, seed * 1000 + n)}) + "\n" for n in range(n_rows))
+    )
     return file
 
 
@@ -45,7 +63,9 @@ def test_every_document_is_there_once_and_ends_with_end_of_text(gpt2, tmp_path):
             assert gpt2.eos_id not in document[:-1]
             texts.append(gpt2.decode(document[:-1]))
         assert tokens.document_ends[-1] == len(tokens)
-    assert sorted(texts) == sorted(json.loads(line)["text"] for line in file.read_text().splitlines())
+    assert sorted(texts) == sorted(
+        json.loads(line)["text"] for line in file.read_text().splitlines()
+    )
 
 
 def test_a_long_text_keeps_its_ids_and_its_tail_is_validation(gpt2, tmp_path, monkeypatch):
@@ -53,7 +73,9 @@ def test_a_long_text_keeps_its_ids_and_its_tail_is_validation(gpt2, tmp_path, mo
     file = tmp_path / "a.txt"
     file.write_text(words(20_000))
     data = prepare(str(file), gpt2, tmp_path / "cache")
-    ids = np.concatenate([data.train[:-1], data.validation[:]])  # training is closed with an end of its own
+    ids = np.concatenate(
+        [data.train[:-1], data.validation[:]]
+    )  # training is closed with an end of its own
     assert ids.tolist() == [*gpt2.encode(file.read_text()), gpt2.eos_id]
     assert data.train[-1] == gpt2.eos_id
     assert 2000 <= len(data.validation) <= 0.11 * len(ids)
@@ -105,7 +127,9 @@ def test_given_validation_files_are_the_validation_split(gpt2, tmp_path):
 
 
 def test_line_ends_of_every_kind_are_one(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlm.data.text.documents.PIECE_CHARS", 7)  # line ends fall between blocks too
+    monkeypatch.setattr(
+        "fastlm.data.text.documents.PIECE_CHARS", 7
+    )  # line ends fall between blocks too
     text = "one line\nand the next\n\nand é one more\n" * 100
     for name, end in (("unix", "\n"), ("windows", "\r\n"), ("old", "\r")):
         (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
@@ -116,7 +140,9 @@ def test_line_ends_of_every_kind_are_one(gpt2, tmp_path, monkeypatch):
 def test_bytes_that_are_not_text_are_named(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr("fastlm.data.text.documents.PIECE_CHARS", 7)
     for place in (0, 1, 6, 7, 8, 2000):
-        (tmp_path / "a.txt").write_bytes(("é" * 5000).encode()[: 2 * place] + b"\xff" + b"more" * 500)
+        (tmp_path / "a.txt").write_bytes(
+            ("é" * 5000).encode()[: 2 * place] + b"\xff" + b"more" * 500
+        )
         with pytest.raises(UserError, match=rf"byte {2 * place}:"):
             prepare(str(tmp_path / "a.txt"), gpt2, tmp_path / "cache")
 
@@ -125,16 +151,24 @@ def test_marks_in_a_text_file_separate_documents(gpt2, tmp_path):
     stories = [words(40, n) for n in range(30)]
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(stories))
     data = prepare(str(tmp_path / "a.txt"), gpt2, tmp_path / "cache")
-    got = [gpt2.decode(t.document(n)[:-1]) for t in (data.train, data.validation) for n in range(len(t.document_ends))]
+    got = [
+        gpt2.decode(t.document(n)[:-1])
+        for t in (data.train, data.validation)
+        for n in range(len(t.document_ends))
+    ]
     assert got == stories
 
 
 def test_standard_library_holds_out_files_that_are_not_in_training(gpt2):
     source = open_source("python-stdlib")
-    train, validation = ([p.text for p in read_pieces(source, split)] for split in ("train", "validation"))
+    train, validation = (
+        [p.text for p in read_pieces(source, split)] for split in ("train", "validation")
+    )
     size = sum(map(len, validation)) / sum(map(len, train + validation))
     assert 0.005 < size < 0.06
-    lines = {line.strip() for text in train for line in text.splitlines() if len(line.strip()) >= 12}
+    lines = {
+        line.strip() for text in train for line in text.splitlines() if len(line.strip()) >= 12
+    }
     for text in validation:
         own = [line.strip() for line in text.splitlines() if len(line.strip()) >= 12]
         assert sum(len(line) for line in own if line in lines) <= 0.2 * sum(map(len, own))
@@ -154,7 +188,9 @@ def test_unigram_perplexity_by_hand():
     train = Tokens([np.array([0, 0, 1, 2], np.uint16)], np.array([4]), 2)
     validation = Tokens([np.array([0, 3], np.uint16)], np.array([2]), 2)
     # add-one over 4 ids: p = 3/8, 2/8, 2/8, 1/8
-    assert unigram_perplexity(train.counts(4), validation.counts(4)) == pytest.approx((8 / 3 * 8) ** 0.5)
+    assert unigram_perplexity(train.counts(4), validation.counts(4)) == pytest.approx(
+        (8 / 3 * 8) ** 0.5
+    )
 
 
 def damage_size(folder):
@@ -178,7 +214,12 @@ def damage_manifest(folder):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(damage_size, "truncated"), (damage_bytes, "sha256"), (damage_missing, "unreadable"), (damage_manifest, "unreadable")],
+    [
+        (damage_size, "truncated"),
+        (damage_bytes, "sha256"),
+        (damage_missing, "unreadable"),
+        (damage_manifest, "unreadable"),
+    ],
 )
 def test_damaged_shards_are_refused(gpt2, tmp_path, damage, message):
     data = prepare(str(write_rows(tmp_path / "a.jsonl")), gpt2, tmp_path / "cache")
@@ -210,7 +251,13 @@ def test_bad_sources_give_one_line_and_leave_nothing(gpt2, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 1000)
     (tmp_path / "x.csv").write_text("a,b\n" * 1000)
     (tmp_path / "x.parquet").write_text("no parquet")
-    names = ["none.txt", "", "unknown-name", "./nothing", *(str(tmp_path / n) for n in ("empty.txt", "short.txt", "blank"))]
+    names = [
+        "none.txt",
+        "",
+        "unknown-name",
+        "./nothing",
+        *(str(tmp_path / n) for n in ("empty.txt", "short.txt", "blank")),
+    ]
     for name in [*names, *(str(tmp_path / n) for n in ("latin.txt", "x.csv", "x.parquet"))]:
         with pytest.raises(UserError) as error:
             prepare(name, gpt2, tmp_path / "cache")
@@ -231,7 +278,15 @@ def test_a_full_disk_is_one_line(gpt2, tmp_path, monkeypatch):
 
 def test_rows_of_text_that_are_bad_are_named_or_counted(gpt2, tmp_path):
     good = [json.dumps({"text": words(30, n)}).encode() for n in range(60)]
-    bad = [b'{"body": "x"}', b'{"text": 3}', b'{"text": " "}', b'{"text": "a", "text": "b"}', b'{"text": NaN}', b'"\xff"', b"["]
+    bad = [
+        b'{"body": "x"}',
+        b'{"text": 3}',
+        b'{"text": " "}',
+        b'{"text": "a", "text": "b"}',
+        b'{"text": NaN}',
+        b'"\xff"',
+        b"[",
+    ]
     file = tmp_path / "a.jsonl"
     for n, line in enumerate(bad):
         file.write_bytes(b"\n".join([*good[:20], line, *good[20:]]))
@@ -241,7 +296,9 @@ def test_rows_of_text_that_are_bad_are_named_or_counted(gpt2, tmp_path):
     file.write_bytes(b"\n".join([*good, *bad]))
     data = prepare(str(file), gpt2, tmp_path / "skip", settings=Settings(on_bad_row="skip"))
     assert data.manifest.bad_rows.count == len(bad)
-    assert [f":{61 + n}: " in example for n, example in enumerate(data.manifest.bad_rows.examples)] == [True] * len(bad)
+    assert [
+        f":{61 + n}: " in example for n, example in enumerate(data.manifest.bad_rows.examples)
+    ] == [True] * len(bad)
     assert sum(len(tokens.document_ends) for tokens in (data.train, data.validation)) == 60
 
 
@@ -252,15 +309,21 @@ def test_folders_of_mixed_files_are_read_in_order(gpt2, tmp_path):
     folder = tmp_path / "d"
     (folder / "sub").mkdir(parents=True)
     texts = [words(30, n) for n in range(4)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": texts[0], "id": 1}]), folder / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": texts[0], "id": 1}]), folder / "a.parquet"
+    )
     (folder / "b.txt").write_text(texts[1])
     (folder / "sub" / "c.md").write_text(texts[2])
     (folder / "z.jsonl").write_text(json.dumps({"body": texts[3]}))
     (folder / "notes.bin").write_bytes(b"not text")
-    with pytest.raises(UserError, match=r"z.jsonl:1: field 'text': no such field \(its fields: body\)"):
+    with pytest.raises(
+        UserError, match=r"z.jsonl:1: field 'text': no such field \(its fields: body\)"
+    ):
         prepare(str(folder), gpt2, tmp_path / "cache")
     (folder / "z.jsonl").write_text(json.dumps({"text": texts[3]}) * 1)
-    (folder / "z2.jsonl").write_text("\n".join(json.dumps({"text": words(30, n)}) for n in range(10, 20)))
+    (folder / "z2.jsonl").write_text(
+        "\n".join(json.dumps({"text": words(30, n)}) for n in range(10, 20))
+    )
     data = prepare(str(folder), gpt2, tmp_path / "cache")
     assert [gpt2.decode(data.train.document(n)[:-1]) for n in range(4)] == texts
 
@@ -271,7 +334,9 @@ def test_a_tokenizer_that_marks_word_starts_gets_whole_documents(tmp_path, monke
 
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"\u2581{word}": n for n, word in enumerate(WORDS, 2)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     inner.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
