@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fastlm import files
 from fastlm.config import DpoConfig
+from fastlm.data import IGNORED
 from fastlm.data.examples.load import load_preferences
 from fastlm.data.examples.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
-from fastlm.data.text.batches import IGNORED
 from fastlm.model import compiled
 from fastlm.train import distributed, loop, preference, tuning
 

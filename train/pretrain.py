@@ -18,8 +18,9 @@ from fastlm import checkpoint
 from fastlm.bigram import MOST
 from fastlm.commands import Sampling
 from fastlm.config import PretrainConfig, check
+from fastlm.data import IGNORED
 from fastlm.data.prefetch import prefetch
-from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch, validation_batches
+from fastlm.data.text.batches import isolate_documents, row_batch, validation_batches
 from fastlm.data.text.manifest import Settings
 from fastlm.data.text.prepare import prepare
 from fastlm.data.text.tokens import TokenSource, token_counts, unigram_perplexity

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlm.config import ModelConfig
-from fastlm.data.text.batches import IGNORED
+from fastlm.data import IGNORED
 from fastlm.errors import UserError
 from fastlm.model import build, compiled, pick_device
 from fastlm.train import loop

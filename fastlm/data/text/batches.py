@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastlm.data import IGNORED
 from fastlm.data.text.tokens import Tokens, TokenSource
 from fastlm.errors import UserError
-
-IGNORED = -100
 
 
 def row_batch(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastlm.data import IGNORED
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
 from fastlm.data.examples.packing import (
     best_fit_decreasing,
@@ -20,7 +21,6 @@ from fastlm.data.examples.packing import (
     packed_batch,
     packed_epoch,
 )
-from fastlm.data.text.batches import IGNORED
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 

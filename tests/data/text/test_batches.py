@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from fastlm.data import IGNORED
 from fastlm.data.order import mix64, permutation_keys, permute
-from fastlm.data.text.batches import IGNORED, row_batch, validation_batches
+from fastlm.data.text.batches import row_batch, validation_batches
 from fastlm.data.text.tokens import Tokens
 from fastlm.errors import UserError
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm.data.text.batches import IGNORED, isolate_documents, row_batch
+from fastlm.data import IGNORED
+from fastlm.data.text.batches import isolate_documents, row_batch
 from fastlm.data.text.mixture import Mixture, draw, parse_mixture, quotas
 from fastlm.data.text.prepare import prepare
 from fastlm.data.text.tokens import ShuffledTokens, Tokens, unigram_perplexity
