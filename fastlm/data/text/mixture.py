@@ -9,6 +9,7 @@ text, and which text row n comes from follows from n alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,11 +72,13 @@ class Mixture:
 
     def rows_at(self, position: int, count: int, seq_len: int, seed: int) -> np.ndarray:
         """See TokenSource: each row from the text whose turn it is."""
-        weights = self.weights(seq_len)
         rows = np.empty((count, seq_len + 1), np.int64)
-        for row, number in zip(rows, range(position, position + count), strict=True):
-            which, place = draw(number, weights)
-            row[:] = self.texts[which].rows_at(place, 1, seq_len, mix64(seed, which))[0]
+        turns = list(draw(position, count, self.weights(seq_len)))
+        for which, text in enumerate(self.texts):
+            own = [number for number, (turn, _) in enumerate(turns) if turn == which]
+            if own:
+                first = turns[own[0]][1]  # the others follow: the text's rows are taken in order
+                rows[own] = text.rows_at(first, len(own), seq_len, mix64(seed, which))
         return rows
 
     def tokens_drawn(self, position: int, seq_len: int) -> dict[str, int]:
@@ -116,12 +119,14 @@ def quotas(position: int, weights: list[int]) -> list[int]:
     return [*counts, left]
 
 
-def draw(position: int, weights: list[int]) -> tuple[int, int]:
-    """Which weight draw number `position` falls to, and how many draws of that came before."""
+def draw(position: int, count: int, weights: list[int]) -> Iterator[tuple[int, int]]:
+    """Draws position, ..., position + count - 1: whose turn it is, and how often it was before."""
     before = quotas(position, weights)
-    after = quotas(position + 1, weights)
-    which = next(n for n, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
-    return which, before[which]
+    for number in range(position + 1, position + count + 1):
+        after = quotas(number, weights)
+        which = next(n for n, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+        yield which, before[which]
+        before = after
 
 
 def join_tokens(texts: list[Tokens], name: str) -> Tokens:

@@ -68,9 +68,8 @@ class Tokens:
         name: str = "tokens",
         vocab_size: int | None = None,
     ) -> None:
-        self.shards = [
-            np.asarray(shard).view(np.ndarray) for shard in shards
-        ]  # slicing a memmap object is slow
+        # Slicing a memmap object is slow.
+        self.shards = [np.asarray(shard).view(np.ndarray) for shard in shards]
         self.document_ends = document_ends
         self.eos_id = eos_id
         self.name = name
@@ -83,12 +82,12 @@ class Tokens:
     def __getitem__(self, key: int | slice) -> Any:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
-            ids = self._span(start, max(start, stop))
+            ids = self._checked(self._span(start, max(start, stop)))
             return ids if step == 1 else ids[::step]
         index = key + len(self) if key < 0 else key
         if not 0 <= index < len(self):
             raise IndexError(f"token {key} of {len(self)}")
-        return int(self._span(index, index + 1)[0])
+        return int(self._checked(self._span(index, index + 1))[0])
 
     def _span(self, start: int, stop: int) -> np.ndarray:
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -100,15 +99,14 @@ class Tokens:
             shard += 1
         if not spans:
             return np.empty(0, self.shards[0].dtype if self.shards else np.uint16)
-        ids = np.array(spans[0]) if len(spans) == 1 else np.concatenate(spans)
-        self._check(int(ids.max()))
-        return ids
+        return np.array(spans[0]) if len(spans) == 1 else np.concatenate(spans)
 
-    def _check(self, largest: int) -> None:
-        if self.vocab_size is not None and largest >= self.vocab_size:
-            raise UserError(
-                f"{self.name}: holds the id {largest}, its tokenizer has {self.vocab_size}; {MEND}"
-            )
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        """The ids, if none is outside the vocabulary."""
+        if self.vocab_size is not None and ids.size and ids.max() >= self.vocab_size:
+            known = f"its tokenizer has {self.vocab_size}"
+            raise UserError(f"{self.name}: holds the id {ids.max()}, {known}; {MEND}")
+        return ids
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document with its end-of-text."""
@@ -131,8 +129,8 @@ class Tokens:
         """See TokenSource."""
         rows = np.empty((count, seq_len + 1), np.int64)
         for row, start in zip(rows, self.row_starts(position, count, seq_len, seed), strict=True):
-            row[:] = self[start : start + seq_len + 1]
-        return rows
+            row[:] = self._span(start, start + seq_len + 1)
+        return self._checked(rows)  # all at once: a row at a time costs a microsecond each
 
     def row_starts(self, position: int, count: int, seq_len: int, seed: int) -> list[int]:
         """The first token of rows position, ..., position + count - 1 of the run."""

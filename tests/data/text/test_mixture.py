@@ -29,8 +29,8 @@ def test_every_prefix_has_the_stated_proportions():
     for weights in ([400, 25], [1, 1, 1], [7, 3, 90, 11], [5]):
         total = sum(weights)
         seen = [0] * len(weights)
-        for position in range(2 * total):
-            source, place = draw(position, weights)
+        for position, (source, place) in enumerate(draw(0, 2 * total, weights)):
+            assert [(source, place)] == list(draw(position, 1, weights))
             assert place == seen[source]
             seen[source] += 1
             assert seen == quotas(position + 1, weights)
