@@ -192,8 +192,8 @@ def write_tensors(
         save_file(dict(tensors), file, metadata)
     except SafetensorError as error:
         # As the Rust library words the number of the system's error.
-        found = re.search(r"\b(?:code: |os error )(\d+)", str(error))
-        code = int(found[1]) if found else 0
+        number = re.search(r"\b(?:code: |os error )(\d+)", str(error))
+        code = int(number[1]) if number else 0
         raise OSError(code, os.strerror(code) if code else str(error), str(file)) from error
 
 

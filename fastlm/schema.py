@@ -109,14 +109,14 @@ def _convert_fields(kind: type, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         _refuse(name, value, "an object")
     hints = typing.get_type_hints(kind)
-    found = {}
+    values = {}
     for field in dataclasses.fields(kind):
         place = f"{name}.{field.name}" if name else field.name
         if field.name in value:
-            found[field.name] = _convert(hints[field.name], value[field.name], place)
+            values[field.name] = _convert(hints[field.name], value[field.name], place)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SchemaError(f"no field {place}, expected one")
-    return kind(**found)
+    return kind(**values)
 
 
 def _text(value: Any, name: str) -> str:

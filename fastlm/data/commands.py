@@ -263,7 +263,8 @@ def histogram_svg(histogram: list[tuple[int, int, int]], title: str) -> str:
     most = max((count for _, _, count in histogram), default=1)
     rows = []
     for n, (low, high, count) in enumerate(histogram):
-        y, width = 40 + 24 * n, 400 * count / most
+        y = 40 + 24 * n
+        width = 400 * count / most
         rows.append(f'<text x="130" y="{y + 14}" text-anchor="end">{low:,} - {high:,}</text>')
         rows.append(f'<rect x="140" y="{y}" width="{width:.1f}" height="18" fill="#4477aa"/>')
         rows.append(f'<text x="{146 + width:.1f}" y="{y + 14}">{count:,}</text>')

@@ -30,8 +30,8 @@ def open_local(name: str, path: Path, kind: Kind, text_field: str, bad: BadRecor
     suffixes = SUFFIXES[kind]
     relative = {path: path.name}
     if path.is_dir():
-        found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
-        relative = {file: file.relative_to(path).as_posix() for file in found}
+        paths = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
+        relative = {file: file.relative_to(path).as_posix() for file in paths}
         if not relative:
             raise UserError(f"data source {name!r}: the folder holds no {', '.join(suffixes)} file")
     elif path.suffix.lower() not in suffixes and not (kind == "text" and _may_be_text(path)):

@@ -55,8 +55,8 @@ def splits_of_a_run(source: Source) -> list[str]:
     Raises UserError where there is nothing to train on.
     """
     if not source.splits.get("train"):
-        found = " and ".join(source.splits) or "nothing"
+        splits = " and ".join(source.splits) or "nothing"
         raise UserError(
-            f"data source {source.name!r}: it holds {found}; expected data to train on beside that"
+            f"data source {source.name!r}: it holds {splits}; expected data to train on beside that"
         )
     return [split for split in ("train", "validation") if split in source.splits]

@@ -41,14 +41,14 @@ def open_stdlib(name: str, bad: BadRecords) -> Source:
 def stdlib_files(root: Path) -> dict[str, Path]:
     """Relative name -> file, sorted by name; tests and installed packages are left out."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    found = {}
+    paths = {}
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - left_out)
         for name in names:
             if name.endswith(".py"):
                 path = Path(folder) / name
-                found[path.relative_to(root).as_posix()] = path
-    return dict(sorted(found.items()))
+                paths[path.relative_to(root).as_posix()] = path
+    return dict(sorted(paths.items()))
 
 
 def stdlib_held_out(files: dict[str, str], one_in: int = 24, max_shared: float = 0.2) -> set[str]:

@@ -147,7 +147,8 @@ def _chat_preference(record: dict[str, Any]) -> Preference:
     elif len(chosen) == 1 and isinstance(record.get("prompt"), str):
         prompt = [Message("user", _text(record, "prompt"))]
     if len(chosen) == 1:
-        chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
+        chosen = [*prompt, *chosen]
+        rejected = [*prompt, *rejected]
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise RecordProblem(
             "'chosen' and 'rejected' must be dialogues that differ in their last turn only"

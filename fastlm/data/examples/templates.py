@@ -142,7 +142,8 @@ def encode_dialogue(
     else:
         segments = render_segments(dialogue.messages, tokenizer, template_source(chosen, tokenizer))
     literal = literals(dialogue.messages, tokenizer)
-    parts, masks = [], []
+    parts = []
+    masks = []
     for text, counted in segments:
         ids = _encode(text, literal, tokenizer, chosen != "none")
         parts.append(ids)
@@ -188,8 +189,8 @@ def render_segments(
             )
         # Of a template without a generation prompt, the turn's heading comes with the answer; it is
         # not counted.
-        heading, found, _ = after[len(before) :].partition(message.content.strip())
-        before += heading if found and heading.strip() else ""
+        heading, answer, _ = after[len(before) :].partition(message.content.strip())
+        before += heading if answer and heading.strip() else ""
         response = after[len(before) :]
         kept = (
             response.rstrip("\n") if response.rstrip("\n").endswith((end, turn_end)) else response
