@@ -33,8 +33,7 @@ from harness.gpu_timing import Call, device, in_turns, rehearsing
 from peers.gpu import absent
 
 from fastlm import model
-from fastlm.commands import Sampling
-from fastlm.config import DpoConfig, SftConfig
+from fastlm.config import DpoConfig, Sampling, SftConfig
 from fastlm.evaluation.protocols import window_segments
 from fastlm.evaluation.score import segment_nats
 from fastlm.generate import generate
