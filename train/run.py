@@ -84,9 +84,11 @@ def resume_or_create(
     if cfg.resume:
         folder = Path(cfg.resume)
         lock = locked(folder)
-        place = checkpoint.locate(folder)
-        saved = checkpoint.load(place, model, named_state(optimizers))
+        place, saved, problems = checkpoint.newest_whole(folder)
+        for problem in problems:
+            distributed.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
         check_facts(place, saved, state, cfg.steps)
+        checkpoint.restore(place, model, named_state(optimizers))
         state |= saved | {"attention": state["attention"]}  # that of this machine
     else:
         torch.manual_seed(cfg.seed)

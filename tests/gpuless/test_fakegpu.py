@@ -140,7 +140,7 @@ def launches_by_name(library) -> dict[str, int]:
 def test_launches_are_counted_by_the_kernels_names(library, counted):
     kernels = [ctypes.create_string_buffer(8) for _ in range(20_000)]  # the table has to grow
     names = [ctypes.create_string_buffer(f"kernel{i}".encode()) for i in range(len(kernels))]
-    register = getattr(library, "__cudaRegisterFunction")  # noqa: B009 - it begins with "__"
+    register = getattr(library, "__cudaRegisterFunction")
     for kernel, name in zip(kernels, names, strict=True):
         register(None, kernel, None, name, *[None] * 6)
     launch(library, kernels[7])
