@@ -42,8 +42,9 @@ STOOD_IN = stand_in()  # before fastlm's loop is imported, which wants these pac
 
 from fastlm import monitor  # noqa: E402
 from fastlm.config import PRESETS, ModelConfig, OptimConfig, PretrainConfig  # noqa: E402
+from fastlm.data.catalogue import open_source  # noqa: E402
 from fastlm.data.functions import cut_functions, make_rows  # noqa: E402
-from fastlm.data.sources import SEPARATOR, open_source  # noqa: E402
+from fastlm.data.text.documents import SEPARATOR, read_pieces  # noqa: E402
 from fastlm.kernels.common import triton_on_cpu  # noqa: E402
 from fastlm.runtime import ceiling  # noqa: E402
 from fastlm.train import loop  # noqa: E402
@@ -283,7 +284,7 @@ def watched_steps(
 
 
 def read_text(source: str) -> Iterator[str]:
-    return (piece.text for piece in open_source(source).pieces("train"))
+    return (piece.text for piece in read_pieces(open_source(source), "train"))
 
 
 read_later = monitor.read_later
