@@ -4,9 +4,9 @@
 
 It makes an environment with the CUDA build of PyTorch (build/rehearse/env, once), runs each case
 below in a process of its own on the stand-in GPU (fakegpu/), and fails where one crashes, waits
-for the device in a training step, compiles anything after the first step, or launches more than
-it may. The counts go into a table: build/rehearse/table.md, and docs/gpu.md when all cases ran.
-This program needs only the standard library. What the stand-in cannot show is in docs/gpu.md.
+for the device in a training step, compiles anything after the first step, launches more than it
+may, or does not replay the CUDA graphs that it should. The counts go into a table:
+build/rehearse/table.md, and docs/gpu.md when all cases ran. This program needs only the standard library. What the stand-in cannot show is in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -42,15 +42,19 @@ class Case:
     """One command and what must hold of it.
 
     command: the words after `fastlm`; {root}, {work}, {runs} and {data} are folders. steps: it
-    trains, so that no step but the first may wait for the device or compile. launches: at most
-    so many kernels a step that are not matmuls. says: what its output must hold. given: its
-    input. needs: a package without which the case is left out.
+    trains, so that no step but the first may compile, or wait for the device, but the second may
+    where it records CUDA graphs. launches: at most so many kernels a step that are not matmuls.
+    graphs: so many CUDA graphs a step. writes: it writes text, so that from the third on a token
+    is one graph and one wait for its number. says: what its output must hold. given: its input.
+    needs: a package without which the case is left out.
     """
 
     name: str
     command: str
     steps: bool = False
     launches: int = 0
+    graphs: int = 0
+    writes: bool = False
     says: str = ""
     given: str = ""
     needs: str = ""
@@ -66,8 +70,11 @@ FULL = (
 )
 
 
-def train(name: str, command: str, folder: str, launches: int = 0) -> list[Case]:
-    """A training case, eager and compiled; the eager run stays in {runs}/folder."""
+def train(name: str, command: str, folder: str, graphs: int = 2, launches: int = 0) -> list[Case]:
+    """A training case, eager and compiled; the eager run stays in {runs}/folder.
+
+    graphs: of the compiled case, a forward and a backward pass for each micro-batch.
+    """
     return [
         Case(f"{name}, eager", f"{command} --no-compile --out {{runs}}/{folder}", steps=True),
         Case(
@@ -75,6 +82,7 @@ def train(name: str, command: str, folder: str, launches: int = 0) -> list[Case]
             f"{command} --compile --out {{runs}}/{folder}-compiled",
             steps=True,
             launches=launches,
+            graphs=graphs,
         ),
     ]
 
@@ -89,13 +97,13 @@ CASES = [
     *train("pretrain, shortlist", f"{ROWS} --shortlist 3072", "shortlist"),
     *train("pretrain, isolated documents", f"{ROWS} --isolate-documents --steps 50", "isolated"),
     *train("pretrain, checkpointed", f"{ROWS} --checkpoint-activations", "checkpointed"),
-    *train("pretrain, accumulated", f"{ROWS} --micro-batch-rows 1", "accumulated"),
+    *train("pretrain, accumulated", f"{ROWS} --micro-batch-rows 1", "accumulated", graphs=8),
     Case("pretrain, prepared", f"{ROWS} --data {{data}}/stdlib --out {{runs}}/prepared", True),
     Case("pretrain, validating", f"{ROWS} --compile --validate-every 4 --out {{runs}}/validating"),
     Case("pretrain, resumed", "pretrain --resume {runs}/rows --steps 16", steps=True),
     *train("SFT", SFT, "sft"),
     *train("SFT, checkpointed", f"{SFT} --checkpoint-activations", "sft-checkpointed"),
-    *train("SFT, accumulated", f"{SFT} --micro-batch-rows 1", "sft-accumulated"),
+    *train("SFT, accumulated", f"{SFT} --micro-batch-rows 1", "sft-accumulated", graphs=8),
     Case("SFT, resumed", "sft --resume {runs}/sft --steps 56", steps=True),
     *train("DPO", DPO, "dpo"),
     *train("SimPO", f"{DPO} --loss simpo --beta 2", "simpo"),
@@ -105,9 +113,17 @@ CASES = [
         "eval", "eval {runs}/rows {runs}/sft --data python-stdlib --max-documents 3", says="window"
     ),
     Case("eval, compiled", "eval {runs}/rows --data python-stdlib --max-documents 3 --compile"),
-    Case("generate", "generate {runs}/rows --prompt def --tokens 24", says="def"),
-    Case("generate, several", "generate {runs}/rows --prompt a --prompt b --stop xyz --json"),
-    Case("generate, top-k", "generate {runs}/rows --top-k 5 --tokens 8 --repetition-penalty 1.2"),
+    Case("generate", "generate {runs}/rows --prompt def --tokens 24", writes=True, says="def"),
+    Case(
+        "generate, several",
+        "generate {runs}/rows --prompt a --prompt b --stop xyz --json",
+        writes=True,
+    ),
+    Case(
+        "generate, top-k",
+        "generate {runs}/rows --top-k 5 --tokens 8 --repetition-penalty 1.2",
+        writes=True,
+    ),
     Case("chat", "chat {runs}/sft --tokens 12", given="What is a list?\nAnd a tuple?\n\n"),
     Case("export", "export {runs}/sft --to {work}/exported"),
     Case("import", "import {work}/exported --to {runs}/imported"),
@@ -124,8 +140,10 @@ CASES = [
         "bench report --results {root}/bench/results --out {work}/benchmarks.md",
         says="charts",
     ),
-    *train("modern-253m, 32 x 1024", FULL, "full", launches=200),
-    *train("modern-253m, isolated documents", f"{FULL} --isolate-documents", "full-isolated"),
+    *train("modern-253m, 32 x 1024", FULL, "full", graphs=0, launches=200),
+    *train(
+        "modern-253m, isolated documents", f"{FULL} --isolate-documents", "full-isolated", graphs=0
+    ),
 ]
 
 KERNELS = ("ATen launches", "Triton launches", "memsets")
@@ -189,20 +207,20 @@ def words(case: Case) -> list[str]:
     return [word.format(**folders) for word in shlex.split(case.command)]
 
 
-def of_each_step(marks: list[dict]) -> list[dict]:
-    """What each step but the first asked for: differences between its mark and the one before."""
-    steps = [mark for mark in marks if mark["at"] == "step"]
+def of_each(kind: str, marks: list[dict]) -> list[dict]:
+    """What each step or token but the first asked for: differences from the mark before its own."""
+    steps = [mark for mark in marks if mark["at"] == kind]
     return [
         {name: after[name] - before[name] for name in before if name != "at"}
         for before, after in itertools.pairwise(steps)
     ]
 
 
-def summary(found: dict) -> dict:
-    """The row of a training case: the most that any step but the first asked for."""
-    steps = of_each_step(found["marks"])
-    most = {name: max(step[name] for step in steps) for name in steps[0]}
-    trained = [mark for mark in found["marks"] if mark["at"] == "step"]
+def summary(marks: list[dict]) -> dict:
+    """The row of a training case: the most that any step but the first two asked for."""
+    steps = of_each("step", marks)
+    most = {name: max(step[name] for step in steps[1:]) for name in steps[0]}
+    trained = [mark for mark in marks if mark["at"] == "step"]
     return {
         "steps": len(trained),
         "syncs": most["stream syncs"] + most["device syncs"],
@@ -210,6 +228,7 @@ def summary(found: dict) -> dict:
         "launches": sum(most[name] for name in KERNELS),
         "Triton": most["Triton launches"],
         "matmuls": most["GEMMs"],
+        "graphs": most["graph launches"],
         "recompiles": sum(step["compiled graphs"] for step in steps),
         "peak GiB": trained[-1]["peak GiB"],
     }
@@ -223,15 +242,28 @@ def faults(case: Case, code: int, output: str, row: dict | None) -> list[str]:
     if case.says not in output:
         wrong.append(f"its output lacks {case.says!r}")
     if case.steps and row is None:
-        wrong.append("fewer than two training steps were seen")
+        wrong.append("fewer than three training steps were seen")
     if row is not None:
         if row["syncs"]:
             wrong.append(f"{row['syncs']} host syncs in a step")
         if row["recompiles"]:
             wrong.append(f"{row['recompiles']} graphs compiled after the first step")
+        if row["graphs"] != case.graphs:
+            wrong.append(f"{row['graphs']} graph launches in a step, not {case.graphs}")
         if case.launches and row["launches"] > case.launches:
             wrong.append(f"{row['launches']} launches in a step, of at most {case.launches}")
     return wrong
+
+
+def token_faults(marks: list[dict]) -> list[str]:
+    """What is wrong with written tokens: the second is recorded, those after it are replayed."""
+    tokens = of_each("read_later", marks)[2:]
+    names = ("graph launches", "event syncs", "stream syncs", "device syncs", *KERNELS)
+    wrong = [[token[name] for name in names] for token in tokens]
+    expected = [1, 1, *[0] * (len(names) - 2)]
+    if not tokens or any(token != expected for token in wrong):
+        return [f"a token asked for {max(wrong, default=[])} ({', '.join(names)}), not {expected}"]
+    return []
 
 
 def rehearse(case: Case, python: str) -> tuple[list[str], dict | None, str]:
@@ -244,11 +276,14 @@ def rehearse(case: Case, python: str) -> tuple[list[str], dict | None, str]:
             shutil.rmtree(value, ignore_errors=True)
     program = [str(HERE / "counted.py"), str(file), *arguments]
     code, output = on_fakegpu(python, program, case.given)
-    row = None
-    if case.steps and file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        row = summary(found) if len(of_each_step(found["marks"])) else None
-    return faults(case, code, output, row), row, output
+    marks = []
+    if file.is_file():
+        marks = json.loads(file.read_text(encoding="utf-8"))["marks"]
+    row = summary(marks) if case.steps and len(of_each("step", marks)) > 1 else None
+    wrong = faults(case, code, output, row)
+    if case.writes and code == 0:
+        wrong += token_faults(marks)
+    return wrong, row, output
 
 
 # ------------------------------------------------------------------------------------- table
@@ -257,6 +292,7 @@ COLUMNS = {
     "launches a step": "{launches:,}",
     "of them Triton": "{Triton:,}",
     "matmuls": "{matmuls:,}",
+    "graphs": "{graphs}",
     "host syncs": "{syncs}",
     "event waits": "{event waits}",
     "recompiles": "{recompiles}",
