@@ -5,8 +5,9 @@
 It makes an environment with the CUDA build of PyTorch (build/rehearse/env, once), runs each case of
 cases.py in a process of its own on the stand-in GPU (fakegpu/), and fails where one crashes, waits
 for the device in a training step, compiles anything after the first step, launches more than it
-may, or does not replay the CUDA graphs that it should. The counts go into a table: build/rehearse/table.md, and docs/gpu.md when all cases passed.
-This program needs only the standard library. What the stand-in cannot show is in docs/gpu.md.
+may, or does not replay the CUDA graphs that it should. The counts go into a table:
+build/rehearse/table.md, and docs/gpu.md when all cases passed. This program needs only the standard
+library. What the stand-in cannot show is in docs/gpu.md.
 """
 
 from __future__ import annotations
