@@ -74,12 +74,13 @@ def run(command: list[str]) -> list[tuple[int, int]]:
         step(*args, **options)
 
     def zeros(*args: Any) -> Callable[[], dict[str, float]]:
-        """The step's figures, read as ever: on the stand-in they are left over, and may be NaN."""
         read = read_later(*args)
         return lambda: dict.fromkeys(read(), 0.0)
 
-    numbers = mock.patch("fastlm.monitor.read_later", zeros)
-    with mock.patch.object(Monitor, "step", noting), numbers:
+    # the stand-in's figures and weights are left over from other tensors, and may be NaN
+    figures = mock.patch("fastlm.monitor.read_later", zeros)
+    weights = mock.patch("fastlm.checkpoint.check_finite")
+    with mock.patch.object(Monitor, "step", noting), figures, weights:
         code = fastlm(command)
     assert code == 0, f"fastlm {' '.join(command)} ended with {code}"
     assert len(found) == STEPS
