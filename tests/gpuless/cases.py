@@ -161,6 +161,8 @@ CHECKS = [
     Case("GPU programs, traced on cuda", "check check_gpucompile.py"),
     Case("GPU programs, executed", "check check_gpurun.py"),
     Case("PTX of this Triton, executed", "check check_ptxsim.py"),
+    Case("our kernels' PTX, executed", "check ../kernels/compiled/check_ptx.py"),
+    Case("our compiled step, executed", "check ../kernels/compiled/check_step.py"),
 ]
 
 MAKE_GPU = [
@@ -168,4 +170,8 @@ MAKE_GPU = [
     for part in ("gate", "train", "kernels", "tuning", "tests")
 ]
 
-CASES = [*MACHINE, *DATA, *PRETRAIN, *TUNING, *USE, *FULL_SIZE, *CHECKS, *MAKE_GPU]
+# Two chains that run side by side: a case may need what an earlier one of its own chain has made.
+CHAINS = [
+    [*MACHINE, *DATA, *PRETRAIN, *TUNING, *USE],
+    [*FULL_SIZE, *CHECKS, *MAKE_GPU],
+]
