@@ -17,7 +17,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed or not
 
-from fastlm.memory import process_peak_gib
+from fastlm.runtime import process_peak_gib
 
 LENGTH = {"full": 512, "small": 64}
 STEPS = {"full": {"ours": 6, "trl": 3}, "small": {"ours": 2, "trl": 2}}

@@ -7,6 +7,7 @@ round. Results are printed as they come and kept in bench/results/<device>-<date
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="measure at full size (default: run each case once, small)")
     parser.addoption("--results", metavar="FILE", help="where the results go (default: bench/results/<device>-<date>.json)")
     parser.addoption("--compare", metavar="FILE", help="fail where a ratio fell since this result file was written")
+    parser.addoption("--cases", metavar="FILE", help="write name, group, case and peer of what is collected (bench/gpu.py)")
+    parser.addoption("--stamp", metavar="JSON", default="{}", help="fields that every row gets (bench/gpu.py)")
     parser.addoption("--seconds", type=float, default=float("inf"), help="begin no further case after so many seconds")
 
 
@@ -30,6 +33,7 @@ def pytest_configure(config) -> None:
     measuring = config.getoption("--benchmark")
     if not measuring:
         config.option.benchmark_disable = True
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # a case may time itself
     config.stash[ROWS] = []
     config.stash[ENDS] = time.monotonic() + config.getoption("--seconds")
     config.stash[ABOUT] = results.machine() | ({} if measuring else {"kind": "rehearsal"})
@@ -45,17 +49,29 @@ def command(config) -> str:
 
 def keep(config, rows: list[dict]) -> None:
     """Note the rows, and write them at once: a later case may bring the process down."""
-    rows = [row | {"command": command(config), "date": config.stash[ABOUT]["date"]} for row in rows]
+    common = {"command": command(config), "date": config.stash[ABOUT]["date"]}
+    common |= json.loads(config.getoption("--stamp"))
+    rows = [common | row for row in rows]
     config.stash[ROWS] = results.merged(config.stash[ROWS], rows)
     if config.stash[PATH]:
         results.save(config.stash[PATH], config.stash[ABOUT], rows)
 
 
+def contender_of(item) -> str:
+    """The one contender that a test measures, where it does not let several take turns."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("contender", "") if callspec else ""
+
+
 def place(item) -> dict[str, str]:
     """Group and case of a test: its file's and its own name."""
-    group, name = item.path.stem.removeprefix("test_"), item.name.removeprefix("test_")
-    case = name.replace("[", " ").replace("-", " ").rstrip("]")
-    return {"group": group, "case": case.removeprefix(group.rstrip("s") + " ")}
+    return results.place(item.path.stem, item.name, contender_of(item))
+
+
+def pytest_collection_finish(session) -> None:
+    if file := session.config.getoption("--cases"):
+        found = [{"name": i.nodeid, **place(i), "peer": contender_of(i) or "case"} for i in session.items]
+        Path(file).write_text(json.dumps(found), encoding="utf-8")
 
 
 def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
@@ -77,10 +93,11 @@ def pytest_runtest_setup(item) -> None:
 def pytest_runtest_makereport(item, call):
     """A case that fails or does not run is a row too."""
     report = yield
+    where = place(item) | {"peer": contender_of(item) or "case"}
     if report.failed:
-        keep(item.config, [place(item) | {"peer": "case", "failed": call.excinfo.exconly().splitlines()[0][:300]}])
+        keep(item.config, [where | {"failed": call.excinfo.exconly().splitlines()[0][:300]}])
     elif report.skipped:
-        keep(item.config, [place(item) | {"peer": "case", "missing": str(call.excinfo.value)[:300]}])
+        keep(item.config, [where | {"missing": str(call.excinfo.value)[:300]}])
     return report
 
 
@@ -117,19 +134,21 @@ def measuring(request) -> bool:
 def record(request, benchmark):
     """record(values, unit): rows of contenders that took turns; record(peer="liger", missing=why) or failed=why.
 
-    measures: {contender: {name: number}}, such as tokens per second and GB/s, kept beside its row; notes: {contender: words}.
-    case: a name beside the test's own. Printed at once when measuring.
+    measures: {contender: {name: number}}, such as tokens per second and GB/s, kept beside its row; notes: {contender: words};
+    fields: what every row gets beside that. case: a name beside the test's own. Printed at once when measuring.
     """
 
     def add(
         values: dict[str, list[float]] | None = None, unit: str = "s", case: str = "", peer: str = "ours",
-        measures: dict[str, dict[str, float]] | None = None, notes: dict[str, str] | None = None, **why: str,
+        measures: dict[str, dict[str, float]] | None = None, notes: dict[str, str] | None = None,
+        fields: dict[str, object] | None = None, **why: str,
     ) -> None:  # fmt: skip
         where = place(request.node)
         where["case"] = " / ".join(filter(None, (where["case"], case)))
         rows = results.timed_rows(**where, unit=unit, values=values or {})
         if why or not values:
             rows.append(where | {"peer": peer} | why)
+        rows = [row | (fields or {}) for row in rows]
         for row in rows:
             row["measures"] = (measures or {}).get(row["peer"], {})
             if note := (notes or {}).get(row["peer"]):

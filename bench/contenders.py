@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed
 
 from language_models import LANGUAGE_MODELS
 
-from fastlm.memory import process_peak_gib
+from fastlm.runtime import process_peak_gib
 
 SHAPE = {"full": (50257, 384, 6, 6, 1024, 8, 256), "small": (512, 64, 2, 4, 128, 2, 32)}
 BACKEND = {"full": "inductor", "small": "eager"}  # the smoke test leaves the code generation out

@@ -1,16 +1,35 @@
-"""`make gpu`: the kernels' tests, then every GPU benchmark, then a short table; unattended, within 9 minutes on one H100.
+"""`make gpu`: everything that a rented GPU is to settle, in five parts of at most 9 minutes each.
 
-    python bench/gpu.py [--results FILE] [--seconds 540] [--tests FILES] [--only WORDS]
+    python bench/gpu.py [--part gate|train|kernels|tuning|tests] [--results FILE] [--seconds 540] [--only WORDS]
 
-It needs torch, triton, numpy, pytest and pytest-benchmark; fastlm is read from this folder, not installed. Every part runs in
-a process of its own, in a share of the time that is left: one that crashes the GPU's context or does not end loses its own
-figures only. Results are written after every case. Without a GPU it is a rehearsal: the same lines, small, interpreted.
-Exit code 1 when a test or a case failed.
+gate      what this GPU reaches; compiled and eager gradients against fp32; no waits, no late compilation
+train     fastlm's own pretraining of modern-253m for 300 steps, by category of kernel, and A/B of 30 steps
+kernels   every operation and the head's loss against PyTorch, Inductor, Liger-Kernel and a copy
+tuning    SFT, DPO, evaluation and writing
+tests     the kernels' tests, without those that need no GPU
+
+Without --part all five run, one after the other, each in its own --seconds. Needed: torch, triton,
+numpy, pytest and pytest-benchmark. fastlm is read from this folder, not installed; rich and
+safetensors, which its training loop imports, have stand-ins where they are missing
+(bench/harness/stand_ins.py). A peer that is not installed is a row that says so.
+
+Each contender runs in a process of its own: what crashes the GPU's context or does not end loses its
+own figures only. Results are written after every case, and a later call with the same --results adds
+to them. What the time did not reach is a row "missing: not run". --only: processes whose name has
+these words.
+
+Exit code 1 where a row of ours is missing or failed, 2 where the file is not for these results.
+
+Without a GPU, or on the stand-in for one that computes nothing, it is a rehearsal: the same lines,
+small. A rehearsal never writes into bench/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import itertools
+import json
 import os
 import signal
 import subprocess
@@ -19,32 +38,91 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import results  # noqa: E402
+from harness.gpu_timing import rehearsing  # noqa: E402
 
+from fastlm.attention_backend import choose  # noqa: E402
 from fastlm.bench_report import short_table  # noqa: E402
+from fastlm.config import PRESETS  # noqa: E402
 
-# name -> (file, which of its cases, share of the time that is left); what one does not use, the next ones have
 PARTS = {
-    "pretraining step": ("bench/test_gpu_training.py", "pretrain", 0.5),
-    "kernels": ("bench/test_gpu_kernels.py", "kernel", 0.6),
-    "head": ("bench/test_gpu_head.py", "head", 0.5),
-    "SFT and DPO steps": ("bench/test_gpu_training.py", "sft or dpo", 1.0),
+    "gate": ("bench/test_gpu_gate.py",),
+    "train": ("bench/test_gpu_train.py",),
+    "kernels": ("bench/test_gpu_kernels.py", "bench/test_gpu_head.py"),
+    "tuning": ("bench/test_gpu_tuning.py",),
+    "tests": (),  # of tests/kernels, below
 }
-TEST_SHARE = 0.4
-GRACE = 15  # seconds beyond its share that a part has to end the case it is in
+NEED_NO_GPU = ("test_compiled.py", "test_native.py", "test_traffic.py")
+REHEARSED_TESTS = ("test_swiglu.py",)
+SHARE = 0.5  # of the time that is left, for one process; the last one may have all of it
+LEAST = 20.0  # seconds; with fewer left a process is not begun
+GRACE = 15.0  # seconds that a process has to end the case it is in
+
+
+Case = dict[str, str]  # name in pytest, group, case, peer
+
+
+@dataclass
+class Part:
+    """One part: where its rows go, what each of them gets, and until when it may run."""
+
+    name: str
+    path: Path
+    about: dict[str, Any]
+    stamp: dict[str, Any]
+    seconds: float
+    ends: float
+
+    def left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def save(self, row: dict[str, Any]) -> None:
+        """Keep a row of this part's own, and say it."""
+        results.save(self.path, self.about, [self.stamp | row])
+        print(f"{row['case']}: {results.line(row)}", flush=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What this run of the part has written so far."""
+        kept = results.read(self.path)["rows"] if self.path.is_file() else []
+        return [row for row in kept if row.get("run") == self.stamp["run"]]
+
+
+def attention_words() -> str:
+    """Which attention fastlm takes on this machine in bf16, and why."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(choose("auto", device, torch.bfloat16, PRESETS["modern-253m"]))
+
+
+def begin(name: str, path: Path, about: dict[str, Any], seconds: float) -> Part:
+    stamp = {
+        "part": name,
+        "run": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
+        "device": about["device"],
+        "attention": attention_words(),
+        "torch": about["versions"]["torch"],
+        "triton": about["versions"].get("triton", "none"),
+        "command": f"python bench/gpu.py --part {name}",
+        "date": about["date"],
+    }
+    return Part(name, path, about, stamp, seconds, time.monotonic() + seconds)
+
+
+# ---------------------------------------------------------------- processes
 
 
 def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
     """(exit code, output) of pytest in a process of its own; None where it was ended after so many seconds."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
         try:
             output = process.communicate(timeout=max(seconds, 1))[0]
@@ -54,70 +132,163 @@ def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
         return process.returncode, output
 
 
-def tested(file: str, seconds: float) -> dict:
+def last_words(output: str) -> str:
+    return " ".join(output.split())[-250:]
+
+
+def collect(part: Part, file: str) -> list[Case]:
+    """The file's cases, in order: each with its name in pytest, group, case and peer."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "cases.json"
+        _, output = run(["--collect-only", file, "--cases", str(listed)], max(part.left(), LEAST))
+        if listed.is_file():
+            return json.loads(listed.read_text(encoding="utf-8"))
+    group = Path(file).stem.removeprefix("test_")
+    why = f"its cases cannot be collected: {last_words(output)}"
+    part.save({"group": group, "case": "all", "peer": "case", "failed": why})
+    return []
+
+
+def processes(part: Part, only: str) -> list[list[Case]]:
+    """The cases by process: each has its own; those of one kernel, whose contenders take turns, share one.
+
+    In a rehearsal all cases of a file share one, which saves most of its time.
+    """
+    cases = [case for file in PARTS[part.name] for case in collect(part, file) if only in case["name"]]
+
+    def process(case: Case) -> str:
+        name = case["name"]
+        if rehearsing():
+            return name.split("::")[0]
+        return name.split("-")[0] if "test_gpu_kernels.py" in name else name
+
+    return [list(together) for _, together in itertools.groupby(cases, process)]
+
+
+def measure(part: Part, only: str) -> None:
+    """Run the part's cases; each that did not run, or ended with its process, becomes a row that says so."""
+    waiting = processes(part, only)
+    for number, cases in enumerate(waiting):
+        last = number == len(waiting) - 1
+        seconds = part.left() if last else SHARE * part.left()
+        code: int | None = 0
+        why = {"missing": f"not run: {part.seconds:g} seconds were over"}
+        if seconds >= LEAST:
+            options = ["--seconds", f"{seconds - GRACE:.0f}", "--results", str(part.path)]
+            options += ["--stamp", json.dumps(part.stamp), *([] if rehearsing() else ["--benchmark"])]
+            code, output = run([*(case["name"] for case in cases), *options], seconds)
+            print(output, flush=True)
+            if code is None:
+                why = {"failed": f"did not end within {seconds:.0f} s"}
+            else:
+                why = {"failed": f"exit code {code}, and no row: {last_words(output)}"}
+        for case in without_row(cases, part.rows(), ended=code in (0, 1)):  # 1: a case failed, its row says so
+            part.save(case | why)
+        rows = results.with_ratios(results.read(part.path)["rows"])
+        results.save(part.path, part.about, rows)
+
+
+def without_row(cases: list[Case], rows: list[dict[str, Any]], ended: bool) -> list[Case]:
+    """The cases that have left no row; where all have but the last one did not end, that one, if it is ours."""
+    keys = ("group", "case", "peer")
+    wanted = [{key: case[key] for key in keys} for case in cases]
+    kept = set()
+    for row in rows:
+        found = {key: row[key] for key in keys} | {"case": row["case"].split(" / ")[0]}
+        kept |= {tuple(found.values()), tuple((found | {"peer": "case"}).values())}
+    lacking = [case for case in wanted if tuple(case.values()) not in kept]
+    if ended or lacking or not results.ours(wanted[-1]):
+        return lacking
+    return [wanted[-1] | {"peer": "case"}]
+
+
+# ---------------------------------------------------------------- the kernels' tests
+
+
+def tested(file: Path, part: Part) -> dict[str, Any]:
     """A row for one file of the kernels' tests: how many passed, failed and were skipped, or that it did not end."""
-    where = {"group": "correctness", "case": Path(file).name, "peer": "ours"}
+    row: dict[str, Any] = {"group": "correctness", "case": file.name, "peer": "ours"}
+    seconds = part.left()
+    if seconds < LEAST:
+        return row | {"missing": f"not run: {part.seconds:g} seconds were over"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code, output = run([file, f"--junitxml={report}"], seconds)
+        code, output = run([str(file), f"--junitxml={report}"], seconds)
         if code is None:
-            return where | {"failed": f"did not end within {seconds:.0f} s"}
+            return row | {"failed": f"did not end within {seconds:.0f} s"}
         if not report.is_file():
-            return where | {"failed": " ".join(output.split())[-300:] or f"exit code {code}"}
+            return row | {"failed": last_words(output) or f"exit code {code}"}
         suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
-    count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    names = ("tests", "failures", "errors", "skipped")
+    count = {name: int(suite.get(name, 0)) for name in names}
     bad = count["failures"] + count["errors"]
-    broken = [case.get("name", "") for case in suite.iter("testcase") if {part.tag for part in case} & {"failure", "error"}]
-    row = where | {"measures": {
-        "passed": count["tests"] - bad - count["skipped"], "failed": bad, "skipped": count["skipped"],
-        "seconds": float(suite.get("time", 0))
-    }}  # fmt: skip
-    return row | {"failed": f"{bad} tests: {', '.join(broken)}"[:300]} if bad else row
+    row["measures"] = {
+        "passed": count["tests"] - bad - count["skipped"],
+        "failed": bad,
+        "skipped": count["skipped"],
+        "seconds": float(suite.get("time", 0)),
+    }
+    if bad and hasattr(torch, "fakegpu_counts"):
+        row["note"] = "not checked: rehearsal, the stand-in for a GPU computes nothing"
+    elif bad:
+        broken = [case.get("name", "") for case in suite.iter("testcase") if failed(case)]
+        row["failed"] = f"{bad} tests: {', '.join(broken)}"[:300]
+    return row
+
+
+def failed(case: ElementTree.Element) -> bool:
+    return bool({part.tag for part in case} & {"failure", "error"})
+
+
+def run_tests(part: Part, only: str) -> None:
+    """The kernels' tests, a file a process, several at a time: most of their time is Triton's compiler on the host."""
+    files = [file for file in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if only in file.name]
+    files = [file for file in files if file.name not in NEED_NO_GPU]
+    if rehearsing():
+        files = [file for file in files if file.name in REHEARSED_TESTS]
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        for job in [pool.submit(tested, file, part) for file in files]:
+            part.save(job.result())
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, help="one part (default: all, one after the other)")
     parser.add_argument("--results", help="where the results go (default: bench/results/<device>-<date>.json)")
-    parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--tests", nargs="*", help="test files (default: all of tests/kernels)")
-    parser.add_argument("--only", default="", help="pytest -k for the benchmarks")
+    parser.add_argument("--seconds", type=float, default=540, help="that a part may take")
+    parser.add_argument("--only", default="", help="only cases whose name in pytest has these words")
     args = parser.parse_args()
-    gpu, ends = torch.cuda.is_available(), time.monotonic() + args.seconds
-    about = results.machine() | ({} if gpu else {"kind": "rehearsal"})
-    default = results.default_path(about) if gpu else ROOT / "build" / "rehearsal.json"
-    path = Path(args.results).resolve() if args.results else default
-    if not gpu:
-        path.unlink(missing_ok=True)
-        print("No GPU here: a rehearsal. Every line runs, small, in Triton's interpreter; its times mean nothing.")
-    shown = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    stamp = {"command": "make gpu", "date": about["date"]}
+    about = results.machine() | ({"kind": "rehearsal"} if rehearsing() else {})
+    path = Path(args.results).resolve() if args.results else results.default_path(about)
+    if problem := unfit(path, about):
+        print(f"gpu.py: {problem}; name another file with --results", file=sys.stderr)
+        return 2
+    if rehearsing():
+        print("A rehearsal: there is no GPU that computes. The lines run, small; figures mean nothing.")
+    bad = 0
+    for name in [args.part] if args.part else PARTS:
+        part = begin(name, path, about, args.seconds)
+        (run_tests if name == "tests" else measure)(part, args.only)
+        rows = part.rows()
+        wrong = [row for row in rows if results.ours(row) and ("missing" in row or "failed" in row)]
+        took = args.seconds - part.left()
+        print(short_table(rows))
+        print(f"\n{name}: {len(rows)} rows in {path}, {len(wrong)} of ours missing or failed; {took:.0f} s")
+        bad += len(wrong) + (not rows and not args.only)
+    return int(bad > 0)
 
-    def left() -> float:
-        return ends - time.monotonic()
 
-    files = args.tests or [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))]
-    limit = TEST_SHARE * left()
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
-        begun = time.monotonic()
-        jobs = [pool.submit(lambda file=file: tested(file, limit - (time.monotonic() - begun))) for file in files]
-        for job in jobs:
-            row = job.result() | stamp
-            results.save(path, about, [row])
-            print(f"{row['case']}: {results.line(row)}", flush=True)
-    for name, (file, words, share) in PARTS.items():
-        seconds = share * left() - GRACE
-        chosen = f"({words}) and ({args.only})" if args.only else words
-        options = ["-k", chosen, "--seconds", f"{seconds:.0f}", "--results", shown, *(["--benchmark"] if gpu else [])]
-        code, output = run([file, *options], seconds + GRACE)
-        print(output, flush=True)
-        if code is None or code not in (0, 1, 5):  # 1: cases failed, each noted as a row; 5: --only left none
-            why = "did not end in its time" if code is None else f"exit code {code}: {' '.join(output.split())[-250:]}"
-            results.save(path, about, [stamp | {"group": "make gpu", "case": name, "peer": "ours", "failed": why}])
-    rows = results.read(path)["rows"]
-    print(short_table(rows))
-    print(f"\n{shown}: {len(rows)} rows, {sum('failed' in row for row in rows)} failed; {args.seconds - left():.0f} s")
-    return int(any("failed" in row for row in rows))
+def unfit(path: Path, about: dict[str, Any]) -> str:
+    """Why these results must not go into the file; empty where they may."""
+    if rehearsing() and path.is_relative_to(results.FOLDER):
+        return f"a rehearsal is no result and does not go into {results.FOLDER}"
+    held = results.read(path) if path.is_file() else about
+    both = [f"{found['device']} ({found['kind']})" for found in (held, about)]
+    return "" if both[0] == both[1] else f"{path} holds results of {both[0]}, this is {both[1]}"
 
 
 if __name__ == "__main__":

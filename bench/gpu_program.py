@@ -1,12 +1,13 @@
 """What the compiled GPU programs cost, counted without a GPU, into bench/results: so that a change that costs the GPU shows.
 
-    python bench/gpu_program.py [steps] [kernels] [scale] [--only WORDS] [--results FILE]
+    python bench/gpu_program.py [steps] [kernels] [scale] [trainer] [--only WORDS] [--results FILE]
 
 steps: the pretrain, SFT and DPO step of three models, beside the same models in plain PyTorch under torch.compile
 (compiled_step.py). kernels: the kernels' PTX executed in a simulator, beside Liger-Kernel's where it is installed
-(simulated_kernels.py). scale: the pretrain step of modern-253m as batch, sequence length, vocabulary and model grow. Everything
-is counted, with tests/gpuless; times are projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. About 15 minutes
-on one core for all three parts.
+(simulated_kernels.py). scale: the pretrain step of modern-253m as batch, sequence length, vocabulary and model grow. trainer:
+the whole step of fastlm pretrain, optimizers included, of four models, and what it was. Everything is counted; times are
+projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. They are
+counted with tests/gpuless. About 15 minutes on one core for all parts.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import compiled_step
 import results
 import simulated_kernels
 
-from fastlm.config import PRESETS, ModelConfig
+from fastlm.config import PRESETS
 from fastlm.model import count_parameters
 
-SMALL = ModelConfig(dim=384, n_layers=6, n_heads=6, n_kv_heads=6, ffn_dim=1024, max_seq_len=4096)
+SMALL = compiled_step.models()["30m"]
 BASE = replace(PRESETS["modern-253m"], max_seq_len=4096)
-LARGE = replace(BASE, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192)
+LARGE = compiled_step.models()["1b"]
 MODELS = {"tiny": (PRESETS["tiny"], 32, 256), "30m": (SMALL, 32, 1024), "modern-253m": (PRESETS["modern-253m"], 32, 1024)}
 PEERS = {"ours": False, "plain PyTorch": True}
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -99,12 +100,26 @@ def scale(only: str) -> Iterator[list[dict]]:
             yield [row | ({"measures": memory} if peer == "ours" else {})]
 
 
-PARTS = {"steps": steps, "kernels": kernels, "scale": scale}
+def trainer(only: str) -> Iterator[list[dict]]:
+    """The whole step of fastlm pretrain, and the same before the optimizers had kernels of their own."""
+    for name, before in compiled_step.trainer_steps_before().items():
+        case = f"{name}, 32 x 1024"
+        if only not in case:
+            continue
+        totals = {"ours": compiled_step.trainer_step(compiled_step.models()[name], 32, 1024)[-1], "before": before[-1]}
+        units = {"gb": "GB through kernels that are not matmuls", "launches": "launches of them",
+                 "bound_ms": "ms, lower bound", "expected_ms": "ms, expected"}  # fmt: skip
+        for field, unit in units.items():
+            values = {peer: [getattr(total, field)] for peer, total in totals.items()}
+            yield results.timed_rows("trainer step", case, unit, values)
+
+
+PARTS = {"steps": steps, "kernels": kernels, "scale": scale, "trainer": trainer}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=[], help="steps, kernels, scale (default: all)")
+    parser.add_argument("parts", nargs="*", default=[], help="steps, kernels, scale, trainer (default: all)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--results", type=Path, default=FOLDER / "h100-projected.json")
     args = parser.parse_args()

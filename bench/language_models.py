@@ -141,7 +141,7 @@ def lm_eval_word(size: str) -> Callable[[], None]:
 
 
 def our_generate(size: str, rows: int) -> Callable[[], None]:
-    from fastlm.commands import Sampling
+    from fastlm.config import Sampling
     from fastlm.generate import generate
 
     model, prompts = our_model(size), text(size, rows * PROMPT[size]).view(rows, -1).tolist()

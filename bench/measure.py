@@ -23,7 +23,7 @@ class Contender:
         if small:
             from contenders import CONTENDERS
 
-            from fastlm.memory import process_peak_gib
+            from fastlm.runtime import process_peak_gib
 
             self.turn = CONTENDERS[name]("small")
             self.ready = {"peak_gib": process_peak_gib()}

@@ -6,6 +6,10 @@ A row is one quantity of one contender in one case; an earlier row of the same g
     {"group", "case", "peer", "missing": why}       a contender that is not installed: never a pass
     {"group", "case", "peer", "failed": why}
 
+Rows of a GPU (bench/gpu.py) also have "part", "device", "attention", "torch", "triton" and "run", the time that it began.
+Their peers are often measured in processes of their own; the ratio is then that of the medians, from the worst to the best
+tenth. "note" says in words what a figure cannot, such as "not checked: rehearsal".
+
 Less is better in every unit. ratio is the contender's value over ours, taken round by round: above 1 ours is better. Where
 the contender is a ceiling (a copy of as many bytes, the matmuls alone) it is the share of the ceiling that ours reaches.
 """
@@ -45,10 +49,40 @@ def timed_rows(group: str, case: str, unit: str, values: dict[str, list[float]])
     return rows
 
 
+def ours(row: dict) -> bool:
+    """Whether a row is one of ours, or a whole case, which must not be missing; peers may be."""
+    return row["peer"] in ("ours", "case") or row["peer"].startswith("ours ")
+
+
+def with_ratios(rows: list[dict]) -> list[dict]:
+    """The rows with a ratio where ours was measured in another process: medians, and the tenths furthest apart."""
+    mine = {key(row)[:2] + key(row)[3:]: row for row in rows if row["peer"] == "ours" and "median" in row}
+    found = []
+    for row in rows:
+        base = mine.get(key(row)[:2] + key(row)[3:])
+        if base and row["peer"] != "ours" and "median" in row and ("ratio" not in row or "between processes" in row):
+            pairs = {"median": "median", "q10": "q90", "q90": "q10"}
+            ratio = {name: row[name] / base[other] for name, other in pairs.items()}
+            row = row | {"ratio": ratio, "between processes": True}
+        found.append(row)
+    return found
+
+
+def place(file: str, test: str, contender: str = "") -> dict[str, str]:
+    """Group and case of a test: its file's and its own name, without the contender where it measures one alone."""
+    group = file.removeprefix("test_")
+    name, _, parameters = test.removeprefix("test_").rstrip("]").partition("[")
+    if contender:
+        parameters = parameters.removesuffix(contender)
+    case = f"{name} {parameters}".replace("-", " ").strip()
+    return {"group": group, "case": case.removeprefix(group.rstrip("s") + " ").removeprefix("gpu_")}
+
+
 def line(row: dict) -> str:
     """A row in one line, as it is printed when it is known."""
     words = [row["peer"]]
     words += [f"{why}: {row[why]}" for why in ("missing", "failed") if why in row]
+    words += [row["note"]] if "note" in row and "median" not in row else []
     if "median" in row:
         words.append(f"{row['median']:.4g} {row['unit']} ({row['q10']:.4g} to {row['q90']:.4g})")
     if "ratio" in row:
@@ -126,6 +160,23 @@ def cpu_name() -> str:
     return f"{facts['model name'].strip()} family {facts['cpu family']} model {facts['model']}"
 
 
+def commit() -> str:
+    """The commit of the source tree, where there is git and a repository."""
+    try:
+        command = ["git", "-C", FOLDER, "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or "unknown"
+
+
+def gpu_driver() -> str:
+    """The version of NVIDIA's kernel driver, as Linux tells it."""
+    info = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Module\s+([\d.]+)", info.read_text(encoding="utf-8")) if info.is_file() else None
+    return found.group(1) if found else "unknown"
+
+
 def machine() -> dict:
     """Hardware, versions and date, as they stand at the top of a result file."""
     import torch
@@ -143,13 +194,18 @@ def machine() -> dict:
             "gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1), "multiprocessors": gpu.multi_processor_count,
             "capability": f"{gpu.major}.{gpu.minor}", "l2_mib": getattr(gpu, "L2_cache_size", 0) / 2**20,
         }  # fmt: skip
+        hardware["driver"] = gpu_driver()
         versions["cuda"] = str(torch.version.cuda or torch.version.hip)
-    commit = subprocess.run(["git", "-C", FOLDER, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions["fastlm"] = commit.stdout.strip() or "unknown"
+    versions["fastlm"] = commit()
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return {"kind": "measured", "device": device, "date": date, "hardware": hardware, "versions": versions}
+    kind = "measured"
+    if hasattr(torch, "fakegpu_counts"):  # the stand-in of tests that need no GPU: it computes nothing
+        kind, device = "rehearsal", f"a stand-in for {device}"
+    return {"kind": kind, "device": device, "date": date, "hardware": hardware, "versions": versions}
 
 
 def default_path(about: dict) -> Path:
-    """bench/results/<device>-<date>.json."""
+    """bench/results/<device>-<date>.json; a rehearsal is no result."""
+    if about["kind"] == "rehearsal":
+        return FOLDER.parent.parent / "build" / "rehearsal.json"
     return FOLDER / f"{re.sub('[^a-z0-9]+', '-', about['device'].lower()).strip('-')}-{about['date']}.json"

@@ -69,11 +69,11 @@ def main() -> int:
 def check_all(folder: Path, text: Path, tokens: int) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastlm.commands import Sampling
+    from fastlm.config import Sampling
     from fastlm.evaluation.protocols import window_segments
     from fastlm.evaluation.score import segment_nats
     from fastlm.generate import generate
-    from fastlm.load import open_model
+    from fastlm.places import open_model
 
     ours, tokenizer = open_model(str(folder), CPU)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from measure import ratio
 
-from fastlm.data.batches import row_batch
-from fastlm.data.packing import best_fit_decreasing
-from fastlm.data.shards import prepare
-from fastlm.data.tokens import Tokens
+from fastlm.data.examples.packing import best_fit_decreasing
+from fastlm.data.text.batches import row_batch
+from fastlm.data.text.prepare import prepare
+from fastlm.data.text.tokens import Tokens
 from fastlm.tokenizer import load_tokenizer
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2-raw-test.txt"

@@ -1,6 +1,7 @@
 """Each fused operation on a GPU: forward, backward and both, against eager PyTorch, torch.compile, Liger-Kernel and a copy.
 
-bf16, random inputs, cold caches (gpu_timing.py). Without a GPU every case runs once, small, with Triton's interpreter.
+bf16, random inputs, cold caches (harness/gpu_timing.py). gb: what an operation must move at least, each operand once;
+gb_per_second and share_of_copy are by that count. Without a GPU every case runs once, small, with Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -10,9 +11,19 @@ from functools import cache, partial
 
 import pytest
 import torch
-from gpu_peers import absent, liger
-from gpu_timing import FAILURES, NOT_INTERPRETED, copies, device, in_turns, on_gpu, recorded, say
+from harness.gpu_timing import (
+    FAILURES,
+    NOT_INTERPRETED,
+    copies,
+    device,
+    in_turns,
+    on_gpu,
+    recorded,
+    rehearsing,
+    say,
+)
 from operations import OURS, PLAIN, a_copy, inputs, moved, part_of
+from peers.gpu import absent, liger
 
 SHAPES = {
     "rms_norm": [(4096, 1024), (32768, 1024), (8192, 4096)],
@@ -34,7 +45,7 @@ def compiled(op: str):
 @pytest.mark.parametrize("part", ["forward", "backward", "both"])
 @pytest.mark.parametrize(("op", "shape"), CASES)
 def test_gpu_kernel(op, shape, part, measuring, record, benchmark, kernels_on_device):
-    rows, width = shape if measuring and on_gpu() else (3, 128)
+    rows, width = shape if measuring and not rehearsing() else (3, 128)
     size = moved(op, rows, width, part)
     options = OPTIONS | {"device": device()}
     builds = {
@@ -60,6 +71,9 @@ def test_gpu_kernel(op, shape, part, measuring, record, benchmark, kernels_on_de
             failed.append(name)
     times = {}
     benchmark.pedantic(lambda: times.update(in_turns(turns, 20, sets)))
-    speed = {name: {"gb_per_second": 2 * size / 1e6 / statistics.median(ms)} for name, ms in times.items()}
-    record(times, unit="ms", measures=speed, notes=methods)
-    assert not failed, f"failed: {', '.join(failed)}"
+    middle = {name: statistics.median(ms) for name, ms in times.items()}
+    figures = {name: {"gb": 2 * size / 1e9, "gb_per_second": 2 * size / 1e6 / ms} for name, ms in middle.items()}
+    for name, ms in middle.items():
+        figures[name]["share_of_copy"] = middle["copy"] / ms
+    record(times, unit="ms", measures=figures, notes=methods)
+    assert "ours" not in failed, "ours failed: its row says why"

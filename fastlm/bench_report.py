@@ -8,11 +8,12 @@ files always give the same page.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from fastlm.bench_charts import curves, dots
+from fastlm.config import BenchConfig
 from fastlm.errors import UserError
 
 Row = dict[str, Any]
@@ -22,6 +23,7 @@ UNITS = {
     "mfu": "MFU", "joules_per_token": "J/token", "mb_per_s": "MB/s",
     "saved_gb": "GB saved", "state_gb": "GB state", "peak_gib": "GiB peak",
 }  # fmt: skip
+SHOWN = ("tokens_per_second", "mfu", "gb_per_second", "tflop_per_second")  # in the short table
 
 
 def number(value: float) -> str:
@@ -93,16 +95,22 @@ def title(group: str) -> str:
 
 
 def short_table(rows: list[Row]) -> str:
-    """Every case in a few characters: our figure and each contender's ratio, failures last. For the end of `make gpu`."""
+    """Every case in a few characters: our figure, each contender's ratio, what is missing, failures last: for `make gpu`."""
     lines = []
     for case, unit in dict.fromkeys((row["case"], row["unit"]) for row in rows if "median" in row):
         mine = [row for row in rows if row["case"] == case and row.get("unit") == unit]
+        first = next((row for row in mine if row["peer"] == "ours"), mine[0])
+        name = "" if first["peer"] == "ours" else f"{first['peer']} "
+        rate = [f"{number(v)} {UNITS[k]}" for k, v in first.get("measures", {}).items() if k in SHOWN]
         shown = [f"{row['peer']} {ratio(row).split(' (')[0]}" for row in mine if "ratio" in row]
-        ours = next((f"{number(row['median'])} {unit}" for row in mine if row["peer"] == "ours"), "")
-        lines.append(f"{case:38} {ours:>14}   {', '.join(shown)}")
+        lines.append(f"{case:38} {name + number(first['median']):>12} {unit}   {', '.join(rate + shown)}")
+    alone = [row for row in rows if row.get("measures") and "median" not in row and row["group"] != "correctness"]
+    lines += [f"{row['case']:38} {cell(row)}" for row in alone]
     tests = [row["measures"] for row in rows if row["group"] == "correctness" and "measures" in row]
     if tests:
         lines.append("tests: " + ", ".join(f"{sum(t[n] for t in tests):.0f} {n}" for n in ("passed", "failed", "skipped")))
+    gone = Counter((row["peer"], row["missing"]) for row in rows if "missing" in row)
+    lines += [f"missing {peer}, {count} times: {why[:120]}" for (peer, why), count in gone.items()]
     return "\n".join(lines + [f"FAILED {row['case']}, {row['peer']}: {row['failed'][:120]}" for row in rows if "failed" in row])
 
 
@@ -173,3 +181,10 @@ def write(folder: Path, out: Path) -> list[Path]:
     for name, svg in charts.items():
         (images / name).write_text(svg, encoding="utf-8")
     return [out, *(images / name for name in charts)]
+
+
+def report(cfg: BenchConfig) -> int:
+    """fastlm bench report: write the page, and say where."""
+    written = write(Path(cfg.results), Path(cfg.out))
+    print(f"{written[0]} and {len(written) - 1} charts")
+    return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from fastlm.commands import ChatConfig
-from fastlm.data.formats import Message
-from fastlm.data.templates import encode_prompt
+from fastlm.config import ChatConfig
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, write_texts
-from fastlm.load import chat_template, open_model, stop_tokens
-from fastlm.model import pick_device
+from fastlm.places import chat_template, open_model, stop_tokens
+from fastlm.runtime import pick_device
 from fastlm.tokenizer import Tokenizer
 
 # What a model that was not taught to stop writes next: the heading of the user's turn.

@@ -1,236 +1,162 @@
-"""The command line: one function per subcommand; each imports its stage inside, so that help comes at once."""
+"""The command line: one table of commands, and one function that runs any of them.
+
+The table names classes and functions instead of importing them, so that help comes at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from fastlm import __version__
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check, nearest
+
+HELP = ("-h", "--help")
 
 
-def pretrain(argv: list[str]) -> int:
-    """train a model from scratch on text"""
-    from fastlm.config import PretrainConfig
-    from fastlm.options import parse
+class Command(NamedTuple):
+    """A command: its options, what it runs, and what its help says."""
 
-    config = parse(PretrainConfig, argv, "fastlm pretrain")
-    from fastlm.kernels.cpu import keep_large_blocks
-    from fastlm.train.pretrain import pretrain as run
-
-    keep_large_blocks()
-    return run(config)
-
-
-def sft(argv: list[str]) -> int:
-    """teach a model to answer: supervised fine-tuning on instructions"""
-    from fastlm.config import SftConfig
-    from fastlm.options import parse
-
-    config = parse(SftConfig, argv, "fastlm sft MODEL", positional="model")
-    from fastlm.kernels.cpu import keep_large_blocks
-    from fastlm.train.sft import sft as run
-
-    keep_large_blocks()
-    return run(config)
+    config: str  # a class of fastlm.config
+    function: str  # module:function, called with the configuration; returns the exit code
+    help: str
+    example: str = ""
+    argument: str = ""  # field that words without dashes set; "..." where there may be several
+    rest: str = ""  # field that takes everything behind the argument as it is
+    required: tuple[str, ...] = ()  # fields that must be given
+    large_blocks: bool = False  # on a CPU the C library keeps the memory of freed tensors
 
 
-def dpo(argv: list[str]) -> int:
-    """teach a model which of two answers is preferred: DPO, IPO, SimPO"""
-    from fastlm.config import DpoConfig
-    from fastlm.options import parse
-
-    config = parse(DpoConfig, argv, "fastlm dpo MODEL", positional="model")
-    from fastlm.kernels.cpu import keep_large_blocks
-    from fastlm.train.dpo import dpo as run
-
-    keep_large_blocks()
-    return run(config)
-
-
-def pipeline(argv: list[str]) -> int:
-    """pretrain, SFT, DPO and their evaluation, in one resumable run"""
-    from fastlm.commands import PipelineConfig
-    from fastlm.options import parse
-
-    config = parse(PipelineConfig, argv, "fastlm pipeline RECIPE", positional="recipe")
-    from fastlm.kernels.cpu import keep_large_blocks
-    from fastlm.train.pipeline import pipeline as run
-
-    keep_large_blocks()
-    return run(config)
-
-
-def generate(argv: list[str]) -> int:
-    """continue a prompt with a trained model"""
-    from fastlm.commands import GenerateConfig
-    from fastlm.options import parse
-
-    config = parse(GenerateConfig, argv, "fastlm generate RUN", positional="model")
-    if not config.model:
-        raise UserError("which model? give a run folder: fastlm generate runs/pretrain-demo --prompt TEXT")
-    from fastlm.generate import write
-    from fastlm.kernels.cpu import keep_large_blocks
-
-    keep_large_blocks()
-    return write(config)
-
-
-def chat(argv: list[str]) -> int:
-    """talk to a model in the terminal"""
-    from fastlm.commands import ChatConfig
-    from fastlm.options import parse
-
-    config = parse(ChatConfig, argv, "fastlm chat MODEL", positional="model")
-    if not config.model:
-        raise UserError("which model? give a run or a Hugging Face folder: fastlm chat runs/sft-demo")
-    from fastlm.chat import chat as run
-    from fastlm.kernels.cpu import keep_large_blocks
-
-    keep_large_blocks()
-    return run(config)
-
-
-def export(argv: list[str]) -> int:
-    """write a model as a Hugging Face folder"""
-    from fastlm.commands import ExportConfig
-    from fastlm.options import parse
-
-    config = parse(ExportConfig, argv, "fastlm export RUN", positional="model")
-    if not config.model:
-        raise UserError("which model? give a run folder: fastlm export runs/pretrain-demo --to DIR")
-    from fastlm.exchange import export_run
-
-    return export_run(config)
-
-
-def import_(argv: list[str]) -> int:
-    """make a Hugging Face folder of the Llama family a run"""
-    from fastlm.commands import ImportConfig
-    from fastlm.options import parse
-
-    config = parse(ImportConfig, argv, "fastlm import DIR", positional="model")
-    if not config.model:
-        raise UserError("which model? give a Hugging Face folder: fastlm import DIR --to runs/NAME")
-    from fastlm.exchange import import_folder
-
-    return import_folder(config)
-
-
-def data(argv: list[str]) -> int:
-    """prepare text for training (data prepare), or look into what was prepared (data inspect)"""
-    from fastlm.data.commands import main as run
-
-    return run(argv)
-
-
-def evaluate(argv: list[str]) -> int:
-    """perplexity of models on a text, by every protocol"""
-    from fastlm.commands import EvalConfig
-    from fastlm.options import parse
-
-    config = parse(EvalConfig, argv, "fastlm eval MODEL...", positional="models")
-    if not config.models:
-        raise UserError("which models? give run folders: fastlm eval runs/pretrain-demo --data FILE.txt")
-    from fastlm.evaluation.evaluate import evaluate as run
-    from fastlm.kernels.cpu import keep_large_blocks
-
-    keep_large_blocks()
-    return run(config)
-
-
-def lm_eval(argv: list[str]) -> int:
-    """lm-eval's tasks with a model; its own options follow"""
-    if not argv or argv[0].startswith("-"):
-        raise UserError("which model? give a run or a Hugging Face folder: fastlm lm-eval runs/sft-demo --tasks TASK,...")
-    from fastlm.harness import lm_eval_command
-    from fastlm.kernels.cpu import keep_large_blocks
-
-    keep_large_blocks()
-    return lm_eval_command(argv[0], argv[1:])
-
-
-def kernels(argv: list[str]) -> int:
-    """registers, traffic and projected time of every Triton kernel, without a GPU"""
-    import json
-
-    from fastlm.commands import KernelsConfig
-    from fastlm.options import parse
-
-    config = parse(KernelsConfig, argv, "fastlm kernels")
-    from fastlm.kernels import report
-
-    try:
-        found = report.collect(config.targets.split(",") if config.targets else None, config.against or None)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    print(json.dumps(found, indent=1) if config.json else report.table(found))
-    return 0
-
-
-def bench(argv: list[str]) -> int:
-    """tables and charts from the benchmarks' results (bench report)"""
-    from pathlib import Path
-
-    from fastlm.bench_report import write
-    from fastlm.commands import BenchConfig
-    from fastlm.options import parse
-
-    if argv[:1] != ["report"] and "--help" not in argv:
-        raise UserError("fastlm bench has one command: fastlm bench report; to measure, run pytest bench/ --benchmark")
-    config = parse(BenchConfig, argv[1:], "fastlm bench report")
-    written = write(Path(config.results), Path(config.out))
-    print(f"{written[0]} and {len(written) - 1} charts")
-    return 0
-
-
-def doctor(argv: list[str]) -> int:
-    """show what runs on this machine, for every operation, and why"""
-    if argv:
-        raise UserError(f"fastlm doctor takes no arguments; got {' '.join(argv)}")
-    from fastlm.doctor import print_report
-
-    return print_report()
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "pretrain": pretrain,
-    "sft": sft,
-    "dpo": dpo,
-    "pipeline": pipeline,
-    "eval": evaluate,
-    "lm-eval": lm_eval,
-    "generate": generate,
-    "chat": chat,
-    "export": export,
-    "import": import_,
-    "data": data,
-    "kernels": kernels,
-    "bench": bench,
-    "doctor": doctor,
+COMMANDS = {
+    "pretrain": Command(
+        "PretrainConfig",
+        "fastlm.train.pretrain:pretrain",
+        "train a model from scratch on text",
+        example="fastlm pretrain --compile --data FILE.txt",
+        large_blocks=True,
+    ),
+    "sft": Command(
+        "SftConfig",
+        "fastlm.train.sft:sft",
+        "teach a model to answer: supervised fine-tuning on instructions",
+        example="fastlm sft runs/pretrain-demo --data FILE.jsonl",
+        argument="model",
+        required=("model", "data"),
+        large_blocks=True,
+    ),
+    "dpo": Command(
+        "DpoConfig",
+        "fastlm.train.dpo:dpo",
+        "teach a model which of two answers is preferred: DPO, IPO, SimPO",
+        example="fastlm dpo runs/sft-demo --data FILE.jsonl",
+        argument="model",
+        required=("model", "data"),
+        large_blocks=True,
+    ),
+    "pipeline": Command(
+        "PipelineConfig",
+        "fastlm.train.pipeline:pipeline",
+        "pretrain, SFT, DPO and their evaluation, in one resumable run",
+        example="fastlm pipeline demo",
+        argument="recipe",
+        large_blocks=True,
+    ),
+    "eval": Command(
+        "EvalConfig",
+        "fastlm.evaluation.evaluate:evaluate",
+        "perplexity of models on a text, by every protocol",
+        example="fastlm eval runs/pretrain-demo --data FILE.txt",
+        argument="models...",
+        required=("models",),
+        large_blocks=True,
+    ),
+    "lm-eval": Command(
+        "LmEvalConfig",
+        "fastlm.harness:run_lm_eval",
+        "lm-eval's tasks with a model; its own options follow",
+        example="fastlm lm-eval runs/sft-demo --tasks TASK,...",
+        argument="model",
+        rest="arguments",
+        required=("model",),
+        large_blocks=True,
+    ),
+    "generate": Command(
+        "GenerateConfig",
+        "fastlm.generate:write",
+        "continue a prompt with a trained model",
+        example="fastlm generate runs/pretrain-demo --prompt TEXT",
+        argument="model",
+        required=("model",),
+        large_blocks=True,
+    ),
+    "chat": Command(
+        "ChatConfig",
+        "fastlm.chat:chat",
+        "talk to a model in the terminal",
+        example="fastlm chat runs/sft-demo",
+        argument="model",
+        required=("model",),
+        large_blocks=True,
+    ),
+    "export": Command(
+        "ExportConfig",
+        "fastlm.exchange:export_run",
+        "write a model as a Hugging Face folder",
+        example="fastlm export runs/pretrain-demo --to DIR",
+        argument="model",
+        required=("model", "to"),
+    ),
+    "import": Command(
+        "ImportConfig",
+        "fastlm.exchange:import_folder",
+        "make a Hugging Face folder of the Llama family a run",
+        example="fastlm import DIR --to runs/NAME",
+        argument="model",
+        required=("model", "to"),
+    ),
+    "data prepare": Command(
+        "DataPrepareConfig",
+        "fastlm.data.commands:prepare",
+        "tokenise text into a folder, to train from it later",
+        example="fastlm data prepare FILE.jsonl --out DIR",
+        argument="sources...",
+        required=("sources", "out"),
+    ),
+    "data inspect": Command(
+        "DataInspectConfig",
+        "fastlm.data.commands:inspect",
+        "show what a prepared folder holds, and check every hash",
+        example="fastlm data inspect DIR",
+        argument="folder",
+        required=("folder",),
+    ),
+    "kernels": Command(
+        "KernelsConfig",
+        "fastlm.kernel_report:report",
+        "registers, traffic and projected time of every Triton kernel",
+        example="fastlm kernels --targets sm_90",
+    ),
+    "bench report": Command(
+        "BenchConfig",
+        "fastlm.bench_report:report",
+        "tables and charts from the benchmarks' results",
+        example="fastlm bench report",
+    ),
+    "doctor": Command(
+        "DoctorConfig",
+        "fastlm.doctor:doctor",
+        "show what runs on this machine, for every operation, and why",
+    ),
 }
-
-USAGE = "usage: fastlm COMMAND [options]\n\n" + "\n".join(
-    f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()
-)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; a user's mistake is one line on stderr and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"{USAGE}\n\nfastlm COMMAND --help shows a command's options. Start with: fastlm pretrain --compile")
-        return 0
-    if argv[0] == "--version":
-        print(f"fastlm {__version__}")
-        return 0
+    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        if argv[0] not in COMMANDS:
-            from fastlm.options import nearest
-
-            raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
-        return COMMANDS[argv[0]](argv[1:])
+        return run(words)
     except UserError as e:
         print(f"fastlm: {e}", file=sys.stderr)
         return 2
@@ -240,3 +166,98 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastlm: interrupted", file=sys.stderr)
         return 130
+
+
+def run(words: list[str]) -> int:
+    """Run the command that the words name; returns its exit code."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words[0] in HELP:
+        print(f"usage: fastlm COMMAND [options]\n\n{overview(COMMANDS)}\n")
+        print("fastlm COMMAND --help shows a command's options.", end=" ")
+        print("Start with: fastlm pretrain --compile")
+        return 0
+    if words[0] == "--version":
+        print(versions())
+        return 0
+    members = {name: c for name, c in COMMANDS.items() if name.startswith(f"{words[0]} ")}
+    if members and words[1:2] and words[1] in HELP:
+        print(f"usage: fastlm {words[0]} COMMAND [options]\n\n{overview(members)}")
+        return 0
+    name, argv = find(words, members)
+    command = COMMANDS[name]
+    if set(HELP) & set(argv[:1] if command.rest else argv):
+        print(help_page(name), end="")
+        return 0
+    config = configuration(name, argv)
+    module, _, function = command.function.partition(":")
+    start = getattr(importlib.import_module(module), function)
+    if command.large_blocks:
+        from fastlm.kernels.cpu import keep_large_blocks
+
+        keep_large_blocks()
+    return start(config)
+
+
+def find(words: list[str], members: dict[str, Command]) -> tuple[str, list[str]]:
+    """The command that the words begin with, and the words behind it.
+
+    members: the commands of two words of which the first is the first word given.
+    """
+    if members:
+        name = " ".join(words[:2])
+        seconds = [full.split()[1] for full in members]
+        got = f"got {words[1]!r}; " if words[1:] else ""
+        expected = f"{words[0]} is followed by {' or '.join(seconds)}"
+        check(name in members, f"{expected}; {got}see fastlm {words[0]} --help")
+        return name, words[2:]
+    known = [*COMMANDS, "help", "--help", "--version"]
+    check(words[0] in COMMANDS, f"unknown command {words[0]!r}; {nearest(words[0], known)}")
+    return words[0], words[1:]
+
+
+def configuration(name: str, argv: list[str]) -> Any:
+    """What the words behind a command ask for; UserError where they cannot be understood."""
+    from fastlm import config
+    from fastlm.config.command_line import parse
+
+    command = COMMANDS[name]
+    cls = getattr(config, command.config)
+    parsed = parse(cls, argv, command.argument, command.rest)
+    missing = [field for field in command.required if not getattr(parsed, field)]
+    if missing:
+        from fastlm.config.help import meanings
+
+        field = missing[0]
+        word = field.upper() if field == command.argument.rstrip(".") else f"--{field}"
+        way = f"{meanings(cls)[field]}; for example: {command.example}"
+        raise UserError(f"{name} needs {word}: {way}")
+    return parsed
+
+
+def overview(commands: dict[str, Command]) -> str:
+    """The commands with what they do."""
+    column = max(map(len, commands)) + 2
+    return "\n".join(f"  {name:{column}}{c.help}" for name, c in commands.items())
+
+
+def help_page(name: str) -> str:
+    from fastlm import config
+    from fastlm.config.help import page
+
+    command = COMMANDS[name]
+    cls = getattr(config, command.config)
+    return page(cls, name, command.argument, command.rest, command.example)
+
+
+def versions() -> str:
+    """The versions that matter where something goes wrong."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"Python {sys.version.split()[0]}"]
+    for package in ("torch", "triton"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return f"fastlm {__version__} ({', '.join(found)})"

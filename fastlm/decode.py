@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import kernels
-from fastlm.attention import attention
+from fastlm.attention import Documents, attention, takes_mask
 from fastlm.kernels import cpu
 from fastlm.model import Block, Transformer, add_norm
 
@@ -101,15 +101,19 @@ def logits(model: Transformer, h: Tensor) -> Tensor:
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Cache, Tensor]:
     """The cache after the prompts, with room for `capacity` columns, and the logits (B, vocab_size) of what comes next.
 
-    The prompts lie end to end in one pass; none sees another, and there is no padding.
+    The prompts lie end to end in one pass; none sees another, and there is no padding. On a GPU there may be a few columns
+    more, so that the rows of a mask are aligned.
     """
     c, like = model.config, model.embedding
+    if like.is_cuda:
+        capacity = min(-(-capacity // 16) * 16, max(capacity, c.max_seq_len))
     lengths = [len(p) for p in prompts]
     longest, ends = max(lengths), list(accumulate(lengths, initial=0))
     start = torch.tensor([longest - n for n in lengths], device=like.device)
     shape = (len(prompts), c.n_kv_heads, capacity, c.head_dim)
     ragged = min(lengths) < longest
-    new = like.new_zeros if ragged else like.new_empty  # what is masked must be finite; what is not read need not be made
+    # what is masked must be finite (on a GPU all that is not written yet); what is not read need not be made
+    new = like.new_zeros if ragged or like.is_cuda else like.new_empty
     keys, values = ([new(shape) for _ in range(c.n_layers)] for _ in range(2))
     mask = (torch.arange(capacity, device=like.device) >= start[:, None])[:, None, None] if ragged else None
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=like.device)
@@ -119,7 +123,12 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], capacity: int)
             place = slice(longest - n, longest)
             keys[i][row, :, place] = k[0, ends[row] : ends[row + 1]].transpose(0, 1)
             values[i][row, :, place] = v[0, ends[row] : ends[row + 1]].transpose(0, 1)
-        return attention(q, k, v, cu_seqlens if len(lengths) > 1 else None, longest).flatten(2)
+        if len(lengths) == 1:
+            return attention(q, k, v).flatten(2)
+        if takes_mask(q, "torch"):  # one mask for all prompts would be large; their ends are known
+            alone = [attention(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in pairwise(ends)]
+            return torch.cat(alone, 1).flatten(2)
+        return attention(q, k, v, Documents(cu_seqlens, longest)).flatten(2)
 
     tokens = torch.tensor([[t for p in prompts for t in p]], device=like.device)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(like.device)
@@ -148,3 +157,24 @@ def feed(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
         return out.transpose(1, 2).flatten(2)
 
     return logits(model, hidden(model, tokens, positions, attend)[:, -1])
+
+
+def feed_at(model: Transformer, cache: Cache, tokens: Tensor, column: Tensor) -> Tensor:
+    """feed() of one token a row, (B,), at the column that column (1,) holds: the same work whatever that is.
+
+    So a CUDA graph can replay it. All columns are read, those that are not written yet behind a mask. cache.filled is left
+    to the caller.
+    """
+    c, rows = model.config, len(tokens)
+    start = cache.start[:, None]
+    columns = torch.arange(cache.capacity, device=tokens.device)
+    seen = ((columns >= start) & (columns <= column))[:, None, None]
+
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = cache.keys[i], cache.values[i]
+        keys.index_copy_(2, column, k.transpose(1, 2))
+        values.index_copy_(2, column, v.transpose(1, 2))
+        q = q.view(rows, c.n_kv_heads, -1, c.head_dim)
+        return F.scaled_dot_product_attention(q, keys, values, seen).reshape(rows, 1, -1)
+
+    return logits(model, hidden(model, tokens[:, None], column - start, attend)[:, -1])

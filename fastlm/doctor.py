@@ -10,15 +10,20 @@ import shutil
 import torch
 from rich.table import Table
 
-from fastlm import attention, kernels
+from fastlm import kernels
+from fastlm.attention_backend import choose
+from fastlm.config import PRESETS, DoctorConfig
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
-from fastlm.monitor import matmul_rate, wide_console
+from fastlm.monitor import wide_console
+from fastlm.runtime import matmul_dtype, matmul_rate, pick_device
 from fastlm.tokenizer import load_tokenizer
 
 OPTIONAL = {
-    "flash-attn": "attention on NVIDIA and AMD GPUs",
-    "xformers": "attention on GPUs where flash-attn is not installed",
+    "flash-attn": "attention on sm_80 to sm_89, and on AMD GPUs",
+    "flash-attn-3": "attention of packed documents on sm_90",
+    "flash-attn-4": "attention of packed documents on sm_100, and on sm_90 without flash-attn-3",
+    "xformers": "attention by name only: packed documents wait for the GPU twice a layer and cannot be compiled",
     "transformers": "models other than Llama's family",
     "tensorboard": "--tensorboard",
     "lm-eval": "its tasks with a fastlm model",
@@ -41,10 +46,11 @@ def kernel_choice(device: torch.device) -> tuple[str, str]:
     return "PyTorch reference", cpu.status()
 
 
-def print_report() -> int:
+def doctor(cfg: DoctorConfig) -> int:
+    """Print the machine, the choice for every operation with its reason, and what else is there."""
     console = wide_console()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    device = pick_device("auto")
+    dtype = matmul_dtype(device)
     machine = Table("machine", "", box=None, title_justify="left")
     machine.add_row("processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none that this PyTorch can use"
@@ -59,7 +65,9 @@ def print_report() -> int:
     choices = Table("operation", "takes", "because", box=None)
     for op in kernels.__all__:
         choices.add_row(op, *kernel_choice(device))
-    choices.add_row("attention", *attention.choose(device.type, dtype))
+    attention = choose("auto", device, dtype, PRESETS["modern-253m"])
+    choices.add_row("attention of rows", attention.rows, attention.why)
+    choices.add_row("attention of packed documents", attention.packed, attention.why)
     choices.add_row("training dtype", str(dtype), "bf16 where a GPU has it" if device.type == "cuda" else "fp32 on CPUs")
     try:
         found = load_tokenizer("gpt2")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlm import checkpoint
-from fastlm.commands import ExportConfig, ImportConfig
-from fastlm.config import check
-from fastlm.data.templates import published_template
-from fastlm.errors import UserError
+from fastlm import checkpoint, files
+from fastlm.config import ExportConfig, ImportConfig
+from fastlm.data.examples.templates import published_template
+from fastlm.errors import UserError, check
 from fastlm.interop import export, is_hugging_face
-from fastlm.load import chat_template, local, open_model, stop_tokens
 from fastlm.model import count_parameters
+from fastlm.places import chat_template, local, open_model, stop_tokens
 from fastlm.tokenizer import Tokenizer, gpt2_json, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -41,29 +39,28 @@ def tokenizer_files(tokenizer: Tokenizer, max_len: int, template: str) -> dict[s
 
     template: as in ChatConfig, or "none".
     """
-    files = read_beside(tokenizer)
-    files.pop("generation_config.json", None)  # written anew, with the model's own stop tokens
+    texts = read_beside(tokenizer)
+    texts.pop("generation_config.json", None)  # written anew, with the model's own stop tokens
     end = tokenizer.piece(tokenizer.eos_id)
-    config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}")) or {
+    config: dict[str, Any] = json.loads(texts.get("tokenizer_config.json", "{}")) or {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_len, "bos_token": end, "eos_token": end,
         "add_bos_token": False, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     if template not in ("none", "tokenizer"):
-        files["chat_template.jinja"] = published_template(template, tokenizer)
-        config["chat_template"] = files["chat_template.jinja"]  # where transformers before 4.53 looks
-    return files | {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        texts["chat_template.jinja"] = published_template(template, tokenizer)
+        config["chat_template"] = texts["chat_template.jinja"]  # where transformers before 4.53 looks
+    return texts | {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
 def export_run(cfg: ExportConfig) -> int:
     """fastlm export: weights, configuration, tokenizer and chat template as transformers, vLLM and llama.cpp read them."""
-    check(bool(cfg.to), f"where to? name a new folder: fastlm export {cfg.model} --to DIR")
     model, tokenizer = open_model(cfg.model, CPU, cfg.tokenizer)
     template = chat_template(cfg.model, tokenizer, default="none") if cfg.template == "auto" else cfg.template
-    files = tokenizer_files(tokenizer, model.config.max_seq_len, template)
+    beside = tokenizer_files(tokenizer, model.config.max_seq_len, template)
     if cfg.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
     stop = sorted(stop_tokens(cfg.model, tokenizer) - {tokenizer.eos_id})
-    export(model, files, tokenizer.eos_id, Path(cfg.to), stop=stop)
+    export(model, beside, tokenizer.eos_id, Path(cfg.to), stop=stop)
     size = sum(f.stat().st_size for f in Path(cfg.to).iterdir())
     print(f"{cfg.to}: {count_parameters(model.config) / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:,.1f} MB, "
           f"tokenizer {tokenizer.vocab_size:,} tokens, chat template {template}")  # fmt: skip
@@ -72,25 +69,30 @@ def export_run(cfg: ExportConfig) -> int:
 
 def import_folder(cfg: ImportConfig) -> int:
     """fastlm import: a run with one checkpoint, step 0, that holds the folder's weights and a copy of its tokenizer."""
-    check(bool(cfg.to), f"where to? name a new run folder: fastlm import {cfg.model} --to runs/NAME")
     run = Path(cfg.to)
     check(is_hugging_face(Path(local(cfg.model))), f"{cfg.model} holds no config.json; give a Hugging Face model folder")
     check(not run.exists() or (run.is_dir() and not any(run.iterdir())), f"{run} exists and is not empty; choose another --to")
     model, tokenizer = open_model(cfg.model, CPU, cfg.tokenizer)
-    try:
-        if tokenizer.name != "gpt2":
-            (run / "tokenizer").mkdir(parents=True)
-            for name, text in read_beside(tokenizer).items():
-                (run / "tokenizer" / name).write_text(text, encoding="utf-8")
-            tokenizer = load_tokenizer(str(run / "tokenizer"))
+    with files.whole_folder(run) as beside:
+        name, hash_ = tokenizer.name, tokenizer.hash
+        if name != "gpt2":
+            (beside / "tokenizer").mkdir()
+            for file, text in read_beside(tokenizer).items():
+                (beside / "tokenizer" / file).write_text(text, encoding="utf-8")
+            hash_ = load_tokenizer(str(beside / "tokenizer")).hash
+            name = str((run / "tokenizer" / "tokenizer.json").resolve())  # where the copy will stand
         state = {
-            "step": 0, "position": 0, "tokens": 0, "train_tokens": 0, "validation_loss": None,
-            "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
-            "start": cfg.model, "template": chat_template(cfg.model, tokenizer, default="auto"),
-        }  # fmt: skip
-        checkpoint.save(run / "checkpoints", model, {}, state)
-    except (OSError, UserError) as e:
-        shutil.rmtree(run, ignore_errors=True)
-        raise UserError(f"could not write {run}: {e}") from None
+            "step": 0,
+            "position": 0,
+            "tokens": 0,
+            "train_tokens": 0,
+            "validation_loss": None,
+            "model": dataclasses.asdict(model.config),
+            "tokenizer": name,
+            "tokenizer_hash": hash_,
+            "start": cfg.model,
+            "template": chat_template(cfg.model, tokenizer, default="auto"),
+        }
+        checkpoint.save(beside / "checkpoints", model, {}, state)
     print(f"{run}: {count_parameters(model.config) / 1e6:.1f}M parameters, tokenizer {tokenizer.vocab_size:,} tokens")
     return 0

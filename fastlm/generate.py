@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastlm.commands import GenerateConfig, Sampling
-from fastlm.config import check
-from fastlm.decode import Cache, feed, prefill
-from fastlm.load import open_model, stop_tokens
-from fastlm.model import Transformer, pick_device
-from fastlm.sampling import choose
+from fastlm.config import GenerateConfig, Sampling
+from fastlm.decode import Cache, feed, feed_at, prefill
+from fastlm.errors import check
+from fastlm.model import Transformer
+from fastlm.places import open_model, stop_tokens
+from fastlm.runtime import pick_device, read_later, recorded
+from fastlm.sampling import choose, uniform
 from fastlm.tokenizer import Tokenizer
 
 PARTIAL = "\ufffd"  # what the first bytes of a character decode to
@@ -38,6 +39,69 @@ class Memory:
             return prefill(model, [prompt], min(2 * needed, model.config.max_seq_len))
         self.cache.filled = common
         return self.cache, feed(model, self.cache, torch.tensor([prompt[common:]], device=model.embedding.device))
+
+
+def write_step_by_step(
+    model: Transformer,
+    cache: Cache,
+    logits: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    seen: Tensor | None,
+    n_tokens: int,
+) -> Iterator[list[int]]:
+    """n_tokens tokens of each row, or as many as the cache has room for, one of each at a time."""
+    for made in range(1, n_tokens + 1):
+        tokens = choose(logits, sampling, uniform(generators)[0] if sampling.temperature else None, seen)
+        if seen is not None:
+            seen[torch.arange(len(tokens)), tokens] = True
+        yield tokens.tolist()
+        if made == n_tokens or cache.filled == cache.capacity:
+            return
+        logits = feed(model, cache, tokens[:, None])
+
+
+def write_in_graph(
+    model: Transformer,
+    cache: Cache,
+    logits: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    seen: Tensor | None,
+    n_tokens: int,
+) -> Iterator[list[int]]:
+    """The same on a GPU: a step, the choice of its tokens included, is one CUDA graph.
+
+    It is launched before the host looks at the tokens of the step before, so the GPU never waits for the host. The host
+    waits once a step, for a copy of a token a row. After the last token that is wanted one step may run in vain.
+    """
+    device = logits.device
+    n_tokens = min(n_tokens, cache.capacity - cache.filled + 1)
+    draws = uniform(generators, n_tokens).to(device) if sampling.temperature else None
+    tokens = torch.empty(len(logits), dtype=torch.long, device=device)
+    column = torch.tensor([cache.filled], device=device)
+    turn = torch.zeros(1, dtype=torch.long, device=device)
+
+    def take(logits: Tensor) -> None:
+        tokens.copy_(choose(logits, sampling, None if draws is None else draws.index_select(0, turn)[0], seen))
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        turn.add_(1)
+
+    def step() -> None:
+        take(feed_at(model, cache, tokens, column))
+        column.add_(1)
+
+    take(logits)
+    filled, advance = cache.filled, step
+    for made in range(n_tokens):
+        ids = read_later(tokens, device)
+        if made == 1:  # the step before has compiled what a step launches
+            advance = recorded(step, device)
+        if made + 1 < n_tokens:
+            advance()
+        cache.filled = filled + made
+        yield ids()
 
 
 @torch.inference_mode()
@@ -70,28 +134,27 @@ def generate(
     capacity = min(window, max(map(len, prompts)) + n_tokens)
     if memory is not None and len(prompts[0]) <= window:
         cache, logits = memory.begin(model, prompts[0], n_tokens)
-        capacity = cache.capacity
     else:
         cache, logits = prefill(model, [p[-window:] for p in prompts], capacity)
     whole = all(len(p) <= window for p in prompts)
-    for made in range(1, n_tokens + 1):
-        tokens = choose(logits, sampling, generators, seen)
-        for row, token in enumerate(tokens.tolist()):
-            if row in active:
-                if token not in stop:
-                    new[row].append(token)
-                if token in stop or each(row, token):
-                    active.remove(row)
+    write = write_in_graph if device.type == "cuda" else write_step_by_step
+    made = 0
+    while True:
+        for tokens in write(model, cache, logits, sampling, generators, seen, n_tokens - made):
+            made += 1
+            for row, token in enumerate(tokens):
+                if row in active:
+                    if token not in stop:
+                        new[row].append(token)
+                    if token in stop or each(row, token):
+                        active.remove(row)
+            if not active:
+                break
         if not active or made == n_tokens:
             break
-        if seen is not None:
-            seen[torch.arange(len(prompts)), tokens] = True
-        if cache.filled < capacity:
-            logits = feed(model, cache, tokens[:, None].to(device))
-        else:
-            recent = [[*prompt, *more][-max(1, window // 2) :] for prompt, more in zip(prompts, new, strict=True)]
-            cache, logits = prefill(model, recent, capacity)
-            whole = False
+        recent = [[*prompt, *more][-max(1, window // 2) :] for prompt, more in zip(prompts, new, strict=True)]
+        cache, logits = prefill(model, recent, cache.capacity)
+        whole = False
     if memory is not None:
         memory.cache = cache if whole else None
         memory.ids = [*prompts[0], *new[0]][: cache.filled] if whole else []

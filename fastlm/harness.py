@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.commands import Sampling
+from fastlm.config import LmEvalConfig, Sampling
 from fastlm.errors import UserError
 from fastlm.evaluation.protocols import Segment, rolling
 from fastlm.evaluation.score import LOGIT_ROWS, Logps, segment_nats, segment_sums
 from fastlm.generate import write_texts
-from fastlm.load import open_model, stop_tokens
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
+from fastlm.places import open_model, stop_tokens
+from fastlm.runtime import pick_device
 from fastlm.tokenizer import Tokenizer
 
 GENERATED_ROWS = {"cpu": 8, "cuda": 64}
@@ -139,13 +140,14 @@ def register() -> type:
     return FastlmModel
 
 
-def lm_eval_command(model: str, rest: Sequence[str]) -> int:
-    """Run lm-eval's command line with this model: model_args are filled in, everything else is lm-eval's own."""
+def run_lm_eval(cfg: LmEvalConfig) -> int:
+    """Run lm-eval's command line with this model; all but model_args is lm-eval's own."""
     register()
     from lm_eval.__main__ import cli_evaluate
 
     before = sys.argv
-    sys.argv = ["lm-eval", "run", "--model", "fastlm", "--model_args", f"pretrained={model}", *rest]
+    filled_in = ["--model", "fastlm", "--model_args", f"pretrained={cfg.model}"]
+    sys.argv = ["lm-eval", "run", *filled_in, *cfg.arguments]
     try:
         cli_evaluate()
     finally:

@@ -7,8 +7,6 @@ q and k). Out: the same kind that the model's own shape asks for. Weights keep t
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlm.config import ModelConfig, check
-from fastlm.errors import UserError, printable
+from fastlm import files
+from fastlm.config import ModelConfig
+from fastlm.errors import UserError, check, printable
 from fastlm.model import Transformer
 from fastlm.schema import SchemaError, parse, read_json, read_object
 
@@ -341,10 +339,7 @@ def export(
     tokenizer_files: name -> text of the tokenizer's files, written beside the weights. stop: other ids that end a text.
     """
     check(not to.exists() or (to.is_dir() and not any(to.iterdir())), f"{to} exists and is not empty; choose another --to")
-    beside = to.with_name(f".{to.name}.tmp")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    with files.whole_folder(to) as beside:
         ends = [eos_id, *stop] if stop else eos_id
         generation = {"bos_token_id": eos_id, "eos_token_id": ends, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
         config = write_config(model.config, eos_id) | {"torch_dtype": str(model.embedding.dtype).removeprefix("torch.")}
@@ -355,12 +350,6 @@ def export(
         for name, text in (texts | tokenizer_files).items():
             (beside / name).write_text(text, encoding="utf-8")
         write_shards(to_hugging_face(model), beside, shard_bytes)
-        if to.exists():
-            to.rmdir()
-        os.replace(beside, to)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"could not write {to}: {e}; free some space or choose another folder") from None
 
 
 def write_shards(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
@@ -371,13 +360,13 @@ def write_shards(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> 
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        files.write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
         return
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    shard_names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(shard_names, shards, strict=True):
+        files.write_tensors(folder / name, shard, {"format": "pt"})
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in weights.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        "weight_map": {weight: name for name, shard in zip(shard_names, shards, strict=True) for weight in shard},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

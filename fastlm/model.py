@@ -6,9 +6,9 @@ so that each addition is fused with the norm that follows it.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastlm import kernels
-from fastlm.attention import attention
+from fastlm.attention import Documents, attention, prepare
 from fastlm.bigram import bigram_tables
-from fastlm.config import ModelConfig, check
-from fastlm.errors import UserError
+from fastlm.config import ModelConfig
+from fastlm.errors import check
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -65,6 +65,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.Parameter(torch.empty(d))
         self.gate_up = nn.Linear(d, 2 * config.ffn_dim, bias=False)  # rows: gate, up
         self.down = nn.Linear(config.ffn_dim, d, bias=False)
+        self.keep_product = False  # save SwiGLU's product for the backward: keep_what_fits()
 
     def forward(
         self,
@@ -72,9 +73,7 @@ class Block(nn.Module):
         x: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         positions: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        sharing: tuple[Tensor, Tensor] | None,
+        documents: Documents | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """update, x: (B, T, D), x still without update. Returns the same pair for the next block."""
@@ -89,10 +88,10 @@ class Block(nn.Module):
             q = kernels.rms_norm(q, self.q_norm, c.norm_eps)
             k = kernels.rms_norm(k, self.k_norm, c.norm_eps)
         q, k = kernels.rope(q, k, *rotary, positions)
-        attended = attention(q, k, v, cu_seqlens, max_seqlen, sharing, backend).flatten(2)
+        attended = attention(q, k, v, documents, backend).flatten(2)
         update = kernels.linear(attended, self.out.weight)
         h, x = kernels.add_rms_norm(update, x, self.ffn_norm, c.norm_eps)
-        return kernels.swiglu_linear(kernels.linear(h, self.gate_up.weight), self.down.weight), x
+        return kernels.swiglu_linear(kernels.linear(h, self.gate_up.weight), self.down.weight, self.keep_product), x
 
 
 def recompute_all_but_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -120,6 +119,7 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint_activations = checkpoint_activations
         self.attention_backend = attention_backend
+        self.keep_logits_bytes: int | None = None  # of logprobs() for its backward: keep_what_fits()
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.empty(config.dim))
@@ -146,16 +146,22 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        sharing: tuple[Tensor, Tensor] | None = None,
+        sharing: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the last norm, (B, T, D), of the tokens' embeddings (B, T, D).
 
-        Packed rows: positions (B, T) restart in each document; cu_seqlens, max_seqlen and sharing as in attention().
+        Packed rows: positions (B, T) restart in each document; cu_seqlens, max_seqlen and sharing as in Documents. Raises
+        ValueError when cu_seqlens comes without max_seqlen.
         """
         if torch.is_autocast_enabled(update.device.type):  # the residual stream has the matmuls' dtype
             update = update.to(torch.get_autocast_dtype(update.device.type))
         rotary = (self.cos_half, self.sin_half) if update.dtype.itemsize == 2 else (self.cos, self.sin)
-        x, rest = None, (rotary, positions, cu_seqlens, max_seqlen, sharing, self.attention_backend)
+        documents = None
+        if cu_seqlens is not None:
+            if max_seqlen is None:
+                raise ValueError("cu_seqlens needs max_seqlen, the length of the longest document in tokens")
+            documents = prepare(Documents(cu_seqlens, max_seqlen, sharing), update, self.attention_backend)
+        x, rest = None, (rotary, positions, documents, self.attention_backend)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 update, x = checkpoint(block, update, x, *rest, use_reentrant=False, context_fn=keep_attention)
@@ -202,8 +208,26 @@ class Transformer(nn.Module):
         """log p(target) at each position, nats, fp32 (B, T), 0 where not counted: the arguments of loss()."""
         h, head = self.stream_and_head(tokens, **packed)
         return kernels.linear_logprobs(
-            h, head, targets.flatten(), vocab_size=self.config.vocab_size, max_counted=max_counted
-        ).view(targets.shape)
+            h, head, targets.flatten(), vocab_size=self.config.vocab_size, max_counted=max_counted,
+            keep_bytes=self.keep_logits_bytes,
+        ).view(targets.shape)  # fmt: skip
+
+
+def keep_what_fits(model: Transformer, tokens: int, memory_bytes: int, itemsize: int) -> None:
+    """Keep what the backward would otherwise compute again, where half of a GPU's memory has room for it.
+
+    That is SwiGLU's product and, behind logprobs(), logits, beside 16 bytes a parameter and the activations of `tokens`
+    tokens, itemsize bytes a number. Called once, before a step is compiled, with the GPU's whole memory: what is free at the
+    moment would make one run differ from the next. Where activations are recomputed, memory is short.
+    """
+    c = model.config
+    numbers = 4 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.ffn_dim  # of a token in a layer
+    product = tokens * c.n_layers * c.ffn_dim * itemsize
+    room = memory_bytes // 2 - 16 * count_parameters(c) - tokens * c.n_layers * numbers * itemsize
+    keep = product <= room and not model.checkpoint_activations
+    for block in cast(Iterable[Block], model.blocks):
+        block.keep_product = keep
+    model.keep_logits_bytes = max(0, room - product if keep else room)
 
 
 @torch.no_grad()
@@ -236,42 +260,6 @@ def initialise(model: Transformer, seed: int, text: Tensor | None = None) -> Non
         check(not c.tie_embeddings, "init bigram needs an untied head; pass --model.no-tie-embeddings, or --init normal")
         embedding, head = bigram_tables(text, c.vocab_size, c.dim, generator)
         model.embedding[: c.vocab_size], model.head[: c.vocab_size] = embedding, head
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: the GPU when there is one. The name is checked, so that a missing GPU is one clear line."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device is {name!r}; choose among auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but PyTorch sees no GPU here; pass --device cpu, or install a CUDA build of torch")
-    return torch.device(name)
-
-
-def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """torch.compile with static shapes, one graph. On a CPU it needs a C++ compiler; without one, one clear line."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("--compile on a CPU needs a C++ compiler, and none was found; install g++, or leave --compile out")
-    if device.type == "cuda":
-        own_ops_have_no_lowering()
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def own_ops_have_no_lowering() -> None:
-    """Tell Inductor that our ops are called as they are.
-
-    It would find out by itself, but on torch 2.11 each time with a log message that prints the op's inputs and theirs, at a
-    cost exponential in the number of layers: four of them already take minutes.
-    """
-    from torch._inductor.lowering import lowerings, make_fallback
-
-    for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("fastlm::"):
-            packet = getattr(torch.ops.fastlm, name.removeprefix("fastlm::").partition(".")[0])
-            for overload in packet.overloads():
-                if (op := getattr(packet, overload)) not in lowerings:
-                    make_fallback(op, warn=False)
 
 
 def build(config: ModelConfig, seed: int, device: torch.device, text: Tensor | None = None, **options) -> Transformer:

@@ -16,54 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from fastlm import files, runtime
 from fastlm.errors import UserError
-from fastlm.memory import process_peak_gib
+from fastlm.runtime import ceiling, peak_gib
 
-# Dense bf16 matmul peaks, FLOP/s, from NVIDIA's and AMD's data sheets; other devices are measured.
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "RTX 4090": 165e12, "MI300X": 1307e12}
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "kl")  # of a validation; the file has all
 PLAIN_SECONDS = 10.0  # between two lines where the output is not a terminal
 NVML_SECONDS = 1.0  # between two questions to NVML, each of which takes milliseconds
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large matmul on this device now: the best of the repetitions that fit in the time."""
-    n = 4096 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
-    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
-    a @ a
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def ceiling(device: torch.device) -> tuple[float, str]:
-    """FLOP/s to compare with, and its name: MFU against the data sheet's peak, else a share of the measured rate."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, peak in PEAKS.items():
-            if key in name:
-                return peak, "MFU"
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return matmul_rate(device, dtype), "of matmul rate"
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most memory in use so far: of the GPU's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return process_peak_gib()
 
 
 class Power:
@@ -119,22 +79,9 @@ class Power:
 
 
 def read_later(tensors: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, float]]:
-    """A function that gives the tensors' values. Called one step later, it never waits for the step that runs then.
-
-    On a GPU the values are copied to pinned memory as soon as they are there, and an event behind the copy tells when.
-    """
-    stacked = torch.stack([tensor.detach().float() for tensor in tensors.values()])
-    if device.type != "cuda":
-        return lambda: dict(zip(tensors, stacked.tolist(), strict=True))
-    copied = stacked.to("cpu", non_blocking=True)  # pinned: PyTorch makes it so for a copy that nobody waits for
-    event = torch.cuda.Event(blocking=True)
-    event.record()
-
-    def read() -> dict[str, float]:
-        event.synchronize()
-        return dict(zip(tensors, copied.tolist(), strict=True))
-
-    return read
+    """A function that gives the tensors' values. Called one step later, it never waits for the step that runs then."""
+    values = runtime.read_later(torch.stack([tensor.detach().float() for tensor in tensors.values()]), device)
+    return lambda: dict(zip(tensors, values(), strict=True))
 
 
 def wide_console(stderr: bool = False) -> Console:
@@ -301,19 +248,28 @@ def showing_bytes(console: Console) -> Iterator[Callable[[int, int | None, int],
 
 
 def keep_lines(path: Path, last_step: int) -> list[float]:
-    """Drop the JSON lines after last_step (they will be made again) and return the training losses that stay."""
+    """Drop the JSON lines after last_step (they will be made again) and return the training losses that stay.
+
+    A line that a kill cut short, or that was damaged, goes too.
+    """
     if not path.is_file():
         return []
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if whole(line, last_step)]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return [row["loss"] for row in map(json.loads, kept) if "loss" in row]
+    with files.disk_errors("read", path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = {line: parsed(line) for line in lines}
+    kept = [line for line in lines if 0 <= rows[line].get("step", -1) <= last_step]
+    files.write_text(path, "".join(line + "\n" for line in kept))
+    return [rows[line]["loss"] for line in kept if "loss" in rows[line]]
 
 
-def whole(line: str, last_step: int) -> bool:
+def parsed(line: str) -> dict[str, Any]:
+    """A line of metrics; empty where it is none."""
     try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError):  # the line a kill cut short
-        return False
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    whole = isinstance(row, dict) and type(row.get("step")) is int
+    return row if whole and isinstance(row.get("loss", 0.0), float) else {}
 
 
 def tensorboard_writer(run: Path) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm.commands import Sampling
+from fastlm.config import Sampling
 
 FEW = 256  # the nucleus is nearly always among so many tokens: sorting these is 100 times cheaper than the vocabulary
 
@@ -35,26 +35,45 @@ def restrict(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tensor:
     return logits
 
 
+def running_sums(x: Tensor) -> Tensor:
+    """Cumulative sums of probabilities x (..., V) along the last axis."""
+    return fixed_point_sums(x) if x.is_cuda else x.cumsum(-1)
+
+
+def fixed_point_sums(x: Tensor) -> Tensor:
+    """running_sums() of x rounded down to multiples of 2^-40, fp64: whatever the order of additions, the same bits."""
+    return (x.double() * 2.0**40).long().cumsum(-1).double() * 2.0**-40
+
+
 def least_of_nucleus(logits: Tensor, top_p: float) -> Tensor:
     """The smallest logit (B, 1) of each row's nucleus: the likeliest tokens whose probability reaches top_p."""
     total = logits.logsumexp(-1, keepdim=True)
-    for k in (min(FEW, logits.shape[-1]), logits.shape[-1]):
+    everything = logits.shape[-1]
+    # whether a few suffice could be seen on a GPU only by waiting for it
+    few = everything if logits.is_cuda else min(FEW, everything)
+    for k in (few, everything):
         top = logits.topk(k).values
-        mass = (top - total).exp().cumsum(-1)
-        if bool((mass[:, -1] >= top_p).all()):
+        mass = running_sums((top - total).exp())
+        if k == everything or bool((mass[:, -1] >= top_p).all()):
             break
     inside = (mass - (top - total).exp() < top_p).sum(-1, keepdim=True)
     return top.gather(-1, inside.clamp(min=1) - 1)
 
 
-def choose(logits: Tensor, s: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None) -> Tensor:
-    """One token a row, (B,) int64 on the CPU, of logits (B, V): the likeliest at temperature 0, else one draw.
+def uniform(generators: Sequence[torch.Generator], n: int = 1) -> Tensor:
+    """n numbers of [0, 1) a row, (n, B, 1) fp64 on the CPU.
 
-    Each row draws from a generator of its own, so that its text does not depend on its neighbours.
+    Each row has a generator of its own, so that its text does not depend on its neighbours.
     """
+    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in generators], 1)[..., None]
+
+
+def choose(logits: Tensor, s: Sampling, draws: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    """One token a row, (B,) int64, of logits (B, V): the likeliest at temperature 0, else the one where draws (B, 1) of
+    uniform() fall in the cumulative distribution. On a GPU the host waits for nothing."""
     logits = restrict(logits.float(), s, seen)
     if s.temperature == 0:
-        return logits.argmax(-1).cpu()
-    below = logits.cpu().softmax(-1).double().cumsum(-1)
-    draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+        return logits.argmax(-1)
+    assert draws is not None
+    below = running_sums(logits.softmax(-1).double())
     return torch.searchsorted(below, draws * below[:, -1:], right=True).squeeze(-1)

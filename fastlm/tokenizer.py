@@ -74,7 +74,7 @@ class Tokenizer:
         """The text of one id."""
         return self._decode([token])
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return load_tokenizer, (self.name,)
 
 

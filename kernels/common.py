@@ -40,6 +40,11 @@ def triton_on_cpu() -> Iterator[None]:
         _triton_on_cpu = before
 
 
+def takes_triton(tensor: Tensor) -> bool:
+    """Whether a function that is no op of PyTorch's, and so not dispatched by it, launches Triton kernels for the tensor."""
+    return tensor.is_cuda or _triton_on_cpu
+
+
 class Kernel:
     """A function for triton.jit, handed over when the first kernel of its module is launched.
 

@@ -21,9 +21,9 @@ from fastlm.config import PRESETS  # noqa: E402
 from fastlm.model import Transformer, build  # noqa: E402
 
 
-def training_step(model, autocast: bool, device: torch.device = torch.device("cpu")):
+def training_step(model, autocast: bool, device: str = "cpu"):
     def step(tokens, targets):
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return model.loss(tokens, targets, 1e-4) / targets.numel()
 
     return step
@@ -38,7 +38,7 @@ def compile_only(preset: str, rows: int, length: int, checkpoint_activations: bo
         ids = torch.empty(rows, length, dtype=torch.long)
         return ids, ids.clone()
 
-    report = compile_for_gpu(lambda *batch: training_step(box["model"], True, DEVICE)(*batch), inputs)
+    report = compile_for_gpu(lambda *batch: training_step(box["model"], True, DEVICE.type)(*batch), inputs)
     return {
         "graphs": [g.which for g in report.graphs],
         "saved_gb": report.graphs[0].saved_bytes / 1e9,

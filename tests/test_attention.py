@@ -1,7 +1,8 @@
-"""Attention against a float64 brute force, in rows and packed, and the choice of a backend against what is installed."""
+"""Attention against a float64 brute force, in rows and packed, whichever backend computes it."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 import types
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm import attention as module
-from fastlm.attention import attention, choose
+from fastlm.attention import Documents, attention, prepare
 
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, document: Tensor, prompt: Tensor | None = None) -> Tensor:
@@ -45,20 +46,30 @@ def documents(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return ends, torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
-def tree() -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+def tree() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     """32 tokens: a prompt of 5 with answers of 4 and 7, one of 1 with 2 and 3, a document of 6, padding of 4.
 
-    cu_seqlens, sharing, and for brute_force() each token's document and its prompt. The last boundary is repeated and the
-    keys end in -1, as in batches.
+    cu_seqlens, sharing, and for brute_force() each token's document and its prompt. The last boundary is repeated and there
+    are more keys than are seen, as in batches.
     """
     lengths, prompts = [5, 4, 7, 1, 2, 3, 6, 4], [-1, 0, 0, -1, 3, 3, -1, -1]
     cu_seqlens, document = documents(lengths)
     spans = [list(range(a, b)) for a, b in pairwise(cu_seqlens.tolist())]
     seen = [(spans[p] if p >= 0 else []) + own for own, p in zip(spans, prompts, strict=True)]
     cu_seqlens_k = documents([*map(len, seen), 0, 0])[0]
-    keys = torch.tensor([*itertools.chain(*seen), -1, -1, -1])
+    keys = [*itertools.chain(*seen), 0, 0, 0]
     cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(2)])
-    return cu_seqlens, (cu_seqlens_k, keys), document, torch.tensor(prompts)[document]
+    sharing = cu_seqlens_k, torch.tensor(keys), places_of(keys, len(document), 3)
+    return cu_seqlens, sharing, document, torch.tensor(prompts)[document]
+
+
+def places_of(keys: list[int], tokens: int, unseen: int) -> Tensor:
+    """Where each token stands among the keys but the last ones, (tokens, most); else at the last."""
+    seen = keys[: len(keys) - unseen]
+    found = [[place for place, key in enumerate(seen) if key == token] for token in range(tokens)]
+    most = max(map(len, found))
+    nowhere = [len(keys) - 1]
+    return torch.tensor([places + nowhere * (most - len(places)) for places in found])
 
 
 PACKED = {
@@ -69,46 +80,51 @@ PACKED = {
 }
 
 
-@pytest.fixture(params=["native", "pytorch"])
-def cpu_path(request, monkeypatch):
-    """The native kernel, and what stands in for it where it is not built."""
+@pytest.fixture(params=["native", "pytorch", "masked"])
+def backend(request, monkeypatch) -> str:
+    """The native kernel, what stands in for it where it is not built, and SDPA with a mask."""
     if request.param == "pytorch":
         monkeypatch.setattr(module.cpu, "available", lambda *tensors: False)
-    elif not module.cpu.available(torch.ones(1)):
+    elif request.param == "native" and not module.cpu.available(torch.ones(1)):
         pytest.skip("the native module is not built (make native)")
+    return "masked" if request.param == "masked" else "torch"
 
 
-@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("length", [1, 7, 33])
-def test_rows_equal_brute_force_with_every_gradient(heads, kv_heads, length):
+def test_rows_equal_brute_force_with_every_gradient(heads, kv_heads, length, backend):
     q, k, v = inputs(2, length, heads, kv_heads)
-    check_against_brute_force(q, k, v, None, torch.arange(2).repeat_interleave(length))
+    check_against_brute_force(q, k, v, None, torch.arange(2).repeat_interleave(length), backend)
 
 
-@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_documents_equal_brute_force_with_every_gradient(name, heads, kv_heads):
+def test_packed_documents_equal_brute_force_with_every_gradient(name, heads, kv_heads, backend):
     b, t, lengths = PACKED[name]
     cu_seqlens, document = documents(lengths)
-    check_against_brute_force(*inputs(b, t, heads, kv_heads), cu_seqlens, document)
+    packed = Documents(cu_seqlens, max(lengths))
+    check_against_brute_force(*inputs(b, t, heads, kv_heads), packed, document, backend)
 
 
-@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_answers_that_share_a_prompt_equal_brute_force_with_every_gradient(rows, heads, kv_heads):
+def test_answers_that_share_a_prompt_equal_brute_force_with_every_gradient(rows, heads, kv_heads, backend):
     cu_seqlens, sharing, document, prompt = tree()
-    check_against_brute_force(*inputs(rows, 32 // rows, heads, kv_heads), cu_seqlens, document, sharing, prompt)
+    packed = Documents(cu_seqlens, 12, sharing)
+    q, k, v = inputs(rows, 32 // rows, heads, kv_heads)
+    check_against_brute_force(q, k, v, packed, document, backend, prompt)
 
 
 def check_against_brute_force(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, document: Tensor,
-    sharing: tuple[Tensor, Tensor] | None = None, prompt: Tensor | None = None,
-) -> None:  # fmt: skip
-    longest = None if cu_seqlens is None else int((sharing[0] if sharing else cu_seqlens).diff().max())
-    out = attention(q, k, v, cu_seqlens, longest, sharing)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Documents | None,
+    document: Tensor,
+    backend: str,
+    prompt: Tensor | None = None,
+) -> None:
+    out = attention(q, k, v, packed and prepare(packed, q, backend), backend)
     expected = brute_force(q, k, v, document, prompt)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
@@ -118,6 +134,20 @@ def check_against_brute_force(
         torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-5)
 
 
+def test_picked_keys_pass_their_gradients_back_and_nothing_of_those_that_nobody_sees():
+    """A kernel may leave anything in the gradient of a key beyond the last boundary."""
+    _, (cu_seqlens_k, keys, places), _, _ = tree()
+    x = torch.randn(32, 2, 4, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(len(keys), 2, 4, dtype=torch.float64)
+    upstream[cu_seqlens_k[-1] :] = torch.nan
+    picked = module.pick(x, keys, places)
+    assert torch.equal(picked, x[keys])
+    (found,) = torch.autograd.grad(picked, x, upstream)
+    seen = int(cu_seqlens_k[-1])
+    expected = torch.zeros_like(x).index_add(0, keys[:seen], upstream[:seen])
+    torch.testing.assert_close(found, expected)
+
+
 def test_packed_operator_passes_opcheck():
     q, k, v = (x[0] for x in inputs(1, 9, 4, 2))
     torch.library.opcheck(module.packed_documents, (q, k, v, documents([4, 5])[0], documents([4, 5])[0]))
@@ -125,18 +155,28 @@ def test_packed_operator_passes_opcheck():
     torch.library.opcheck(module.packed_documents, (q[:5], k, v, documents([2, 3])[0], documents([2, 7])[0]))
 
 
-@pytest.mark.parametrize("queries", [13, 4, 1])
-def test_the_formula_for_other_devices_equals_the_cpu_operator(queries):
-    """Where neither a fused kernel nor PyTorch's CPU operator takes the tensors, the written-out formula runs."""
-    q, k, v = (x.detach().transpose(1, 2) for x in inputs(1, 13, 4, 4))
-    q = q[:, :, 13 - queries :]
-    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
-    fast, fast_lse = module.forward_one(q, k, v)
-    fast_grads = module.backward_one([dout, q, k, v, fast], fast_lse)
-    written, written_lse = module.forward_by_formula(q, k, v)
-    written_grads = module.backward_by_formula([dout, q, k, v, written], written_lse)
-    for a, b in zip((fast, fast_lse, *fast_grads), (written, written_lse, *written_grads), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def test_the_operator_that_comes_with_pytorch_is_called_as_published(monkeypatch):
+    """varlen_attn runs on a GPU only; what it is asked for is the same on any device."""
+    from torch.nn.attention import varlen
+
+    signature = inspect.signature(varlen.varlen_attn)
+    calls: list = []
+
+    def varlen_attn(*args, **options):
+        asked = signature.bind(*args, **options).arguments
+        calls.append({name: asked.get(name) for name in ("max_q", "max_k", "window_size", "enable_gqa")})
+        return module.packed_documents(*args[:5])[0]
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(module, "torch_packed", module.varlen)
+    q, k, v = inputs(2, 8, 4, 2)
+    cu_seqlens, document = documents([3, 5, 8])
+    packed = attention(q, k, v, Documents(cu_seqlens, 8))
+    check_sharing("torch")
+    grouped = True if "enable_gqa" in signature.parameters else None
+    causal = {"window_size": (-1, 0), "enable_gqa": grouped}
+    assert calls == [{"max_q": 8, "max_k": 8} | causal, {"max_q": 32, "max_k": 32} | causal]
+    torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
 
 
 class Recorder(types.ModuleType):
@@ -171,17 +211,17 @@ def test_flash_attn_is_called_as_published(monkeypatch):
     q, k, v = inputs(2, 8, 4, 2)
     cu_seqlens, document = documents([3, 5, 8])
     rows = attention(q, k, v, backend="flash")
-    packed = attention(q, k, v, cu_seqlens, 8, backend="flash")
-    check_sharing(q, k, v, "flash")
+    packed = attention(q, k, v, Documents(cu_seqlens, 8), backend="flash")
+    check_sharing("flash")
     assert calls == [("rows", True), ("packed", True, 8, 8, True), ("packed", True, 32, 32, False)]
     torch.testing.assert_close(rows.double(), brute_force(q, k, v, torch.arange(2).repeat_interleave(8)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
 
 
-def check_sharing(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
+def check_sharing(backend: str) -> None:
     cu_seqlens, sharing, document, prompt = tree()
     q, k, v = inputs(2, 16, 4, 2)
-    shared = attention(q, k, v, cu_seqlens, 32, sharing, backend=backend)
+    shared = attention(q, k, v, Documents(cu_seqlens, 32, sharing), backend=backend)
     torch.testing.assert_close(shared.double(), brute_force(q, k, v, document, prompt), rtol=1e-5, atol=1e-6)
 
 
@@ -215,46 +255,30 @@ def test_xformers_is_called_as_published(monkeypatch):
     q, k, v = inputs(2, 8, 4, 2)
     cu_seqlens, document = documents([3, 5, 8])
     rows = attention(q, k, v, backend="xformers")
-    packed = attention(q, k, v, cu_seqlens, 8, backend="xformers")
-    check_sharing(q, k, v, "xformers")
+    packed = attention(q, k, v, Documents(cu_seqlens, 8), backend="xformers")
+    check_sharing("xformers")
     torch.testing.assert_close(rows.double(), brute_force(q, k, v, torch.arange(2).repeat_interleave(8)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "present", "expected"),
-    [
-        ("cpu", torch.float32, {"flash_attn", "xformers"}, "torch"),
-        ("cuda", torch.float32, {"flash_attn", "xformers"}, "torch"),
-        ("cuda", torch.bfloat16, {"flash_attn", "xformers"}, "flash"),
-        ("cuda", torch.float16, {"xformers"}, "xformers"),
-        ("cuda", torch.bfloat16, set(), "torch"),
-    ],
-)
-def test_auto_takes_the_fastest_backend_that_can_serve(monkeypatch, device, dtype, present, expected):
-    monkeypatch.setattr(module, "installed", present.__contains__)
-    name, why = choose(device, dtype)
-    assert name == expected
-    assert why
-
-
-def test_unknown_backend_and_missing_length_are_named():
+def test_an_unknown_backend_is_named():
     q, k, v = inputs(1, 4, 2, 2)
     with pytest.raises(ValueError, match="unknown attention backend 'flsh'"):
         attention(q, k, v, backend="flsh")
-    with pytest.raises(ValueError, match="cu_seqlens needs max_seqlen"):
-        attention(q, k, v, documents([4])[0])
 
 
 @pytest.mark.slow
-def test_packed_attention_compiles_in_one_graph_with_gradients():
+@pytest.mark.parametrize("backend", ["torch", "masked"])
+def test_packed_attention_compiles_in_one_graph_with_gradients(backend):
     q, k, v = inputs(1, 12, 4, 2)
     cu_seqlens, _ = documents([5, 7])
-    sharing = documents([5, 10])[0], torch.tensor([*range(5), 0, 1, 2, *range(5, 12), -1])
+    keys = [*range(5), 0, 1, 2, 3, 4, *range(5, 12), 0]
+    sharing = documents([5, 12])[0], torch.tensor(keys), places_of(keys, 12, 1)
 
     def step(q, k, v, cu_seqlens):
-        plain, shared = attention(q, k, v, cu_seqlens, 12), attention(q, k, v, cu_seqlens, 12, sharing)
-        return (plain.square() + shared.sin()).sum()
+        plain = prepare(Documents(cu_seqlens, 12), q, backend)
+        shared = prepare(Documents(cu_seqlens, 12, sharing), q, backend)
+        return (attention(q, k, v, plain, backend).square() + attention(q, k, v, shared, backend).sin()).sum()
 
     expected = torch.autograd.grad(step(q, k, v, cu_seqlens), (q, k, v))
     found = torch.autograd.grad(torch.compile(step, fullgraph=True)(q, k, v, cu_seqlens), (q, k, v))

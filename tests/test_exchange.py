@@ -12,13 +12,12 @@ from models import randomised
 
 from fastlm import checkpoint
 from fastlm.cli import main
-from fastlm.commands import Sampling
-from fastlm.config import ModelConfig
-from fastlm.data.formats import Message
-from fastlm.data.templates import encode_prompt
+from fastlm.config import ModelConfig, Sampling
+from fastlm.data.examples.formats import Message
+from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, generate
 from fastlm.interop import export
-from fastlm.load import chat_template, open_model
+from fastlm.places import chat_template, open_model
 from fastlm.tokenizer import gpt2_json, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -201,10 +200,10 @@ def test_chat_answers_turn_by_turn_and_remembers(run, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["export"], "which model?"),
-        (["import"], "which model?"),
-        (["chat"], "which model?"),
-        (["export", "{run}"], "where to?"),
+        (["export"], "export needs MODEL"),
+        (["import"], "import needs MODEL"),
+        (["chat"], "chat needs MODEL"),
+        (["export", "{run}"], "export needs --to"),
         (["export", "no/run", "--to", "{tmp}/x"], "no/run does not exist"),
         (["export", "{run}", "--to", "{run}"], "exists and is not empty"),
         (["export", "{run}", "--to", "{tmp}/x", "--template", "chatmI"], "chat template 'chatmI': expected"),
@@ -238,7 +237,7 @@ def test_a_hub_model_is_fetched_once_and_then_a_folder(run, tmp_path, monkeypatc
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr("fastlm.load.require_hub", lambda name: None)
+    monkeypatch.setattr("fastlm.places.require_hub", lambda name: None)
     capsys.readouterr()
     assert main(["generate", "hf:some/model", "--tokens", "3", "--temperature", "0"]) == 0
     fetched = capsys.readouterr().out

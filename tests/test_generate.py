@@ -11,14 +11,13 @@ import torch
 from models import randomised
 
 from fastlm.cli import main
-from fastlm.commands import Sampling
-from fastlm.config import ModelConfig
-from fastlm.decode import FEW_ROWS, NATIVE, REGISTERED, feed, prefill
+from fastlm.config import ModelConfig, Sampling
+from fastlm.decode import FEW_ROWS, NATIVE, REGISTERED, feed, feed_at, prefill
 from fastlm.errors import UserError
-from fastlm.generate import TextStream, generate, write_texts
+from fastlm.generate import Memory, TextStream, generate, write_in_graph, write_texts
 from fastlm.interop import export
-from fastlm.load import stop_tokens
-from fastlm.sampling import choose, restrict
+from fastlm.places import stop_tokens
+from fastlm.sampling import choose, fixed_point_sums, restrict, uniform
 from fastlm.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -76,6 +75,64 @@ def test_the_registered_operators_write_the_same_as_the_native_ones(rows, monkey
     monkeypatch.setattr("fastlm.decode.NATIVE", REGISTERED)
     assert NATIVE is not REGISTERED
     assert generate(model, prompts[:rows], 20, GREEDY) == ours
+
+
+def prefill_with_zeros(*args):
+    """prefill(), whose cache is 0 where nothing is written yet, as on a GPU."""
+    cache, logits = prefill(*args)
+    for part in (*cache.keys, *cache.values):
+        part[:, :, cache.filled :] = 0
+    return cache, logits
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_p=0.9), Sampling(min_p=0.05, repetition_penalty=1.3)])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_steps_that_a_gpu_replays_write_the_same_texts(name, sampling, monkeypatch):
+    """On the CPU, where they run as they are: prompts of unlike lengths, one alone, a dialogue, and beyond the context."""
+    model, prompts = randomised(replace(SHAPES[name], max_seq_len=64)), some_prompts(6)
+
+    def texts() -> list:
+        memory = Memory()
+        stop = {5, 77}
+        heard: list[tuple[int, int]] = []
+        each = lambda row, token: heard.append((row, token))  # noqa: E731 - never ends a row
+        alone = [generate(model, prompts[2:3], n, sampling, seed=n) for n in (1, 2, 3, 90)]
+        turns = [generate(model, [[9, 8]], 12, sampling, stop=stop, memory=memory)]
+        turns.append(generate(model, [[*memory.ids, 3, 4]], 9, sampling, memory=memory))
+        return [generate(model, prompts, 70, sampling, 3, stop, each), heard, alone, turns, memory.ids]
+
+    expected = texts()
+    monkeypatch.setattr("fastlm.generate.write_step_by_step", write_in_graph)
+    monkeypatch.setattr("fastlm.generate.prefill", prefill_with_zeros)
+    assert texts() == expected
+
+
+def test_a_step_that_is_replayed_depends_on_its_tensors_alone():
+    """Its column is read from a tensor: the same function goes on with the next one, and nothing on the host says so."""
+    model = randomised(SMALL)
+    prompts = some_prompts(3)
+    cache, _ = prefill_with_zeros(model, prompts, 40)
+    filled, column = cache.filled, torch.tensor([cache.filled])
+    more = torch.randint(150, (3, 4), generator=torch.Generator().manual_seed(5))
+    for n in range(4):
+        found = feed_at(model, cache, more[:, n], column)
+        column += 1
+        for row, prompt in enumerate(prompts):
+            whole = model.logits(torch.tensor([[*prompt, *more[row, : n + 1].tolist()]]))[0, -1]
+            torch.testing.assert_close(found[row], whole, rtol=1e-4, atol=1e-4)
+    assert cache.filled == filled
+
+
+def test_sums_in_fixed_point_do_not_depend_on_the_order_of_additions():
+    x = torch.rand(2, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    torch.testing.assert_close(fixed_point_sums(x), x.cumsum(-1), rtol=0, atol=5000 * 2.0**-40)
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fixed_point_sums(x[:, order])[:, -1], fixed_point_sums(x)[:, -1])
+
+
+def test_numbers_drawn_ahead_are_those_drawn_one_by_one():
+    ahead, single = ([torch.Generator().manual_seed(n) for n in range(3)] for _ in range(2))
+    assert torch.equal(uniform(ahead, 40), torch.cat([uniform(single) for _ in range(40)]))
 
 
 def test_beyond_its_context_the_model_goes_on_from_the_last_half():
@@ -155,7 +212,7 @@ def test_draws_follow_the_law(name):
     logits = torch.linspace(-2, 2, 8).expand(4000, 8).contiguous()
     law = restrict(logits[:1], LAWS[name]).softmax(-1)[0].double().numpy()
     generators = [torch.Generator().manual_seed(i) for i in range(4000)]
-    counts = np.bincount(choose(logits, LAWS[name], generators).numpy(), minlength=8)
+    counts = np.bincount(choose(logits, LAWS[name], uniform(generators)[0]).numpy(), minlength=8)
     assert (counts[law == 0] == 0).all()
     expected = 4000 * law[law > 0]
     assert ((counts[law > 0] - expected) ** 2 / expected).sum() < 26  # chi-squared of 7 degrees: above it 5 times in 10,000

@@ -149,7 +149,7 @@ def test_the_command_takes_lm_evals_options(folder, tasks, tmp_path, monkeypatch
 @pytest.mark.parametrize("argv", [["lm-eval"], ["lm-eval", "--tasks", "x"]])
 def test_without_a_model_one_line_says_how(argv, capsys):
     assert main(argv) == 2
-    assert "which model?" in capsys.readouterr().err
+    assert "lm-eval needs MODEL" in capsys.readouterr().err
 
 
 def test_a_mistake_in_the_model_is_one_line(tasks, tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 from models import randomised
 from safetensors.torch import load_file, save_file
 
-from fastlm import interop
+from fastlm import files, interop
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
 from fastlm.model import Transformer
@@ -185,7 +185,7 @@ def test_export_refuses_a_full_folder_and_leaves_nothing_on_a_full_disk(tmp_path
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(interop, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(UserError, match="the disk is full"):
         interop.export(model, {}, 0, tmp_path / "other")
     assert {p.name for p in tmp_path.iterdir()} == {"out"}

@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from fastlm import __version__
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
@@ -62,12 +65,21 @@ print(fastlm.__file__, cpu.status(), sep="\\n")
 """
 
 
+def test_version_is_the_same_wherever_it_stands():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == __version__
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def test_wheel_holds_one_package_with_the_native_module_inside(tmp_path):
     wheel = build_wheel(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     assert top_level_names(wheel) == {"fastlm"}
     assert [n for n in names if n.endswith(".so")] == [n for n in names if n.startswith("fastlm/kernels/_native.")]
     assert not any(n.endswith((".cpp", ".hpp")) for n in names)
+    assert "fastlm/py.typed" in names
+    assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
     for folder in ("kernels", "train"):  # symbolic links in the source tree, real folders in the wheel
         sources = {f"fastlm/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.py")}
         sources |= {f"fastlm/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.toml")}

@@ -28,8 +28,9 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastlm.config import StageConfig, check, divisors
-from fastlm.evaluation.score import ranks
+from fastlm.config import StageConfig
+from fastlm.errors import check, divisors
+from fastlm.runtime import launched, ranks
 
 BUCKET_BYTES = 64 << 20
 PATIENCE = timedelta(days=1)  # text may be tokenised for hours while the others wait; torchrun sees to processes that died
@@ -38,12 +39,7 @@ T = TypeVar("T")
 C = TypeVar("C", bound=StageConfig)
 
 
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return dist.is_available() and dist.is_torchelastic_launched()
-
-
-def over_processes(stage: Callable[[C], int]) -> Callable[[C], int]:
+def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
     """The stage, as one of the processes that torchrun started, on a device of its own; without torchrun just the stage.
 
     What goes wrong is told by the process that it happens to first; the others end with exit code 2 and say nothing.
@@ -74,14 +70,14 @@ def over_processes(stage: Callable[[C], int]) -> Callable[[C], int]:
     return run
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that prints and writes."""
     return ranks()[0] == 0
 
 
 def console() -> Console:
     """Where the first process prints; silent in the others."""
-    return Console(quiet=not first())
+    return Console(quiet=not is_main_process())
 
 
 def devices(device: torch.device) -> str:
@@ -94,24 +90,24 @@ def micro_rows(cfg: StageConfig) -> int:
     world = ranks()[1]
     share = cfg.batch_rows // world
     check(cfg.batch_rows % world == 0, f"batch_rows is {cfg.batch_rows}, not a multiple of torchrun's {world} processes; "
-          f"change --batch-rows, or start {either(divisors(cfg.batch_rows))} of them")  # fmt: skip
+          f"change --batch-rows, or start {one_of(divisors(cfg.batch_rows))} of them")  # fmt: skip
     rows = min(cfg.micro_rows, share)
     check(share % rows == 0, f"micro_batch_rows is {rows}, which does not divide the {share} rows that each of {world} "
           f"processes has in a step; choose it among {divisors(share)}")  # fmt: skip
     return rows
 
 
-def either(numbers: list[int]) -> str:
+def one_of(numbers: list[int]) -> str:
     return " or ".join(map(str, numbers))
 
 
-def mine(items: Iterable[T]) -> Iterator[T]:
+def shard(items: Iterable[T]) -> Iterator[T]:
     """This process's share of things done one at a time."""
     rank, world = ranks()
     return itertools.islice(items, rank, None, world)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """What each process has, in their order, in all of them: for what is small and rare."""
     found: list[Any] = [value] * ranks()[1]
     if len(found) > 1:
@@ -119,12 +115,12 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def by_first(make: Callable[[], T]) -> T:
+def broadcast_from_main(make: Callable[[], T]) -> T:
     """What the first process makes, in all of them."""
-    return gathered(make() if first() else None)[0]  # type: ignore[return-value]
+    return all_gather(make() if is_main_process() else None)[0]  # type: ignore[return-value]
 
 
-def joined(found: np.ndarray) -> np.ndarray:
+def merge_found(found: np.ndarray) -> np.ndarray:
     """What any process found, in all of them: fp32, NaN where it found nothing. What two found is the larger of the two."""
     if ranks()[1] == 1:
         return found
@@ -133,7 +129,7 @@ def joined(found: np.ndarray) -> np.ndarray:
     return array.masked_fill_(array == -torch.inf, torch.nan).numpy()
 
 
-def largest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of the processes' numbers; each waits here for all."""
     if ranks()[1] > 1:
         here = torch.tensor(number)
@@ -143,17 +139,17 @@ def largest(number: int) -> int:
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process of each machine, then the others: for what is made once and then found, such as a cache."""
     behind = ranks()[1] > 1 and dist.get_node_local_rank(fallback_rank=0) > 0
     if behind:
-        largest(0)
+        all_reduce_max(0)
     yield
     if not behind:
-        largest(0)
+        all_reduce_max(0)
 
 
-def whole_step(n_counted: int, figures: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def all_reduce_counts(n_counted: int, figures: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """What is counted in all processes' rows of a step, and its figures: whole numbers add up, shares (float) are averaged.
 
     What is neither is known to all and stays.
@@ -169,7 +165,18 @@ def whole_step(n_counted: int, figures: dict[str, Any]) -> tuple[int, dict[str, 
     return int(total), figures | {name: int(x) if isinstance(value, int) else x / world for (name, value), x in pairs}
 
 
-def add(means: dict[str, Tensor]) -> dict[str, Tensor]:
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every process the main one's parameters and buffers, so that all start from the same bits.
+
+    Unlike machines may make unlike ones of one seed.
+    """
+    if ranks()[1] == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
+
+
+def all_reduce_means(means: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each process's share of a step's means, added up: nothing leaves the device."""
     if ranks()[1] == 1:
         return means
@@ -178,7 +185,7 @@ def add(means: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(means, sums.unbind(), strict=True))
 
 
-def add_gradients(model: nn.Module) -> None:
+def all_reduce_gradients(model: nn.Module) -> None:
     """Add every gradient over the processes, all buckets under way at once; a tied parameter is one parameter."""
     if ranks()[1] == 1:
         return

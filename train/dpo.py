@@ -1,164 +1,143 @@
-"""Direct preference optimization: pairs of answers in, a model that prefers the chosen ones out. The whole stage on one page.
-
-The reference, the model that the run starts from, is needed for its log-probabilities of the answers only. They are computed
-in one pass before training, kept in a file, and read back row by row, so that training holds one model.
-"""
+"""Direct preference optimization: pairs of answers in, a model that prefers the chosen ones out."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from fastlm.config import DpoConfig
-from fastlm.data.batches import IGNORED
-from fastlm.data.examples import load_preferences
-from fastlm.data.packing import PackedBatch, PackedRows
-from fastlm.data.prefetch import move
-from fastlm.errors import UserError
-from fastlm.model import compiled
-from fastlm.train import distributed, loop, preference, tuning
+from fastlm.data.examples.load import load_preferences
+from fastlm.data.examples.packing import PackedBatch
+from fastlm.errors import check, nearest
+from fastlm.monitor import Monitor
+from fastlm.runtime import autocast
+from fastlm.train import distributed, loop
+from fastlm.train.losses import LOSSES, Pairs, membership, of_answers
+from fastlm.train.packed import Tuning, open_tuning
+from fastlm.train.reference import ReferencePass, reference_logprobs, with_reference
+from fastlm.train.run import cache_folder, compiled_step, finish, resume_or_create, say_start, train_steps
 
 
-@distributed.over_processes
+@distributed.under_torchrun
 def dpo(cfg: DpoConfig) -> int:
-    """Train a model on preferences as cfg says; returns the process's exit code (128 + signal number when interrupted)."""
-    run = tuning.begin("dpo", cfg, load_preferences, group=2, share=cfg.share_prompt)
-    model_logprobs = compiled(run.model.logprobs, run.device) if run.cfg.compile else run.model.logprobs
+    """Train a model on preferences as cfg says; returns the process's exit code."""
+    check_loss(cfg)
+    tuning = open_tuning(cfg, load_preferences, group=2, share=cfg.share_prompt)
+    cfg, device, model = tuning.cfg, tuning.device, tuning.model
+    training_logprobs = compiled_step(cfg, device, model, model.logprobs)
 
     def logprobs(batch: PackedBatch) -> Tensor:
-        with loop.autocast(run.device):
-            function = model_logprobs if torch.is_grad_enabled() else run.model.logprobs  # validation compiles nothing more
-            return function(batch.x, batch.y, max_counted=run.max_counted, **batch.layout())
+        # validation compiles nothing more
+        function = training_logprobs if torch.is_grad_enabled() else model.logprobs
+        with autocast(device):
+            return function(batch.x, batch.y, max_counted=tuning.max_counted, **batch.layout())
 
-    steps = min(run.cfg.steps, math.ceil(len(run.train) / run.cfg.batch_rows))  # that meet rows not met before
-    used = itertools.chain.from_iterable(itertools.islice(run.layouts(0), steps))
-    parts = run.cfg.batch_rows // run.micro_rows
-    training = reference_logprobs(run, logprobs, run.train, used, steps * parts, "training")
-    n_held_out = math.ceil(len(run.held_out or ()) / run.micro_rows)
-    held_out = reference_logprobs(run, logprobs, run.held_out, distributed.mine(run.held_out_batches()), n_held_out, "held-out")
-    tuning.go_on(run)
+    facts = tuning.facts
+    cache = cache_folder(cfg.cache)
+    console = distributed.console()
+    reference = ReferencePass(logprobs, facts["start_hash"], cache, device, console)
+    reference_train, reference_held_out = reference_of(tuning, reference)
+    name = f"dpo-{Path(cfg.model).name}"
+    run = resume_or_create("dpo", cfg, device, model, tuning.tokenizer, facts, name)
+    say_start(run, tuning.described())
 
-    def loss(batch: PackedBatch, reference: Tensor) -> dict[str, Tensor]:
-        return sums(run.cfg, batch, logprobs(batch), reference)
+    def loss(batch: PackedBatch, start: Tensor) -> dict[str, Tensor]:
+        return sums(cfg, batch, logprobs(batch), start)
 
     def validate() -> dict[str, float]:
-        pairs = ((with_reference(batch, held_out), batch.units // 2) for batch in run.held_out_batches())
-        return loop.validate(loss, pairs, run.device)
+        pairs = ((with_reference(batch, reference_held_out), batch.units // 2) for batch in tuning.held_out_batches())
+        return loop.validate(loss, pairs, device)
 
-    started = time.perf_counter()
-    stopped, monitor = tuning.train(run, batches(run, training), loss, validate)
-
-    def result() -> None:
-        if monitor.validations:
-            first, last = monitor.validations[0], monitor.validations[-1]
-            run.say(f"Held-out pairs: the chosen answer has the higher reward in {last['rewards/accuracies']:.1%}, "
-                    f"by {last['rewards/margins']:.3f} on average; loss {last['loss']:.4f} "
-                    f"({first['loss']:.4f} at the first validation)")  # fmt: skip
-
-    return tuning.end(run, "dpo", stopped, monitor, time.perf_counter() - started, result)
+    steps = batches(tuning, run.state["position"], reference_train)
+    outcome = train_steps(run, steps, loss, validate, tuning.flops_per_token())
+    next_commands = {
+        f"fastlm chat {run.folder}": "talk to this model",
+        f"fastlm export {run.folder} --to DIR": ("a folder that transformers, vLLM and llama.cpp load"),
+    }
+    return finish(run, outcome, lambda: say_result(run, outcome.monitor), next_commands)
 
 
-def batches(run: tuning.Run, reference: np.ndarray | None) -> Iterator[loop.Step]:
+def check_loss(cfg: DpoConfig) -> None:
+    """Raise UserError for an unknown loss, or for label smoothing where the loss has none."""
+    check(cfg.loss in LOSSES, f"unknown loss {cfg.loss!r}; {nearest(cfg.loss, LOSSES)}")
+    smoothed = [name for name, loss in LOSSES.items() if loss.takes_smoothing]
+    check(
+        cfg.loss in smoothed or not cfg.label_smoothing,
+        f"label_smoothing goes with {' and '.join(smoothed)}, not {cfg.loss}",
+    )
+
+
+def reference_of(tuning: Tuning[DpoConfig], reference: ReferencePass) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The reference's log-probabilities of training and held-out rows; None where none are needed."""
+    cfg = tuning.cfg
+    if not LOSSES[cfg.loss].needs_reference:
+        return None, None
+    # the steps that meet rows not met before
+    steps = min(cfg.steps, math.ceil(len(tuning.train) / cfg.batch_rows))
+    used = itertools.chain.from_iterable(itertools.islice(tuning.steps(0), steps))
+    n_batches = steps * (cfg.batch_rows // tuning.micro_rows)
+    training = reference_logprobs(reference, tuning.train, used, n_batches, "training")
+    if tuning.held_out is None:
+        return training, None
+    n_batches = math.ceil(len(tuning.held_out) / tuning.micro_rows)
+    batches_here = distributed.shard(tuning.held_out_batches())
+    held_out = reference_logprobs(reference, tuning.held_out, batches_here, n_batches, "held-out")
+    return training, held_out
+
+
+def batches(tuning: Tuning, position: int, reference: np.ndarray | None) -> Iterator[loop.Step]:
     """Each step's micro-batches in this process and their number of pairs."""
-    for parts in run.layouts(run.state["position"]):
-        real, pairs = sum(part.real for part in parts), sum(part.units for part in parts) // 2
-        figures = {"tokens": real, "pairs": pairs, "real_share": real / sum(part.x.numel() for part in parts)}
-        yield [with_reference(part, reference) for part in parts], pairs, figures
-
-
-def with_reference(batch: PackedBatch, reference: np.ndarray | None) -> tuple[PackedBatch, Tensor]:
-    """The batch and the reference's log-probabilities of its targets, (rows, row_len) fp32 (zeros without a reference)."""
-    if reference is None:
-        return batch, torch.zeros(batch.y.shape)
-    rows = torch.from_numpy(reference[batch.numbers.numpy()])  # an empty row's number is -1; none of its slots is counted
-    return batch, torch.where(batch.y == IGNORED, 0, rows)
+    for micro_batches in tuning.steps(position):
+        real = sum(batch.real for batch in micro_batches)
+        slots = sum(batch.x.numel() for batch in micro_batches)
+        pairs = sum(batch.units for batch in micro_batches) // 2
+        figures = {"tokens": real, "pairs": pairs, "real_share": real / slots}
+        yield [with_reference(batch, reference) for batch in micro_batches], pairs, figures
 
 
 def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -> dict[str, Tensor]:
-    """The loss and the figures worth watching, each summed over the batch's pairs. logps, reference: (rows, row_len).
+    """The loss and the figures worth watching, each summed over the batch's pairs.
 
-    kl estimates KL(policy || reference) on the answers' tokens: their mean of e^d - 1 - d, d = reference - logps (Schulman
-    2020, Approximating KL divergence, k3); on text that the policy did not write it is a distance, not the true divergence.
+    logps, reference: (rows, row_len). kl estimates KL(policy || reference) on the answers' tokens: their
+    mean of e^d - 1 - d, d = reference - logps (Schulman 2020, Approximating KL divergence, k3); on text
+    that the policy did not write it is a distance, not the true divergence.
     """
-    member = preference.membership(batch.unit, batch.units)
-    policy, start = (preference.of_answers(x.flatten(), member) for x in (logps, reference))
+    member = membership(batch.unit, batch.units)
+    policy = of_answers(logps.flatten(), member)
+    start = of_answers(reference.flatten(), member)
     lengths = member.sum(1).view(-1, 2)
-    if cfg.loss == "sigmoid":
-        losses, rewards = preference.dpo(policy, start, cfg.beta, cfg.label_smoothing)
-    elif cfg.loss == "ipo":
-        losses, rewards = preference.ipo(policy, start, cfg.beta)
-    elif cfg.loss == "length-normalised":
-        losses, rewards = preference.length_normalised(policy, start, lengths, cfg.beta, cfg.label_smoothing)
-    else:
-        losses, rewards = preference.simpo(policy, lengths, cfg.beta, cfg.margin)
+    losses, rewards = LOSSES[cfg.loss].of(Pairs(policy, start, lengths), cfg)
     policy, rewards = policy.detach(), rewards.detach()
-    found = {
+    margins = rewards[:, 0] - rewards[:, 1]
+    figures = {
         "loss": losses.sum(),
-        "rewards/accuracies": (1 + (rewards[:, 0] - rewards[:, 1]).sign()).sum() / 2,  # a tie is half right
-        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
+        "rewards/accuracies": (1 + margins.sign()).sum() / 2,  # a tie is half right
+        "rewards/margins": margins.sum(),
     }
     for side, name in enumerate(("chosen", "rejected")):
-        found |= {f"rewards/{name}": rewards[:, side].sum(), f"logps/{name}": policy[:, side].sum(),
-                  f"length/{name}": lengths[:, side].sum()}  # fmt: skip
-    if cfg.loss != "simpo":
+        figures[f"rewards/{name}"] = rewards[:, side].sum()
+        figures[f"logps/{name}"] = policy[:, side].sum()
+        figures[f"length/{name}"] = lengths[:, side].sum()
+    if LOSSES[cfg.loss].needs_reference:
         d = reference - logps.detach()
-        found["kl"] = (preference.of_answers((d.expm1() - d).flatten(), member) / lengths).mean(1).sum()
-    return found
+        k3 = of_answers((d.expm1() - d).flatten(), member)
+        figures["kl"] = (k3 / lengths).mean(1).sum()
+    return figures
 
 
-def reference_logprobs(
-    run: tuning.Run, logprobs: Callable[[PackedBatch], Tensor], rows: PackedRows | None, used: Iterable[PackedBatch],
-    n_batches: int, name: str,
-) -> np.ndarray | None:  # fmt: skip
-    """log p of each target by the model that the run starts from, (n_rows, row_len) fp32, NaN in rows that are not used.
-
-    used: this process's of the n_batches batches of the run, one at a time. They are scored as they come in training and by
-    the same program, which is why gradients stay on: so the first step's rewards are 0. What the file for this model and
-    these rows holds already is not computed again, nor is what another process computes.
-    """
-    if rows is None or run.cfg.loss == "simpo":
-        return None
-    key = hashlib.sha256(f"{run.state['start_hash']} {rows.row_len} {rows.rows} {run.device.type}".encode())
-    for array in (rows.ids, rows.counted, rows.shared):
-        key.update(np.ascontiguousarray(array).data)
-    file = loop.cache_folder(run.cfg.cache) / f"reference-{key.hexdigest()[:16]}.npy"
-    found = np.load(file) if file.is_file() else np.full((len(rows), rows.row_len), np.nan, np.float32)
-    made, here = 0, n_batches // distributed.ranks()[1]
-    for batch in track(used, f"reference, {name} pairs", here, console=run.console, transient=True,
-                       disable=not run.console.is_terminal):  # fmt: skip
-        real = batch.numbers >= 0
-        at = batch.numbers[real].numpy()
-        if np.isnan(found[at]).any():
-            found[at] = logprobs(move(batch, run.device)).detach().cpu()[real].numpy()
-            made += 1
-    made = sum(distributed.gathered(made))
-    if made:
-        found = distributed.joined(found)
-        if distributed.first():
-            write_array(file, found)
-    run.say(f"Reference: log-probabilities of the {name} pairs, {made:,} of {n_batches:,} batches computed, the rest kept")
-    return found
-
-
-def write_array(file: Path, array: np.ndarray) -> None:
-    """The array in the file, whole or not at all."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as stream:
-            np.save(stream, array)
-        os.replace(beside, file)
-    except OSError as e:
-        raise UserError(f"could not write {file}: {e.strerror}; free some space, or name another folder with --cache") from None
-    finally:
-        beside.unlink(missing_ok=True)
+def say_result(run: loop.Run, monitor: Monitor) -> None:
+    """How often and by how much the chosen held-out answers are preferred now."""
+    if not monitor.validations:
+        return
+    first, last = monitor.validations[0], monitor.validations[-1]
+    run.say(
+        f"Held-out pairs: the chosen answer has the higher reward in "
+        f"{last['rewards/accuracies']:.1%}, by {last['rewards/margins']:.3f} on average; "
+        f"loss {last['loss']:.4f} ({first['loss']:.4f} at the first validation)"
+    )

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import os
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
+from rich.console import Console
 from torch import Tensor, nn
 
 from fastlm import checkpoint
-from fastlm.attention import choose
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
-from fastlm.errors import UserError
+from fastlm.kernels import updates
+from fastlm.model import Transformer
 from fastlm.monitor import Monitor, perplexity
-from fastlm.options import to_toml
+from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed
+from fastlm.train.loss_scale import LossScale
 from fastlm.train.optim import Optimizer, named_state, schedule
+
+# Signals that end a run after its step, saved; those that this system has.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 # A micro-batch to sums over what is counted in it (targets, or pairs): "loss", and whatever else is worth logging.
 Loss = Callable[..., dict[str, Tensor]]
@@ -31,78 +35,81 @@ Loss = Callable[..., dict[str, Tensor]]
 Step = tuple[list[tuple], int, dict[str, Any]]
 
 
-def choose_run(out: str, name: str) -> Path:
-    """The new run's folder: `out`, which must not hold another run, or the first free runs/NAME, runs/NAME-2, ...
+@dataclass(frozen=True)
+class Run:
+    """What a stage trains, where, and how far it has come.
 
-    Of several processes the first chooses for all: it may write there before the others look.
+    lock: held by the main process while the run's folder is its own. loss_scale: None where matmuls
+    do not run in fp16. state: plain values that go into every checkpoint; the loop keeps it up to date.
     """
-    return distributed.by_first(partial(free_run, out, name))
+
+    stage: str
+    cfg: StageConfig
+    device: torch.device
+    folder: Path
+    lock: FileLock | None
+    console: Console
+    model: Transformer
+    tokenizer: Tokenizer
+    optimizers: list[Optimizer]
+    loss_scale: LossScale | None
+    state: dict[str, Any]
+
+    def say(self, text: str, **style: Any) -> None:
+        """Print a line as it is, from the main process."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
 
-def free_run(out: str, name: str) -> Path:
-    if out:
-        path = Path(out)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{out} is not empty: it may hold another run; choose another --out, or --resume {out}")
-        return path
-    free = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
-    return next(path for path in free if not path.exists())
-
-
-def make_folder(run: Path, cfg: StageConfig) -> None:
-    """The run's folder, with all that was set in it."""
-    if distributed.first():
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(run / "config.toml", to_toml(dataclasses.replace(cfg, resume="")))
-
-
-def cache_folder(cache: str) -> Path:
-    """Where tokenised data is kept: the folder given, else fastlm in the user's cache folder."""
-    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on GPUs that have it; fp32 elsewhere (bf16 matmuls are slower than fp32 on most CPUs)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device) == torch.bfloat16)
-
-
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """What autocast() makes of the matmuls."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def attention_backend(cfg: StageConfig, device: torch.device) -> str:
-    """The backend that cfg names, or that auto takes: decided here, once, as a compiled step cannot look for packages."""
-    return choose(device.type, matmul_dtype(device))[0] if cfg.attention == "auto" else cfg.attention
-
-
-def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:
+def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int, scale: Tensor | None = None) -> dict[str, Tensor]:
     """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
 
     n_counted: what is counted in the whole step, of all processes, so that a micro-batch with few of them weighs little and
-    one with none weighs nothing. The means are then this process's part of the step's.
+    one with none weighs nothing. The means are then this process's part of the step's. scale: by which the gradients, and
+    not the means, are multiplied.
     """
     totals: dict[str, Tensor] = {}
     for micro_batch in micro_batches:
         means = {name: part / max(1, n_counted) for name, part in loss(*micro_batch).items()}
-        means["loss"].backward()
+        (means["loss"] if scale is None else means["loss"] * scale).backward()
         totals = {name: part.detach() + totals.get(name, 0) for name, part in means.items()}
     assert totals, "a step has at least one micro-batch"
     return totals
 
 
-def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients down to the global norm max_norm (0: leave them). Returns the norm before."""
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+class Clipping(NamedTuple):
+    """What the gradients came to, as numbers on the device."""
+
+    norm: Tensor
+    factor: Tensor | None  # by which the optimizers multiply every gradient that they read (None: 1)
+    found_inf: Tensor  # 1 where the norm is not finite, else 0
 
 
-def step_all(optimizers: list[Optimizer], step: int, steps: int, o: OptimConfig) -> float:
-    """One step of every optimizer at the schedule's learning rate; gradients are then gone. Returns the schedule's share."""
+def clip(model: nn.Module, max_norm: float, grad_scale: Tensor | None = None) -> Clipping:
+    """The global norm of the gradients, and the factor that scales them down to max_norm (0: leaves them).
+
+    As torch.nn.utils.clip_grad_norm_, but the gradients stay as they are: the optimizers read them anyway. grad_scale: by
+    how much the loss was too large when it was differentiated; the factor takes it out again, and the norm is without it.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm, factor, found_inf = updates.global_norm(grads, max_norm or math.inf, grad_scale).unbind()
+    return Clipping(norm, factor if max_norm or grad_scale is not None else None, found_inf)
+
+
+def step_all(
+    optimizers: list[Optimizer],
+    step: int,
+    steps: int,
+    o: OptimConfig,
+    factor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> float:
+    """One step of every optimizer at the schedule's learning rate; gradients are then gone. Returns the schedule's share.
+
+    factor as in Clipping; found_inf: where it is not 0 nothing is changed (None: as if it were 0).
+    """
     share = schedule(step, steps, o)
     for optimizer in optimizers:
-        for group in optimizer.groups:
-            group["lr"] = group["peak_lr"] * share
-        optimizer.step()
+        optimizer.step(share, factor, found_inf)
         optimizer.zero_grad()
     return share
 
@@ -115,11 +122,11 @@ def validate(loss: Loss, batches: Iterable[tuple[tuple, int]], device: torch.dev
     """
     totals: dict[str, Tensor] = {}
     counted = 0
-    for micro_batch, n_counted in distributed.mine(batches):
+    for micro_batch, n_counted in distributed.shard(batches):
         counted += n_counted
         sums = loss(*move(micro_batch, device))
         totals = {name: part.double() + totals.get(name, 0) for name, part in sums.items()}
-    parts = distributed.gathered(({name: total.item() for name, total in totals.items()}, counted))
+    parts = distributed.all_gather(({name: total.item() for name, total in totals.items()}, counted))
     counted = sum(number for _, number in parts)
     names = dict.fromkeys(name for found, _ in parts for name in found)  # a process may have had no batch
     return {name: sum(found.get(name, 0.0) for found, _ in parts) / max(1, counted) for name in names}
@@ -130,72 +137,70 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
     return means | {"perplexity": perplexity(means["loss"])} if means else means
 
 
-def resume(place: Path, model: nn.Module, optimizers: list[Optimizer], fresh: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Load a checkpoint for going on with the run it belongs to; `fresh` is the state that a new run would start with."""
-    state = checkpoint.load(place, model, named_state(optimizers))
-    for key in ("tokenizer_hash", "train_tokens", "start_hash"):
-        if state.get(key) != fresh.get(key):
-            raise UserError(
-                f"what the run started from has changed since {place} was written "
-                f"({key} was {state.get(key)} and is {fresh.get(key)}); restore it, or start a new run"
-            )
-    if state["step"] >= steps:
-        raise UserError(f"{place} has done its {state['step']} steps; pass --steps with a larger number")
-    return fresh | state
-
-
 def train(
-    cfg: StageConfig,
-    run: Path,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    state: dict[str, Any],
+    run: Run,
     batches: Iterator[Step],
     loss: Loss,
     validate: Callable[[], dict[str, float]],
     monitor: Monitor,
 ) -> int:
-    """The steps of a stage, from state["step"] to cfg.steps: train, log, validate, save. state is kept up to date.
+    """The steps of a stage, from state["step"] to cfg.steps: train, log, validate, save.
 
-    validate: the means over the held-out data, of which "loss" tells the best checkpoint (empty: nothing is held out).
-    Returns the number of the signal that stopped it, or 0; everything is saved then.
+    validate: the means over the held-out data, of which "loss" tells the best checkpoint (empty: nothing
+    is held out). Returns the number of the signal that stopped it, or 0; everything is saved then.
     """
-    folder, stop = run / "checkpoints", 0
+    cfg, model, state = run.cfg, run.model, run.state
+    folder = run.folder / "checkpoints"
+    scale = None if run.loss_scale is None else run.loss_scale.scale
+    stop = 0
     with stop_signals() as stopped:
         if state["step"] == 0 and cfg.validate_every:
             monitor.validation(0, validate())  # what the start alone is worth
         for step in range(state["step"], cfg.steps):
             micro_batches, n_counted, figures = next(batches)
-            n_counted, figures = distributed.whole_step(n_counted, figures)
-            means = distributed.add(accumulate(loss, micro_batches, n_counted))
-            distributed.add_gradients(model)
-            norm = clip(model, cfg.optim.clip_norm)
-            share = step_all(optimizers, step, cfg.steps, cfg.optim)
+            n_counted, figures = distributed.all_reduce_counts(n_counted, figures)
+            means = distributed.all_reduce_means(accumulate(loss, micro_batches, n_counted, scale))
+            distributed.all_reduce_gradients(model)
+            clipping = clip(model, cfg.optim.clip_norm, scale)
+            found_inf = None if run.loss_scale is None else clipping.found_inf
+            share = step_all(run.optimizers, step, cfg.steps, cfg.optim, clipping.factor, found_inf)
+            if run.loss_scale is not None:
+                means["loss_scale"] = run.loss_scale.scale.clone()
+                run.loss_scale.update(clipping.found_inf)
             done = step + 1
-            state |= {"step": done, "position": state["position"] + cfg.batch_rows, "validation_loss": None}
+            state["step"] = done
+            state["position"] += cfg.batch_rows
             state["tokens"] += figures["tokens"]
-            monitor.step(done, means, norm, share * cfg.optim.lr, figures | {"tokens": state["tokens"]})
+            state["validation_loss"] = None
+            figures["tokens"] = state["tokens"]
+            monitor.step(done, means, clipping.norm, share * cfg.optim.lr, figures)
 
             if due(done, cfg.validate_every, cfg.steps):
                 monitor.flush()
-                found = validate()
-                monitor.validation(done, found)
-                state["validation_loss"] = found.get("loss")
-            stop = distributed.largest(stopped())  # a signal to one process stops all, after the same step
-            if distributed.first() and (due(done, cfg.checkpoint_every, cfg.steps) or stop or improved(state, folder)):
+                held_out = validate()
+                monitor.validation(done, held_out)
+                state["validation_loss"] = held_out.get("loss")
+            # a signal to one process stops all, after the same step
+            stop = distributed.all_reduce_max(stopped())
+            save = due(done, cfg.checkpoint_every, cfg.steps) or stop or improved(state, folder)
+            if save and distributed.is_main_process():
                 monitor.flush()
-                checkpoint.save(folder, model, named_state(optimizers), state)
+                if run.loss_scale is not None:
+                    state["loss_scale"] = run.loss_scale.values()
+                checkpoint.save(folder, model, named_state(run.optimizers), state)
                 checkpoint.prune(folder, cfg.keep_checkpoints)
                 monitor.restart_clock()
             if stop:
                 break
         monitor.flush()
-    return distributed.largest(stop)  # where each waits for the last checkpoint to be there
+    # here each waits for the last checkpoint to be there
+    return distributed.all_reduce_max(stop)
 
 
 def improved(state: dict[str, Any], folder: Path) -> bool:
     """Whether this step's validation, if there was one, beats those of the checkpoints in the folder."""
-    return state["validation_loss"] is not None and state["validation_loss"] < checkpoint.best(folder)[1]
+    nats = state["validation_loss"]
+    return nats is not None and nats < checkpoint.best(folder)[1]
 
 
 def due(done: int, every: int, steps: int) -> bool:
@@ -205,18 +210,19 @@ def due(done: int, every: int, steps: int) -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Ctrl-C and SIGTERM only set a flag; the callable returns the signal's number once one came, else 0.
+    """A signal to stop only sets a flag; the callable returns its number once one came, else 0.
 
-    A second Ctrl-C interrupts at once.
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (a batch system's warning). A
+    second Ctrl-C interrupts at once.
     """
     seen: list[int] = []
 
-    def note(number: int, frame) -> None:
+    def note(number: int, frame: object) -> None:
         if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield lambda: seen[0] if seen else 0
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,24 +13,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlm import checkpoint
-from fastlm.commands import PipelineConfig
-from fastlm.config import DpoConfig, PretrainConfig, SftConfig, check
-from fastlm.data.examples import load_instructions, load_preferences, pack_examples
-from fastlm.data.packing import PackedRows, packed_epoch
+from fastlm import checkpoint, files
+from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
+from fastlm.config.toml import is_noted, load_run, to_toml
+from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
+from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_epoch
 from fastlm.data.prefetch import move
+from fastlm.errors import check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.evaluate import open_scorer, read_documents, views
 from fastlm.evaluation.score import segment_nats, summarise
-from fastlm.model import Transformer, count_parameters, pick_device
+from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
-from fastlm.options import load_run, to_toml
+from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed, loop, preference
+from fastlm.train import distributed, loop
 from fastlm.train.dpo import dpo
+from fastlm.train.losses import membership, of_answers
+from fastlm.train.packed import read_examples, with_lengths
 from fastlm.train.pretrain import pretrain
 from fastlm.train.sft import sft
-from fastlm.train.tuning import with_lengths
 
 Row = dict[str, Any]
 
@@ -39,16 +40,18 @@ Row = dict[str, Any]
 def pipeline(cfg: PipelineConfig) -> int:
     """Run the stages that are not done yet, score every model, print the table. Returns the exit code of a stopped stage."""
     check(not distributed.launched(), "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one")
+    with tf32_matmuls(cfg.eval.tf32, pick_device(cfg.eval.device)):
+        pass  # says so now if the device has no TF32
     out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")
     options = to_toml(cfg)
     noted = out / "config.toml"
     if noted.is_file():
-        same = noted.read_text(encoding="utf-8") == options
+        same = is_noted(cfg, noted.read_text(encoding="utf-8"))
         check(same, f"{out} was begun with other options; give the same ones to go on, or choose another --out")
     else:
         check(not out.exists() or not any(out.iterdir()), f"{out} is not empty; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(noted, options)
+        files.write_text(noted, options)
     folders = {name: out / name for name in ("pretrain", "sft", "dpo")}
     stages = (
         partial(run_stage, pretrain, cfg.pretrain, folders["pretrain"]),
@@ -67,7 +70,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     for name, place in places.items():
         print(f"scoring {place}")
         rows.append({"model": name} | score(cfg, place, console))
-    checkpoint.write_atomic(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    files.write_json(out / "results.json", rows)
     show(console, cfg, rows)
     return 0
 
@@ -80,8 +83,9 @@ def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | Dpo
         shutil.rmtree(folder, ignore_errors=True)
         return stage(dataclasses.replace(cfg, out=str(folder)))
     begun = load_run(type(cfg), str(folder))
-    if checkpoint.read_state(saved[-1])["step"] >= begun.steps:
-        print(f"done: {saved[-1]}")
+    place, state, _ = checkpoint.newest_whole(folder)
+    if state["step"] >= begun.steps:
+        print(f"done: {place}")
         return 0
     return stage(dataclasses.replace(begun, resume=str(folder)))
 
@@ -93,7 +97,8 @@ def score(cfg: PipelineConfig, place: str, console: Console) -> Row:
     documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
     scores = {}
     for protocol in views(protocols.chosen(cfg.eval.protocols), documents, tokenizer, longest, console):
-        nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
+        with tf32_matmuls(cfg.eval.tf32, device):
+            nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
         scores[protocol.name] = dataclasses.asdict(summarise(protocol, nats))
     row: Row = {"place": place, "text": cfg.eval.data, "text_sha256": digest, "perplexity": scores,
                 "parameters": None, "answer_perplexity": None, "prefers_chosen": None}  # fmt: skip
@@ -111,8 +116,8 @@ def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, 
     if rows is None:
         return None
 
-    def loss(batch):
-        with loop.autocast(device):
+    def loss(batch: PackedBatch) -> dict[str, torch.Tensor]:
+        with autocast(device):
             return {"loss": model.loss(batch.x, batch.y, **batch.layout())}
 
     batches = (((b,), b.counted) for b in packed_epoch(rows, 4))
@@ -127,10 +132,10 @@ def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, dev
         return None
     right = pairs = 0
     for batch in (move(b, device) for b in packed_epoch(rows, 1)):
-        with loop.autocast(device):
+        with autocast(device):
             logps = model.logprobs(batch.x, batch.y, **batch.layout())
-        member = preference.membership(batch.unit, batch.units)
-        means = preference.of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)
+        member = membership(batch.unit, batch.units)
+        means = of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)
         right += int((means[:, 0] > means[:, 1]).sum())
         pairs += len(means)
     return right / pairs
@@ -140,8 +145,8 @@ def held_out(
     load: Callable[..., Any], cfg: SftConfig | DpoConfig, model: Transformer, tokenizer: Tokenizer, group: int = 1
 ) -> PackedRows | None:
     """The stage's own held-out rows, as long as the model can read."""
-    cfg, cache = with_lengths(cfg, model.config.max_seq_len, group), loop.cache_folder(cfg.cache)
-    examples = load(cfg.data, tokenizer, cfg.max_len, cfg.template, cfg.bad_rows, cfg.held_out, cache)
+    cfg = with_lengths(cfg, model.config.max_seq_len, group)
+    examples = read_examples(cfg, tokenizer, load)
     return pack_examples(examples, cfg.row_len, group, share=group > 1)[1]
 
 

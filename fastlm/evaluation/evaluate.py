@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,35 +18,29 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastlm.commands import EvalConfig
-from fastlm.config import check
-from fastlm.data.sources import open_source
-from fastlm.errors import UserError
+from fastlm.config import EvalConfig
+from fastlm.data.catalogue import open_source
+from fastlm.data.text.documents import read_documents as documents_of
+from fastlm.errors import UserError, check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.foreign import open_foreign
 from fastlm.evaluation.protocols import Protocol
 from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
 from fastlm.interop import KINDS, architecture, is_hugging_face
-from fastlm.load import fitting_tokenizer, local, open_model
-from fastlm.model import Transformer, pick_device
+from fastlm.model import Transformer
 from fastlm.monitor import wide_console
+from fastlm.places import fitting_tokenizer, local, open_model
+from fastlm.runtime import launched, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 
 
 def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str], str]:
     """The documents of a split, whole, and the split's digest."""
     source = open_source(data)
-    given = [*source.splits, *([] if "validation" in source.splits else ["validation"])]
-    check(split in ("", *given), f"{data} has no split {split!r}; choose among {', '.join(source.splits)}")
+    check(split in ("", *source.splits), f"{data} has no split {split!r}; choose among {', '.join(source.splits)}")
     chosen = split or ("validation" if "validation" in source.splits else "train")
-    documents, part = [], []
-    for piece in source.pieces(chosen):
-        part.append(piece.text)
-        if piece.ends:
-            documents.append("".join(part))
-            part = []
-            if max_documents and len(documents) == max_documents:
-                break
+    check(chosen in source.splits, f"{data} has only the split {', '.join(source.splits)}; name it with --split")
+    documents = list(itertools.islice(documents_of(source, chosen), max_documents or None))
     check(bool(documents), f"{data} has no text in its split {chosen}; name another --split")
     if len(documents) == 1:
         documents = protocols.wikitext_documents(documents[0])[: max_documents or None]
@@ -86,14 +81,14 @@ def views(wanted: list[str], documents: list[str], tokenizer: Tokenizer, longest
 def evaluate(cfg: EvalConfig) -> int:
     """Score every model by every protocol; print a table, or JSON."""
     device, wanted = pick_device(cfg.device), protocols.chosen(cfg.protocols)
-    with joined(device) as first:
+    with joined(device) as first, tf32_matmuls(cfg.tf32, device):
         return report(cfg, device, wanted, first)
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[bool]:
     """Under torchrun, one of its processes while the context lasts, with a GPU of its own. Whether this is the first."""
-    if not dist.is_available() or not dist.is_torchelastic_launched():
+    if not launched():
         yield True
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -119,7 +114,7 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
                 nats = segment_nats(model, protocol.segments, device, cfg.batch_tokens, advance, cfg.compile)
             rows.append((place, summarise(protocol, nats)))
     if cfg.json and first:
-        print(json.dumps({"data": cfg.data, "text_sha256": digest,
+        print(json.dumps({"data": cfg.data, "text_sha256": digest, "tf32": cfg.tf32,
                           "results": [{"model": place, **dataclasses.asdict(r)} for place, r in rows]}, indent=1))  # fmt: skip
     elif not cfg.json:
         show(console, cfg, digest, rows)
@@ -127,7 +122,8 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
 
 
 def show(console: Console, cfg: EvalConfig, digest: str, rows: list[tuple[str, Result]]) -> None:
-    console.print(f"{cfg.data}, text SHA-256 {digest}", highlight=False, soft_wrap=True)
+    matmuls = ", matmuls in TF32" if cfg.tf32 else ""
+    console.print(f"{cfg.data}, text SHA-256 {digest}{matmuls}", highlight=False, soft_wrap=True)
     names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "how")
     table = Table(*names, box=None)
     for column in table.columns[2:9]:

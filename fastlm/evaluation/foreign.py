@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastlm import kernels
-from fastlm.config import check
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.evaluation.score import LOGIT_ROWS, Logps
 
 

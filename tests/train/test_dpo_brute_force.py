@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.config import DpoConfig, ModelConfig
-from fastlm.data.packing import lay_out, pack
+from fastlm.data.examples.packing import lay_out, pack
 from fastlm.interop import to_hugging_face, write_config
 from fastlm.model import build
 from fastlm.train import loop

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from fastlm import checkpoint
 from fastlm.cli import main
-from fastlm.data.examples import load_instructions, load_preferences
-from fastlm.load import open_model
+from fastlm.data.examples.load import load_instructions, load_preferences
+from fastlm.places import open_model
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.config import ModelConfig, OptimConfig, SftConfig
-from fastlm.data.examples import load_instructions, pack_examples
-from fastlm.data.packing import packed_batch
+from fastlm.data.examples.load import load_instructions, pack_examples
+from fastlm.data.examples.packing import packed_batch
 from fastlm.interop import export
-from fastlm.load import open_model
 from fastlm.model import build
+from fastlm.places import open_model
 from fastlm.train.sft import sft
 
 STEPS, WARMUP, ROWS, LEN = 10, 3, 4, 64

@@ -5,8 +5,10 @@ Run by test_compiled.py, in a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ sys.path[:0] = [str(TESTS / "gpuless"), str(TESTS / "kernels")]
 
 from exactness import assert_as_exact, leaves, run, unaligned  # noqa: E402
 from ptxsim import launches  # noqa: E402
+from ptxsim.memory import GlobalMemory  # noqa: E402
 from test_cross_entropy import plain as plain_entropy  # noqa: E402
 from test_rms_norm import plain_add  # noqa: E402
 from test_rope import rotate, table  # noqa: E402
 from test_swiglu import plain as plain_swiglu  # noqa: E402
 
 from fastlm import kernels  # noqa: E402
+from fastlm.kernels import updates  # noqa: E402
 from fastlm.kernels.common import triton_on_cpu  # noqa: E402
 from fastlm.kernels.configurations import cases  # noqa: E402
 
@@ -155,3 +159,68 @@ def test_sectors_conflicts_and_instruction_bounds(case):
     assert 32 * sum(t.load_sectors + t.store_sectors for t in streamed) <= 1.05 * asked
     conflicts = sum(stats.bank_conflicts for _, stats in record)
     assert conflicts <= 0.002 * sum(stats.instructions.total() for _, stats in record)  # a norm's exchange of row sums
+
+
+@contextlib.contextmanager
+def simulated_updates(target):
+    """Launches of kernels/updates.py run in the simulator: tables hold the simulated addresses of the lists' tensors."""
+    launch = updates._launch
+    listed: list[torch.Tensor] = []
+
+    class Memory(GlobalMemory):
+        def __init__(self):
+            super().__init__()
+            self.listed = {t.data_ptr(): self.add(f"list {i}", t) for i, t in enumerate(listed)}
+
+    def launch_with(kernel, lists, **arguments):
+        listed[:] = [t for tensors in lists.values() for t in tensors]
+        launch(kernel, lists, **arguments)
+
+    def on_device(values, dtype, device):
+        found = Memory().listed if dtype == torch.int64 else {}
+        return torch.tensor([found.get(value, value) for value in values], dtype=dtype)
+
+    with (
+        mock.patch("ptxsim.simulate.GlobalMemory", Memory),
+        mock.patch.multiple(updates, _launch=launch_with, _on_device=on_device),
+        triton_on_cpu(),
+        launches(target=target) as record,
+    ):
+        yield record
+
+
+def in_one_storage(shapes, dtype=torch.float32):
+    """The simulator wants all accesses of an instruction in one tensor's storage, and programs run side by side."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    flat = torch.randn(sum(sizes)).abs().to(dtype)
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_optimizers_passes(target, aligned):
+    """Norm and factor, Muon's momentum, direction and step, AdamW's step: against float64."""
+    shapes = [(96, 64), (1, 48)] if aligned else [(33, 129), (1, 5)]
+    p, g, m, v, q = (in_one_storage(shapes) for _ in range(5))
+    start = [[t.double() for t in tensors] for tensors in (p, g, m, v, q)]
+    directions = in_one_storage(shapes, torch.float16)
+    steps = list(torch.full((len(shapes),), 4.0).unbind())
+    with simulated_updates(target) as record:
+        norm, factor, found_inf = updates.global_norm(g, 1.0)
+        updates.momentum_step(g, m, directions, 0.9, factor, found_inf)
+        updates.muon_step(p, directions, [3.0, 2.0], 0.02, 0.1, found_inf)
+        updates.adamw_step(updates.AdamWTensors(q, g, m, v, steps), [updates.Rate(0.1, 0.1)] * 2, 1.0, (0.9, 0.99), factor)
+    assert {name for name, _ in record} == {*updates.PASSES, "_clip_kernel"}
+    assert not any(stats.instructions["atomic"] for _, stats in record)
+    truth = torch.cat([t.flatten() for t in start[1]]).norm()
+    assert norm.item() == pytest.approx(truth.item(), rel=1e-6)
+    for i, (p0, g0, m0, v0, q0) in enumerate(zip(*start, strict=True)):
+        clipped = g0 / (truth + 1e-6)
+        m1 = 0.9 * m0 + 0.1 * clipped
+        u = 0.1 * clipped + 0.9 * m1
+        torch.testing.assert_close(directions[i].double(), u / u.norm(), rtol=8e-3, atol=1e-6)
+        moved = (1 - 0.02 * 0.1) * p0 - 0.02 * (3.0, 2.0)[i] * directions[i].double()
+        torch.testing.assert_close(p[i].double(), moved, rtol=1e-5, atol=1e-6)
+        m2, v2 = 0.9 * m1 + 0.1 * clipped, 0.99 * v0 + 0.01 * clipped**2
+        stepped = (1 - 0.1 * 0.1) * q0 - 0.1 * (m2 / (1 - 0.9**5)) / ((v2 / (1 - 0.99**5)).sqrt() + 1e-8)
+        torch.testing.assert_close(q[i].double(), stepped, rtol=1e-5, atol=1e-5)

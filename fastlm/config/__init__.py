@@ -1,0 +1,50 @@
+"""Configuration: frozen dataclasses of plain values, one for each command, and the presets."""
+
+from fastlm.config.commands import (
+    BenchConfig,
+    ChatConfig,
+    DataInspectConfig,
+    DataPrepareConfig,
+    DoctorConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    KernelsConfig,
+    LmEvalConfig,
+    PipelineConfig,
+    Sampling,
+)
+from fastlm.config.model import PRESETS, ModelConfig
+from fastlm.config.training import (
+    DpoConfig,
+    OptimConfig,
+    PretrainConfig,
+    SftConfig,
+    StageConfig,
+    TuningConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "BenchConfig",
+    "ChatConfig",
+    "DataInspectConfig",
+    "DataPrepareConfig",
+    "DoctorConfig",
+    "DpoConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "ImportConfig",
+    "KernelsConfig",
+    "LmEvalConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PipelineConfig",
+    "PretrainConfig",
+    "Sampling",
+    "SftConfig",
+    "StageConfig",
+    "TuningConfig",
+]
