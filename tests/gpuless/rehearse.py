@@ -107,6 +107,8 @@ def arguments(case: Case) -> list[str]:
     if kind == "check":
         options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
         return ["-m", "pytest", *options, str(HERE / rest[0])]
+    if kind == "program":
+        return [str(HERE / rest[0])]
     assert kind == "gpu", case.command
     results = str(WORK / "gpu.json")
     return [str(ROOT / "bench" / "gpu.py"), "--part", rest[0], "--results", results]
