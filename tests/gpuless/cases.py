@@ -10,7 +10,8 @@ class Case:
     """One command and what must hold of it.
 
     command: its first word says what runs: `fastlm` a command of the program, `peer` a training
-    step of another implementation (peers.py), `check` a file of tests, `gpu` a part of `make gpu`.
+    step of another implementation (peers.py), `check` a file of tests, `program` a program of this
+    folder, `gpu` a part of `make gpu`.
     {root}, {work}, {runs} and {data} are folders. trains: it has training steps, of which none but
     the first may compile anything, and none but the first two wait for the device: the second may
     record CUDA graphs. launches: at most so many kernels a step that are not matmuls. graphs: so
@@ -178,9 +179,13 @@ FULL_SIZE = [
 
 CHECKS = [
     Case("the stand-in", "check check_fakegpu.py"),
+    Case("what attention asks for", "program attention.py"),
+    Case("documents of all lengths", "program recompiles.py"),
     Case("GPU programs, traced on cuda", "check check_gpucompile.py"),
     Case("GPU programs, executed", "check check_gpurun.py"),
     Case("PTX of this Triton, executed", "check check_ptxsim.py"),
+    Case("our kernels' PTX, executed", "check ../kernels/compiled/check_ptx.py"),
+    Case("our compiled step, executed", "check ../kernels/compiled/check_step.py"),
 ]
 
 MAKE_GPU = [
@@ -188,4 +193,8 @@ MAKE_GPU = [
     for part in ("gate", "train", "kernels", "tuning", "tests")
 ]
 
-CASES = [*MACHINE, *DATA, *PRETRAIN, *TUNING, *USE, *FULL_SIZE, *CHECKS, *MAKE_GPU]
+# Two chains that run side by side: a case may need what an earlier one of its own chain has made.
+CHAINS = [
+    [*MACHINE, *DATA, *PRETRAIN, *TUNING, *USE],
+    [*FULL_SIZE, *CHECKS, *MAKE_GPU],
+]
