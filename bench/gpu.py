@@ -140,8 +140,9 @@ def collect(part: Part, file: str) -> list[Case]:
     """The file's cases, in order: each with its name in pytest, group, case and peer."""
     with tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "cases.json"
-        _, output = run(["--collect-only", file, "--cases", str(listed)], max(part.left(), LEAST))
-        if listed.is_file():
+        options = ["--collect-only", file, "--cases", str(listed)]
+        code, output = run(options, max(part.left(), LEAST))
+        if code == 0 and listed.is_file():
             return json.loads(listed.read_text(encoding="utf-8"))
     group = Path(file).stem.removeprefix("test_")
     why = f"its cases cannot be collected: {last_words(output)}"
