@@ -122,7 +122,7 @@ def begin(name: str, path: Path, about: dict[str, Any], seconds: float) -> Part:
 def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
     """(exit code, output) of pytest in a process of its own; None where it was ended after so many seconds."""
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet", *arguments]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
         try:
             output = process.communicate(timeout=max(seconds, 1))[0]

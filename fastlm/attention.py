@@ -179,7 +179,8 @@ def flash_packed(
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
     """(..., Hkv, Dh) -> (..., heads, Dh), a key/value head for each of its query heads."""
-    return x.repeat_interleave(heads // x.shape[-2], dim=-2)
+    groups = heads // x.shape[-2]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=-2)
 
 
 def xformers_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from rich.progress import track
 from torch import Tensor
 
 from fastlm import files
+from fastlm.data import IGNORED
 from fastlm.data.examples.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
-from fastlm.data.text.batches import IGNORED
 from fastlm.train import distributed
 
 

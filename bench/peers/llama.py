@@ -13,7 +13,7 @@ from harness.gpu_timing import device, on_gpu
 from fastlm.config import ModelConfig
 from fastlm.data.prefetch import prefetch
 from fastlm.data.text.batches import row_batch
-from fastlm.data.text.shards import prepare
+from fastlm.data.text.prepare import prepare
 from fastlm.tokenizer import load_tokenizer
 
 

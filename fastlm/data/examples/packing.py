@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.data.text.batches import IGNORED, mix64, permutation_keys, permute
+from fastlm.data import IGNORED
+from fastlm.data.order import mix64, permutation_keys, permute
 from fastlm.errors import UserError
 
 

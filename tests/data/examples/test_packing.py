@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastlm.data import IGNORED
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
-from fastlm.data.examples.packing import best_fit_decreasing, common_slots, lay_out, pack, packed_batch, packed_epoch
-from fastlm.data.text.batches import IGNORED
+from fastlm.data.examples.packing import (
+    best_fit_decreasing,
+    common_slots,
+    lay_out,
+    pack,
+    packed_batch,
+    packed_epoch,
+)
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
