@@ -309,7 +309,9 @@ def adamw_step(
 ) -> None:
     """AdamW's step, by a share of each parameter's learning rate."""
     if takes_triton(tensors.parameters[0]):
-        torch._foreach_add_(tensors.steps, 1 if skip is None else 1 - skip)
+        # of one tensor instead of a list the host would read the value
+        counted = 1 if skip is None else [1 - skip] * len(tensors.steps)
+        torch._foreach_add_(tensors.steps, counted)  # type: ignore[call-overload]
         flat = tuple(number for rate in rates for number in rate)
         on_device = _on_device(flat, torch.float32, tensors.parameters[0].device)
         logs = [math.log(beta) if beta else -math.inf for beta in betas]

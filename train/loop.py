@@ -23,6 +23,7 @@ from fastlm.model import Transformer
 from fastlm.monitor import Monitor, perplexity
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed
+from fastlm.train.loss_scale import LossScale
 from fastlm.train.optim import Optimizer, named_state, schedule
 
 # Signals that end a run after its step, saved; those that this system has.
@@ -38,8 +39,8 @@ Step = tuple[list[tuple], int, dict[str, Any]]
 class Run:
     """What a stage trains, where, and how far it has come.
 
-    lock: held by the main process while the run's folder is its own. state: plain values that go into
-    every checkpoint; the loop keeps it up to date.
+    lock: held by the main process while the run's folder is its own. loss_scale: None where matmuls
+    do not run in fp16. state: plain values that go into every checkpoint; the loop keeps it up to date.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Run:
     model: Transformer
     tokenizer: Tokenizer
     optimizers: list[Optimizer]
+    loss_scale: LossScale | None
     state: dict[str, Any]
 
     def say(self, text: str, **style: Any) -> None:
@@ -58,16 +60,17 @@ class Run:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
 
-def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int) -> dict[str, Tensor]:
+def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int, scale: Tensor | None = None) -> dict[str, Tensor]:
     """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
 
     n_counted: what is counted in the whole step, of all processes, so that a micro-batch with few of them weighs little and
-    one with none weighs nothing. The means are then this process's part of the step's.
+    one with none weighs nothing. The means are then this process's part of the step's. scale: by which the gradients, and
+    not the means, are multiplied.
     """
     totals: dict[str, Tensor] = {}
     for micro_batch in micro_batches:
         means = {name: part / max(1, n_counted) for name, part in loss(*micro_batch).items()}
-        means["loss"].backward()
+        (means["loss"] if scale is None else means["loss"] * scale).backward()
         totals = {name: part.detach() + totals.get(name, 0) for name, part in means.items()}
     assert totals, "a step has at least one micro-batch"
     return totals
@@ -148,6 +151,7 @@ def train(
     """
     cfg, model, state = run.cfg, run.model, run.state
     folder = run.folder / "checkpoints"
+    scale = None if run.loss_scale is None else run.loss_scale.scale
     stop = 0
     with stop_signals() as stopped:
         if state["step"] == 0 and cfg.validate_every:
@@ -155,10 +159,14 @@ def train(
         for step in range(state["step"], cfg.steps):
             micro_batches, n_counted, figures = next(batches)
             n_counted, figures = distributed.all_reduce_counts(n_counted, figures)
-            means = distributed.all_reduce_means(accumulate(loss, micro_batches, n_counted))
+            means = distributed.all_reduce_means(accumulate(loss, micro_batches, n_counted, scale))
             distributed.all_reduce_gradients(model)
-            clipping = clip(model, cfg.optim.clip_norm)
-            share = step_all(run.optimizers, step, cfg.steps, cfg.optim, clipping.factor)
+            clipping = clip(model, cfg.optim.clip_norm, scale)
+            found_inf = None if run.loss_scale is None else clipping.found_inf
+            share = step_all(run.optimizers, step, cfg.steps, cfg.optim, clipping.factor, found_inf)
+            if run.loss_scale is not None:
+                means["loss_scale"] = run.loss_scale.scale.clone()
+                run.loss_scale.update(clipping.found_inf)
             done = step + 1
             state["step"] = done
             state["position"] += cfg.batch_rows
@@ -177,6 +185,8 @@ def train(
             save = due(done, cfg.checkpoint_every, cfg.steps) or stop or improved(state, folder)
             if save and distributed.is_main_process():
                 monitor.flush()
+                if run.loss_scale is not None:
+                    state["loss_scale"] = run.loss_scale.values()
                 checkpoint.save(folder, model, named_state(run.optimizers), state)
                 checkpoint.prune(folder, cfg.keep_checkpoints)
                 monitor.restart_clock()

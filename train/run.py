@@ -29,6 +29,7 @@ from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib,
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.loop import Run
+from fastlm.train.loss_scale import loss_scale
 from fastlm.train.optim import make_optimizers, named_state
 
 # What must be the same when a run goes on: of its start, that is, not of its options.
@@ -98,8 +99,20 @@ def resume_or_create(
         text = to_toml(dataclasses.replace(cfg, resume=""))
         files.remove_leftovers(folder / "checkpoints")
         files.write_text(folder / "config.toml", text)
-    console = distributed.console()
-    return Run(stage, cfg, device, folder, lock, console, model, tokenizer, optimizers, state)
+    in_fp16 = matmul_dtype(device) == torch.float16
+    return Run(
+        stage,
+        cfg,
+        device,
+        folder,
+        lock,
+        distributed.console(),
+        model,
+        tokenizer,
+        optimizers,
+        loss_scale(device, state.get("loss_scale")) if in_fp16 else None,
+        state,
+    )
 
 
 def say_start(run: Run, words: str) -> None:

@@ -10,17 +10,22 @@ class Case:
     """One command and what must hold of it.
 
     command: its first word says what runs: `fastlm` a command of the program, `peer` a training
-    step of another implementation (peers.py), `check` a file of tests, `gpu` a part of `make gpu`.
+    step of another implementation (peers.py), `check` a file of tests, `program` a program of this
+    folder, `gpu` a part of `make gpu`.
     {root}, {work}, {runs} and {data} are folders. trains: it has training steps, of which none but
-    the first may wait for the device or compile anything. launches: at most so many kernels a step
-    that are not matmuls. says: what its output must hold. given: its input. needs: a package
-    without which the case is left out. measured: a row of the table, with nothing asserted.
+    the first may compile anything, and none but the first two wait for the device: the second may
+    record CUDA graphs. launches: at most so many kernels a step that are not matmuls. graphs: so
+    many CUDA graphs a step. writes: it writes text, so that from the third on a token is one graph
+    and one wait for its number. says: what its output must hold. given: its input. needs: a
+    package without which the case is left out. measured: a row of the table, nothing asserted.
     """
 
     name: str
     command: str
     trains: bool = False
     launches: int = 0
+    graphs: int = 0
+    writes: bool = False
     says: str = ""
     given: str = ""
     needs: str = ""
@@ -40,13 +45,18 @@ EVAL = "--data python-stdlib --max-documents 3"
 SHORT_PIPELINE = "--pretrain.steps 4 --sft.steps 4 --dpo.steps 4"
 
 
-def eager_and_compiled(name: str, command: str, folder: str, launches: int = 0) -> list[Case]:
-    """A training case both ways; the eager run stays in {runs}/folder, for others to go on from."""
+def eager_and_compiled(
+    name: str, command: str, folder: str, launches: int = 0, graphs: int = 2
+) -> list[Case]:
+    """A training case both ways; the eager run stays in {runs}/folder, for others to go on from.
+
+    graphs: of the compiled case, a forward and a backward pass for each micro-batch.
+    """
     eager = f"{command} --no-compile --out {{runs}}/{folder}"
     compiled = f"{command} --compile --out {{runs}}/{folder}-compiled"
     return [
         Case(f"{name}, eager", eager, trains=True),
-        Case(f"{name}, compiled", compiled, trains=True, launches=launches),
+        Case(f"{name}, compiled", compiled, trains=True, launches=launches, graphs=graphs),
     ]
 
 
@@ -70,7 +80,9 @@ PRETRAIN = [
     *eager_and_compiled(
         "pretrain, checkpointed", f"{ROWS} --checkpoint-activations", "checkpointed"
     ),
-    *eager_and_compiled("pretrain, accumulated", f"{ROWS} --micro-batch-rows 1", "accumulated"),
+    *eager_and_compiled(
+        "pretrain, accumulated", f"{ROWS} --micro-batch-rows 1", "accumulated", graphs=8
+    ),
     Case(
         "pretrain, prepared data",
         f"{ROWS} --data {{data}}/stdlib --out {{runs}}/prepared",
@@ -87,7 +99,9 @@ PRETRAIN = [
 TUNING = [
     *eager_and_compiled("SFT", SFT, "sft"),
     *eager_and_compiled("SFT, checkpointed", f"{SFT} --checkpoint-activations", "sft-checkpointed"),
-    *eager_and_compiled("SFT, accumulated", f"{SFT} --micro-batch-rows 1", "sft-accumulated"),
+    *eager_and_compiled(
+        "SFT, accumulated", f"{SFT} --micro-batch-rows 1", "sft-accumulated", graphs=8
+    ),
     Case("SFT, resumed", "fastlm sft --resume {runs}/sft --steps 56", trains=True),
     *eager_and_compiled("DPO", DPO, "dpo"),
     *eager_and_compiled("DPO, prompts apart", f"{DPO} --no-share-prompt", "dpo-apart"),
@@ -98,15 +112,22 @@ TUNING = [
 USE = [
     Case("eval", f"fastlm eval {{runs}}/rows {{runs}}/sft {EVAL}", says="window"),
     Case("eval, compiled", f"fastlm eval {{runs}}/rows {EVAL} --compile", says="window"),
-    Case("generate", "fastlm generate {runs}/rows --prompt def --tokens 24", says="def"),
+    Case(
+        "generate",
+        "fastlm generate {runs}/rows --prompt def --tokens 24",
+        writes=True,
+        says="def",
+    ),
     Case(
         "generate, several",
         "fastlm generate {runs}/rows --prompt a --prompt b --stop xyz --json",
+        writes=True,
         says='"prompt": "b"',
     ),
     Case(
         "generate, top-k",
         "fastlm generate {runs}/rows --top-k 5 --tokens 8 --repetition-penalty 1.2",
+        writes=True,
     ),
     Case("chat", "fastlm chat {runs}/sft --tokens 12", given="What is a list?\nA tuple?\n\n"),
     Case("export", "fastlm export {runs}/sft --to {work}/exported"),
@@ -131,7 +152,7 @@ USE = [
 ]
 
 FULL_SIZE = [
-    *eager_and_compiled("modern-253m, 32 x 1024", FULL, "full", launches=200),
+    *eager_and_compiled("modern-253m, 32 x 1024", FULL, "full", launches=200, graphs=0),
     Case(
         "modern-253m, AdamW, compiled",
         f"{FULL} --optim.name adamw --out {{runs}}/full-adamw",
@@ -158,9 +179,13 @@ FULL_SIZE = [
 
 CHECKS = [
     Case("the stand-in", "check check_fakegpu.py"),
+    Case("what attention asks for", "program attention.py"),
+    Case("documents of all lengths", "program recompiles.py"),
     Case("GPU programs, traced on cuda", "check check_gpucompile.py"),
     Case("GPU programs, executed", "check check_gpurun.py"),
     Case("PTX of this Triton, executed", "check check_ptxsim.py"),
+    Case("our kernels' PTX, executed", "check ../kernels/compiled/check_ptx.py"),
+    Case("our compiled step, executed", "check ../kernels/compiled/check_step.py"),
 ]
 
 MAKE_GPU = [
@@ -168,4 +193,8 @@ MAKE_GPU = [
     for part in ("gate", "train", "kernels", "tuning", "tests")
 ]
 
-CASES = [*MACHINE, *DATA, *PRETRAIN, *TUNING, *USE, *FULL_SIZE, *CHECKS, *MAKE_GPU]
+# Two chains that run side by side: a case may need what an earlier one of its own chain has made.
+CHAINS = [
+    [*MACHINE, *DATA, *PRETRAIN, *TUNING, *USE],
+    [*FULL_SIZE, *CHECKS, *MAKE_GPU],
+]

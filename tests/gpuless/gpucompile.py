@@ -89,7 +89,7 @@ def written_program(
     def stop(lowering: GraphLowering) -> None:
         nonlocal code, size
         written = lowering.codegen()[0]
-        code = getattr(written, "value", written)
+        code = str(getattr(written, "value", written))  # a text with its line numbers, or a text
         nodes = [node for node in lowering.scheduler.nodes if not node.is_extern()]
         size = int(sum(node.get_read_write_buffers_sizes() for node in nodes))
         raise Stop

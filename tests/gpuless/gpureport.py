@@ -82,9 +82,8 @@ class Report:
         What such an operator moves inside is not seen.
         """
         found: dict[str, list[int]] = {}
-        for node in (node for g in self.graphs for node in g.nodes):
-            if node.name.startswith("aten."):
-                continue
+        own = [node for g in self.graphs for node in g.nodes if not node.name.startswith("aten.")]
+        for node in own:
             row = found.setdefault(node.name, [0, 0])
             row[0] += 1
             row[1] += node.input_bytes + node.output_bytes
@@ -93,8 +92,8 @@ class Report:
     def table(self) -> str:
         lines = []
         for g in self.graphs:
-            calls = ", ".join(f"{name} x{n}" for name, n in g.externs.most_common(12))
-            lines += [g.line(), f"   {calls}"]
+            externs = ", ".join(f"{name} x{n}" for name, n in g.externs.most_common(12))
+            lines += [g.line(), f"   {externs}"]
         for name, (calls, size) in sorted(self.custom_ops().items()):
             lines.append(f"custom op {name}: {calls} calls, {size / 1e9:.3f} GB in and out")
         times = ", ".join(f"{name} {ms:.3f}" for name, ms in self.projected_ms().items())
@@ -154,5 +153,5 @@ def saved_bytes(gm: torch.fx.GraphModule) -> int:
 def storage_of(node: torch.fx.Node) -> torch.fx.Node:
     """The node whose storage this one is a view of."""
     while getattr(node.target, "is_view", False):
-        node = node.args[0]
+        (node, *_) = node.all_input_nodes
     return node

@@ -3,10 +3,11 @@
     python3 tests/gpuless/rehearse.py [--only WORDS] [--python PYTHON]
 
 It makes an environment with the CUDA build of PyTorch (build/rehearse/env, once), runs each case of
-cases.py in a process of its own on the stand-in GPU (fakegpu/), and fails where one crashes, waits
-for the device in a training step, compiles anything after the first step, or launches more than it
-may. The counts go into a table: build/rehearse/table.md, and docs/gpu.md when all cases passed.
-This program needs only the standard library. What the stand-in cannot show is in docs/gpu.md.
+cases.py in a process of its own on the stand-in GPU (fakegpu/), two at a time, and fails where one
+crashes, waits for the device in a training step, compiles anything after the first step, launches
+more than it may, or does not replay the CUDA graphs that it should. The counts go into a table:
+build/rehearse/table.md, and docs/gpu.md when all cases passed. This program needs only the standard
+library. What the stand-in cannot show is in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from cases import CASES, Case
+from cases import CHAINS, Case
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FAKEGPU = HERE / "fakegpu" / "fakegpu"
 WORK = ROOT / "build" / "rehearse"
-COUNTS = WORK / "counts.json"  # what counted.py and peers.py write
+COUNTS = WORK / "counts"  # a file for each case that counted.py and peers.py run
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- written by make rehearse -->", "<!-- end of what make rehearse wrote -->"
 PACKAGES = (
@@ -42,6 +45,7 @@ COLUMNS = {
     "launches a step": "{launches:,}",
     "of them Triton": "{triton:,}",
     "matmuls": "{matmuls:,}",
+    "graphs": "{graphs}",
     "host syncs": "{syncs}",
     "event waits": "{event_waits}",
     "recompiles": "{recompiles}",
@@ -75,6 +79,7 @@ def variables() -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -86,17 +91,24 @@ def installed(python: str, package: str) -> bool:
 # ------------------------------------------------------------------------------------- cases
 
 
+def counts_file(case: Case) -> Path:
+    return COUNTS / f"{case.name.replace(' ', '-').replace(',', '')}.json"
+
+
 def arguments(case: Case) -> list[str]:
     """What Python is given for a case's command."""
+    counts = str(counts_file(case))
     folders = {"root": ROOT, "work": WORK, "runs": WORK / "runs", "data": WORK / "data"}
     kind, *rest = (word.format_map(folders) for word in shlex.split(case.command))
     if kind == "fastlm":
-        return [str(HERE / "counted.py"), str(COUNTS), *rest]
+        return [str(HERE / "counted.py"), counts, *rest]
     if kind == "peer":
-        return [str(HERE / "peers.py"), str(COUNTS), *rest]
+        return [str(HERE / "peers.py"), counts, *rest]
     if kind == "check":
         options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
         return ["-m", "pytest", *options, str(HERE / rest[0])]
+    if kind == "program":
+        return [str(HERE / rest[0])]
     assert kind == "gpu", case.command
     results = str(WORK / "gpu.json")
     return [str(ROOT / "bench" / "gpu.py"), "--part", rest[0], "--results", results]
@@ -105,7 +117,7 @@ def arguments(case: Case) -> list[str]:
 def run(case: Case, python: str) -> tuple[int, str]:
     """Exit code and output of a case on the stand-in GPU; 124 where its time was over."""
     given = arguments(case)
-    COUNTS.unlink(missing_ok=True)
+    counts_file(case).unlink(missing_ok=True)
     for option, value in itertools.pairwise(given):
         if option in ("--out", "--to"):  # of an earlier rehearsal
             shutil.rmtree(value, ignore_errors=True)
@@ -121,43 +133,71 @@ def run(case: Case, python: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def summary(file: Path) -> dict | None:
-    """The most that any step but the first asked for; None where there were fewer than two."""
-    marks = json.loads(file.read_text(encoding="utf-8"))["marks"] if file.is_file() else []
-    steps = [mark for mark in marks if mark.pop("at") == "step"]
-    asked = [
-        {name: after[name] - before[name] for name in before}
-        for before, after in itertools.pairwise(steps)
+def read_marks(file: Path) -> list[dict]:
+    """What had been asked of the GPU after each step and each token, as the case left it."""
+    return json.loads(file.read_text(encoding="utf-8"))["marks"] if file.is_file() else []
+
+
+def of_each(kind: str, marks: list[dict]) -> list[dict]:
+    """What each step or token but the first asked for: differences from the mark before its own."""
+    seen = [mark for mark in marks if mark["at"] == kind]
+    return [
+        {name: after[name] - before[name] for name in before if name != "at"}
+        for before, after in itertools.pairwise(seen)
     ]
-    if not asked:
+
+
+def summary(marks: list[dict]) -> dict | None:
+    """The row of a training case: the most that any step but the first two asked for.
+
+    None where there were fewer than three. What is compiled counts from the second step on.
+    """
+    asked = of_each("step", marks)
+    if len(asked) < 2:
         return None
-    most = {name: max(step[name] for step in asked) for name in asked[0]}
+    most = {name: max(step[name] for step in asked[1:]) for name in asked[0]}
     late = ("compiled graphs", "modules loaded")
     return {
-        "launches": max(sum(step[name] for name in KERNELS) for step in asked),
+        "launches": max(sum(step[name] for name in KERNELS) for step in asked[1:]),
         "triton": most["Triton launches"],
         "matmuls": most["GEMMs"],
+        "graphs": most["graph launches"],
         "syncs": most["stream syncs"] + most["device syncs"],
         "event_waits": most["event syncs"],
         "recompiles": max(sum(step[name] for step in asked) for name in late),
-        "peak_gib": steps[-1]["peak GiB"],
+        "peak_gib": [mark for mark in marks if mark["at"] == "step"][-1]["peak GiB"],
     }
 
 
-def faults(case: Case, code: int, output: str, row: dict | None) -> list[str]:
+def token_faults(marks: list[dict]) -> list[str]:
+    """What is wrong with written tokens: the second is recorded, those after it are replayed."""
+    tokens = of_each("read_later", marks)[2:]
+    names = ("graph launches", "event syncs", "stream syncs", "device syncs", *KERNELS)
+    asked = [[token[name] for name in names] for token in tokens]
+    expected = [1, 1, *[0] * (len(names) - 2)]
+    if not asked or any(token != expected for token in asked):
+        worst = max(asked, default=[])
+        return [f"a token asked for {worst} ({', '.join(names)}), not {expected}"]
+    return []
+
+
+def faults(case: Case, code: int, output: str, marks: list[dict]) -> list[str]:
     """What is wrong with a case that ran."""
     if code != 0:
         return [f"exit code {code}"]
-    wrong = []
+    wrong = token_faults(marks) if case.writes else []
+    row = summary(marks)
     if case.says not in output:
         wrong.append(f"its output lacks {case.says!r}")
     if (case.trains or case.measured) and row is None:
-        wrong.append("fewer than two training steps were seen")
+        wrong.append("fewer than three training steps were seen")
     if case.trains and row is not None:
         if row["syncs"]:
             wrong.append(f"{row['syncs']} host syncs in a step")
         if row["recompiles"]:
             wrong.append(f"{row['recompiles']} graphs or kernels compiled after the first step")
+        if row["graphs"] != case.graphs:
+            wrong.append(f"{row['graphs']} CUDA graphs in a step, not {case.graphs}")
         if case.launches and row["launches"] > case.launches:
             wrong.append(f"{row['launches']} launches in a step, of at most {case.launches}")
     return wrong
@@ -186,28 +226,35 @@ def write_page(text: str) -> None:
 # ----------------------------------------------------------------------------------- command
 
 
-def rehearse(cases: list[Case], python: str) -> tuple[dict[str, dict], dict[str, list[str]]]:
-    """Run the cases, in order. Returns the rows of the table, and what is wrong by case."""
-    rows: dict[str, dict] = {}
-    failed: dict[str, list[str]] = {}
-    for number, case in enumerate(cases, 1):
-        place = f"{number:>3}/{len(cases)} {case.name}"
+@dataclass(frozen=True)
+class Outcome:
+    """What a case that ran has shown: its row of the table, if it has one, and what is wrong."""
+
+    case: Case
+    row: dict | None
+    wrong: list[str]
+
+
+def rehearse(cases: list[Case], python: str) -> list[Outcome]:
+    """Run a chain of cases, in order."""
+    outcomes = []
+    for case in cases:
         if case.needs and not installed(python, case.needs):
-            print(f"{place}: left out, {case.needs} is not installed", flush=True)
+            print(f"{case.name}: left out, {case.needs} is not installed", flush=True)
             continue
         began = time.monotonic()
         code, output = run(case, python)
-        row = summary(COUNTS)
-        if row is not None and (case.trains or case.measured):
-            rows[case.name] = row
-        wrong = faults(case, code, output, row)
+        marks = read_marks(counts_file(case))
+        row = summary(marks) if case.trains or case.measured else None
+        wrong = faults(case, code, output, marks)
         seconds = time.monotonic() - began
-        print(f"{place}: {'; '.join(wrong) or 'ok'} ({seconds:.0f} s)", flush=True)
+        lines = [f"{case.name}: {'; '.join(wrong) or 'ok'} ({seconds:.0f} s)"]
         if wrong:
-            failed[case.name] = wrong
-            print(f"    {case.command}")
-            print("".join(f"    | {line}\n" for line in output.splitlines()[-TAIL:]), flush=True)
-    return rows, failed
+            shown = [case.command, *(f"| {line}" for line in output.splitlines()[-TAIL:])]
+            lines += [f"    {line}" for line in shown]
+        print("\n".join(lines), flush=True)
+        outcomes.append(Outcome(case, row, wrong))
+    return outcomes
 
 
 def main() -> int:
@@ -216,21 +263,24 @@ def main() -> int:
     parser.add_argument("--python", default="", help="an environment's python instead of our own")
     options = parser.parse_args()
     began = time.monotonic()
-    WORK.mkdir(parents=True, exist_ok=True)
+    COUNTS.mkdir(parents=True, exist_ok=True)
     python = environment(options.python)
-    chosen = [case for case in CASES if options.only in case.name]
+    chains = [[case for case in chain if options.only in case.name] for chain in CHAINS]
     if not options.only:  # everything is made and compiled anew
         for folder in ("runs", "data", "cache"):
             shutil.rmtree(WORK / folder, ignore_errors=True)
         (WORK / "gpu.json").unlink(missing_ok=True)
-    rows, failed = rehearse(chosen, python)
-    text = table(rows)
+    with ThreadPoolExecutor(len(chains)) as threads:
+        done = threads.map(rehearse, chains, itertools.repeat(python))
+        outcomes = [outcome for chain in done for outcome in chain]
+    text = table({o.case.name: o.row for o in outcomes if o.row is not None})
     print(f"\n{text}\n")
     (WORK / "table.md").write_text(text + "\n", encoding="utf-8")
-    for name, wrong in failed.items():
-        print(f"FAILED {name}: {'; '.join(wrong)}")
-    passed, seconds = len(chosen) - len(failed), time.monotonic() - began
-    print(f"{passed} of {len(chosen)} cases passed in {seconds:.0f} s")
+    failed = [outcome for outcome in outcomes if outcome.wrong]
+    for outcome in failed:
+        print(f"FAILED {outcome.case.name}: {'; '.join(outcome.wrong)}")
+    seconds = time.monotonic() - began
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases passed in {seconds:.0f} s")
     if not failed and not options.only:
         write_page(text)
     return int(bool(failed))
