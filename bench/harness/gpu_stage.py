@@ -176,6 +176,8 @@ class Seen:
         found: dict[str, Any] = {"attention": self.attention, "shape": s.case}
         if STOOD_IN:
             found["stand_ins"] = list(STOOD_IN)
+        if on_gpu() and self.joules is None:
+            found["note"] = "energy not measured: no NVML, or no meter"
         if self.waits:
             found["waits"] = dict(self.waits)
         return found
