@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastlm.errors import UserError
 
@@ -91,6 +92,19 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
+def set_deterministic(wanted: bool, device: torch.device) -> None:
+    """Make a GPU compute the same bits on every run from here on, or no longer; a CPU always does.
+
+    PyTorch's own operators, its attention among them, then add up in a fixed order or raise an error, and torch.compile
+    chooses its block sizes without measuring. Our kernels never do otherwise. To be called before the first matmul.
+    """
+    if device.type != "cuda" or wanted == torch.are_deterministic_algorithms_enabled():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts, and PyTorch insists on it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # what is read was written
+    torch.use_deterministic_algorithms(wanted)
+
+
 @contextmanager
 def tf32_matmuls(wanted: bool, device: torch.device) -> Iterator[None]:
     """Inside, where wanted, a GPU multiplies fp32 matrices in TF32: 10 bits of mantissa instead of 23, sums in fp32.
@@ -133,11 +147,23 @@ def compiled_in_graphs(function: Callable[..., Tensor], device: torch.device, mo
     """compiled(), its forward and backward pass each recorded as a CUDA graph and replayed.
 
     What a pass returns, gradients included, lies in the graphs' memory, which the next pass overwrites. Gradients that are to
-    be added up over passes therefore move to memory of their own before the second pass.
+    be added up over passes therefore move to memory of their own before the second pass. A batch is copied to where the first
+    one of its shapes was: the backward graph reads some of it there, and would be recorded again for another place.
     """
     forward = compiled(function, device, {"triton.cudagraphs": True})
     parameters = list(model.parameters())
     moved = False
+    places: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def in_place(batch: Any) -> Any:
+        leaves, form = tree_flatten(batch)
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                key = number, leaf.shape
+                if key not in places:
+                    places[key] = torch.empty_like(leaf)
+                leaves[number] = places[key].copy_(leaf)
+        return tree_unflatten(leaves, form)
 
     def replayed(*args: Any, **options: Any) -> Tensor:
         nonlocal moved
@@ -148,6 +174,7 @@ def compiled_in_graphs(function: Callable[..., Tensor], device: torch.device, mo
             for p in kept:
                 p.grad = p.grad.clone()  # type: ignore[union-attr]
             moved = True
+        args, options = in_place((args, options))
         torch.compiler.cudagraph_mark_step_begin()
         return forward(*args, **options)
 
