@@ -204,7 +204,10 @@ def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig
 def compiled_step(
     cfg: StageConfig, device: torch.device, model: Transformer, function: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """The model's function as the training step calls it: with --compile compiled, a small model's in CUDA graphs."""
+    """The model's function as the training step calls it: with --compile compiled.
+
+    A small model's is replayed as CUDA graphs.
+    """
     if not cfg.compile:
         return function
     if not replays_graphs(model, device):

@@ -104,7 +104,8 @@ def apply(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 def pinned(batches: Iterable[Any], gpu: int) -> Iterator[Any]:
     """The batches in pinned memory, for a thread to make."""
-    torch.cuda.set_device(gpu)  # a new thread is on GPU 0, where pinning would take memory for every process
+    # a new thread is on GPU 0, where pinning would take memory for every process
+    torch.cuda.set_device(gpu)
     for batch in batches:
         yield pin(batch)
 
