@@ -15,8 +15,8 @@ demo: .venv/user
 test: .venv/developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# On a machine with a GPU, torch, triton, numpy, pytest and pytest-benchmark: the kernels' tests, then every GPU benchmark, in
-# 9 minutes, into bench/results. Nothing is installed. Without a GPU: a rehearsal, small.
+# On a machine with a GPU, torch, triton, numpy, pytest and pytest-benchmark: five parts of at most 9 minutes each, into
+# bench/results (bench/gpu.py --part NAME: one of them). Nothing is installed. Without a GPU: a rehearsal, small.
 gpu:
 	$(PYTHON) bench/gpu.py
 

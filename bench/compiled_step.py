@@ -3,8 +3,10 @@
     python bench/compiled_step.py [--preset modern-253m] [--rows 32] [--seq-len 1024] [--stage pretrain] [--plain] [--json]
     python bench/compiled_step.py --trainer [--before] [--preset modern-253m] [--rows 32] [--seq-len 1024]
 
-It needs gpucompile.py in ../shared/tools. The fused ops are counted with their own traffic: what they take in and give out, and
-what they move inside (norms' partial sums; for the head's loss three passes over the logits and the cast of its weight).
+Counted with tests/gpuless/gpucompile.py. The fused ops are counted with their own traffic: what they take in and give out, and
+what they move inside (norms' partial sums; for the head's loss two passes over the logits, since their second read
+finds them in the L2 cache (docs/kernels.md), and the cast of its weight). What is kept for the backward is decided as on an
+80 GB GPU.
 --plain: the same model written in plain PyTorch. --trainer: the whole step of fastlm pretrain, with clipping, Muon and
 AdamW (optimizer_step.py); --before: that step, 32 x 1024, as it was before the optimizers had kernels of their own. Every
 time printed is a projection from counts, not a measurement; attention's own (attention_ms) is beside the projected time, not
@@ -25,10 +27,14 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT.parent / "shared" / "tools")]
+sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests" / "gpuless"))  # last: a module there has the name of bench/peers
 
 
-def plain_logprobs(h, weight, targets, *, vocab_size, max_counted):
+H100 = 79 << 30, 132  # bytes of memory, multiprocessors
+
+
+def plain_logprobs(h, weight, targets, *, vocab_size, max_counted, keep_bytes):
     """log_softmax and a gather, 0 where the target is not counted."""
     logps = (h @ weight.T)[:, :vocab_size].float().log_softmax(-1).gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1)
     return logps.where(targets >= 0, 0.0)
@@ -46,7 +52,7 @@ def plain_operations():
 
     def rope(q, k, cos, sin, positions=None):
         cos, sin = (t[: q.shape[1]] if positions is None else t[positions] for t in (cos, sin))
-        cos, sin = (torch.cat((t, t), -1).unsqueeze(-2) for t in (cos, sin))
+        cos, sin = (torch.cat((t.float(), t.float()), -1).unsqueeze(-2) for t in (cos, sin))
 
         def turn(x):
             half = x.shape[-1] // 2
@@ -71,25 +77,31 @@ def plain_operations():
         "linear": lambda x, w, sizes=None: F.linear(x, w) if sizes is None else F.linear(x, w).split(sizes, -1),
         "rms_norm_linear": lambda x, w, eps, weight: F.linear(norm(x, w, eps), weight),
         "add_rms_norm_linear": lambda x, r, w, eps, weight: (F.linear(add_norm(x, r, w, eps)[0], weight), x + r),
-        "swiglu_linear": lambda gate_up, weight: F.linear(swiglu(gate_up), weight),
+        "swiglu_linear": lambda gate_up, weight, keep_product: F.linear(swiglu(gate_up), weight),
     }
 
 
 def inside(name: str, config, tokens: int, counted: int) -> tuple[int, int]:
     """(bytes, launches) of one call of a fused op beside what it takes in and gives out; for the head's ops, in all."""
-    from fastlm.kernels.linear_cross_entropy import chunk_rows
     from fastlm.kernels.rms_norm import _partials
 
     if "rms_norm_backward" in name:
         return 2 * 4 * _partials(tokens, config.dim) * config.dim, 2  # partial sums written and read
     if head_op(name):
         vocab = config.padded_vocab_size
-        chunks = -(-counted // chunk_rows(counted, vocab, 2, 256 << 20))
-        passes = 3 if "cross_entropy" in name else 2 if "backward" in name else 1  # of the rows kernel over the logits
+        chunks = head_chunks(config, counted)
+        passes = 1 if name.endswith("linear_nll.default") else 2  # of the rows kernel over the logits
         cast = (4 + 2) * vocab * config.dim  # W read in fp32, written in bf16
         picked = 3 * 2 * counted * config.dim if counted < tokens else 0  # h's counted rows, and dh spread over all rows
         return passes * 2 * counted * vocab + cast + picked, chunks + 2
     return 0, 1
+
+
+def head_chunks(config, counted: int) -> int:
+    """How many chunks of logits the head's ops make."""
+    from fastlm.kernels.linear_cross_entropy import gpu_chunk_rows
+
+    return -(-counted // gpu_chunk_rows(counted, 2 * config.padded_vocab_size, config.dim, *H100))
 
 
 def head_op(name: str) -> bool:
@@ -151,7 +163,7 @@ STEPS = {"pretrain": pretrain_step, "sft": sft_step, "dpo": dpo_step}
 
 def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "pretrain") -> dict:
     """Counts of one compiled step of a stage: rows x seq_len tokens, bf16 autocast, forward and backward."""
-    from gpucompile import compile_for_gpu
+    from gpucompile import DEVICE, compile_for_gpu
 
     import fastlm.kernels.flops
     import fastlm.model
@@ -160,27 +172,30 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
 
     def build():
         model = fastlm.model.Transformer(config)
+        fastlm.model.keep_what_fits(model, tokens, H100[0], 2)
         box["step"], shapes, box["counted"] = STEPS[stage](model, config, rows, seq_len)
+        box["kept"] = min(1.0, model.keep_logits_bytes / (2 * config.padded_vocab_size * box["counted"]))
         return tuple(torch.empty(shape, dtype=dtype) for dtype, *shape in shapes)
 
     def step(*batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return box["step"](*batch)
 
     def unavailable(*tensors: torch.Tensor) -> bool:  # the native kernels: a GPU takes PyTorch's attention
         return False
 
     swapped = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
-    no_kept_logits = mock.patch.object(sys.modules["fastlm.kernels.linear_cross_entropy"], "KEPT_BYTES", 0)  # nor there
-    with swapped, no_kept_logits, mock.patch("fastlm.attention.cpu.available", unavailable):
+    with swapped, mock.patch("fastlm.attention.cpu.available", unavailable):
         report = compile_for_gpu(step, build)
-    generated = sum(g.pointwise_bytes for g in report.graphs)
+    generated = sum(g.generated_bytes for g in report.graphs)
     # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does
     attention = sum(n for g in report.graphs for k, n in g.launches.items() if "attention_for_cpu" in k)
     launches = sum(sum(g.launches.values()) for g in report.graphs) - attention
     matmul_s, fused, head_s = 0.0, {}, 0.0
     for g in report.graphs:
         for name, given, made, flops in g.nodes:
+            if name.startswith("aten") and "attention" in name:  # a CUDA build knows its FLOPs: they are attention_ms
+                continue
             if flops or not name.startswith("fastlm.") or "packed_documents" in name:  # a matmul, or attention
                 matmul_s += max((given + made) / 3.0e12, flops / 700e12)
                 continue
@@ -189,7 +204,7 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
             row = fused.setdefault(name, [0, 0, 0.0])
             row[0], row[1], row[2] = row[0] + 1, row[1] + calls, row[2] + size / 1e9
             if head_op(name):
-                matmuls = 1 if name.endswith("linear_nll.default") else 3
+                matmuls = 1 if name.endswith("linear_nll.default") else 3 - box["kept"] if "backward" in name else 3
                 head_s += 2 * matmuls * box["counted"] * config.padded_vocab_size * config.dim / 700e12
     traffic = generated / 1e9 + sum(row[2] for row in fused.values())
     seconds = matmul_s + head_s + traffic / 3000
@@ -199,6 +214,8 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
         "launches": launches + sum(row[1] for row in fused.values()),
         "cpu_attention_launches": attention,
         "saved_gb": report.graphs[0].saved_bytes / 1e9,
+        # dW of the head, fp32, read and written by its matmuls: in no other figure here
+        "head_dw_gb": (2 * head_chunks(config, box["counted"]) - 1) * 4 * config.padded_vocab_size * config.dim / 1e9,
         "matmul_ms": 1e3 * (matmul_s + head_s),
         "attention_ms": attention_ms(config, tokens, seq_len if stage == "pretrain" else seq_len // 8),
         "projected_ms": 1e3 * seconds, "projected_tokens_per_s": tokens / seconds,

@@ -6,8 +6,8 @@ steps: the pretrain, SFT and DPO step of three models, beside the same models in
 (compiled_step.py). kernels: the kernels' PTX executed in a simulator, beside Liger-Kernel's where it is installed
 (simulated_kernels.py). scale: the pretrain step of modern-253m as batch, sequence length, vocabulary and model grow. trainer:
 the whole step of fastlm pretrain, optimizers included, of four models, and what it was. Everything is counted; times are
-projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. It needs gpucompile.py and ptxsim.py in
-../shared/tools. About 15 minutes on one core for all parts.
+projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. They are
+counted with tests/gpuless. About 15 minutes on one core for all parts.
 """
 
 from __future__ import annotations

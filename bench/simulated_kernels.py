@@ -2,7 +2,7 @@
 
     python bench/simulated_kernels.py [--liger]
 
-It needs ptxsim.py in ../shared/tools; --liger also the package liger-kernel. Columns: bytes a row, sector bytes per byte
+Executed by tests/gpuless/ptxsim; --liger needs the package liger-kernel. Columns: bytes a row, sector bytes per byte
 asked for and bytes a request on the streamed operands, shared-memory bank conflicts per thousand instructions, and the issue
 and special-function bounds as shares of the memory bound (3.0 TB/s). Projections from counts, not measurements.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT.parent / "shared" / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpuless")]
 
 
 def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:

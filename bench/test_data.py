@@ -12,7 +12,7 @@ from measure import ratio
 
 from fastlm.data.examples.packing import best_fit_decreasing
 from fastlm.data.text.batches import row_batch
-from fastlm.data.text.shards import prepare
+from fastlm.data.text.prepare import prepare
 from fastlm.data.text.tokens import Tokens
 from fastlm.tokenizer import load_tokenizer
 

@@ -64,15 +64,18 @@ def product(m: int, k: int, n: int) -> Callable[[], object]:
     return lambda: torch.mm(a, b, out=out)
 
 
+def copy(elements: int) -> Callable[[], object]:
+    source = torch.empty(elements, device=device(), dtype=torch.bfloat16).normal_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def test_gpu_ceilings(measuring, record, kernels_on_device):
     s = size(measuring)
     elements = 1 << (30 if measuring and not rehearsing() else 12)
     with on_stream():
-        source = torch.empty(elements, device=device(), dtype=torch.bfloat16).normal_()
-        target = torch.empty_like(source)
-        times = in_turns({"copy": lambda: target.copy_(source)}, 10)
-    moved = 2 * source.nbytes
-    del source, target
+        times = in_turns({"copy": copy(elements)}, 10)
+    moved = 2 * 2 * elements  # bytes: read and written, in bf16
     speed = {"gb_per_second": moved / 1e6 / sorted(times["copy"])[len(times["copy"]) // 2]}
     record(times, "ms", case=f"{moved / 2**30:.3g} GiB", measures={"copy": speed})
     for name, (m, k, n) in matmuls(s.model, s.tokens).items():
@@ -217,7 +220,6 @@ def test_gpu_steps(kind, measuring, record, kernels_on_device):
     with run_folder() as run:
         seen = watch(pretrain, pretrain_config(s, run, **OPTIONS[kind]), s, s.few_steps)
     figures = seen.figures(training_flops_per_token(s.model, s.seq_len))
-    fields = {"attention": seen.attention, "shape": s.case, "waits": dict(seen.waits)}
-    record(measures={"ours": figures}, fields=fields)
+    record(measures={"ours": figures}, fields=seen.fields(s))
     assert not seen.waits, f"the host waits for the GPU in a step: {dict(seen.waits)}"
     assert not seen.compiled_late, f"{seen.compiled_late} graphs were compiled after the first step"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -24,14 +24,13 @@ from harness.gpu_timing import device, on_gpu, rehearsing
 from peers.gpu import absent
 
 from fastlm import kernels, model
-from fastlm.config import PretrainConfig
-from fastlm.errors import UserError
+from fastlm.attention_backend import unusable
 from fastlm.model import training_flops_per_token
 from fastlm.train.pretrain import pretrain
 
 PROFILED = 4  # steps
-BACKENDS = [name for name in get_args(get_type_hints(PretrainConfig)["attention"]) if name != "auto"]
-CHUNKS = {"head chunks of 64 MiB": 64 << 20, "head chunks of 1 GiB": 1 << 30}
+OTHER_ATTENTION = ("flash", "flash3", "flash4", "xformers")
+CHUNKS = {"head chunks of 256 MiB": 256 << 20, "head chunks of 4 GiB": 4 << 30}
 SDPA = {
     "attention: torch, FlashAttention": "FLASH_ATTENTION",
     "attention: torch, cuDNN": "CUDNN_ATTENTION",
@@ -70,6 +69,12 @@ def chunks(s: Size, size: int) -> Seen:
         return few_steps(s)
 
 
+def nothing_kept(s: Size) -> Seen:
+    """As on a small GPU: SwiGLU's product is made again in the backward."""
+    with mock.patch("fastlm.train.run.keep_what_fits", return_value=None):
+        return few_steps(s)
+
+
 def sdpa(s: Size, name: str) -> Seen:
     """PyTorch's attention with one of its kernels."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -87,37 +92,39 @@ def sdpa(s: Size, name: str) -> Seen:
         return few_steps(s, attention="torch")
 
 
-def backend(s: Size, name: str) -> Seen:
-    """Attention by another backend of fastlm."""
-    try:
-        return few_steps(s, attention=name)
-    except (UserError, ImportError) as error:
-        pytest.skip(f"cannot run here: {error}".splitlines()[0])
-
-
 def plain(s: Size) -> Seen:
     with mock.patch.multiple(model.kernels, **plain_operations()):
         return few_steps(s)
 
 
 def hugging_face(s: Size) -> Seen:
-    if why := absent("transformers", "transformers"):
-        pytest.skip(why)
     from peers import llama
 
     return llama.train(s, s.few_steps)
 
 
-CONTENDERS: dict[str, Callable[[Size], Seen]] = {
+def absent_contenders() -> dict[str, str]:
+    """Contenders that cannot run here, and why."""
+    why = {"Hugging Face Llama compiled": absent("transformers", "transformers")}
+    for name in OTHER_ATTENTION:
+        problem = unusable(name, device(), torch.bfloat16) if on_gpu() else "needs a GPU"
+        why[f"attention {name}"] = f"{name} {problem}" if problem else ""
+    return {name: problem for name, problem in why.items() if problem}
+
+
+ABSENT = absent_contenders()
+ALL: dict[str, Callable[[Size], Seen]] = {
     "ours": whole,
     "ours AdamW": adamw,
     "ours monitor off": monitor_off,
     "plain PyTorch compiled": plain,
     "Hugging Face Llama compiled": hugging_face,
+    "SwiGLU's product made again": nothing_kept,
     **{name: functools.partial(chunks, size=size) for name, size in CHUNKS.items()},
     **{name: functools.partial(sdpa, name=kernel) for name, kernel in SDPA.items()},
-    **{f"attention {name}": functools.partial(backend, name=name) for name in BACKENDS},
+    **{f"attention {name}": functools.partial(few_steps, attention=name) for name in OTHER_ATTENTION},
 }
+CONTENDERS = {name: contender for name, contender in ALL.items() if name not in ABSENT}
 
 
 def test_gpu_profile(measuring, record, kernels_on_device):
@@ -129,7 +136,7 @@ def test_gpu_profile(measuring, record, kernels_on_device):
         actions = {s.warmup: profile.start, s.warmup + steps: profile.stop}
 
         def prepare(given: dict[str, Any]) -> None:
-            mark_steps(given["optimizers"])
+            mark_steps(given["run"].optimizers)
 
         watch(pretrain, pretrain_config(s, run), s, s.warmup + steps + 1, actions, prepare)
         table = profile.table(steps)
@@ -148,11 +155,11 @@ def test_gpu_step(contender, measuring, record, kernels_on_device):
     s = size(measuring)
     seen = CONTENDERS[contender](s)
     figures = seen.figures(training_flops_per_token(s.model, s.seq_len))
-    fields: dict[str, Any] = {"attention": seen.attention, "shape": s.case}
-    if seen.waits:
-        fields["waits"] = dict(seen.waits)
+    fields = seen.fields(s)
     if contender == "ours":
         assert len(seen.losses(1)) == s.steps
         fields |= {"loss": seen.losses(10), "validation_loss": seen.metrics[-1]["validation_loss"]}
         figures["seconds_of_the_stage"] = seen.seconds
+        for name, why in ABSENT.items():
+            record(peer=name, missing=why)
     record({contender: seen.milliseconds}, "ms", measures={contender: figures}, fields=fields)

@@ -33,8 +33,7 @@ from harness.gpu_timing import Call, device, in_turns, rehearsing
 from peers.gpu import absent
 
 from fastlm import model
-from fastlm.commands import Sampling
-from fastlm.config import DpoConfig, SftConfig
+from fastlm.config import DpoConfig, Sampling, SftConfig
 from fastlm.evaluation.protocols import window_segments
 from fastlm.evaluation.score import segment_nats
 from fastlm.generate import generate
@@ -44,6 +43,7 @@ from fastlm.train.sft import sft
 
 SCORED = {True: 1 << 18, False: 64}  # tokens; measured or rehearsed
 WRITTEN = {True: 128, False: 3}
+ABSENT = absent("transformers", "transformers")
 PROMPT = {True: 64, False: 4}
 
 
@@ -53,7 +53,6 @@ PROMPT = {True: 64, False: 4}
 def tune(stage: str, s: Size) -> Seen:
     length = min(512, s.seq_len)
     options: dict[str, Any] = {
-        "model": str(starting_model(s)),
         "data": s.examples,
         "cache": str(CACHE),
         "compile": True,
@@ -64,6 +63,7 @@ def tune(stage: str, s: Size) -> Seen:
         "checkpoint_every": 0,
     }
     with run_folder() as run:
+        options["model"] = str(starting_model(s, run.with_name("start")))
         options["out"] = str(run)
         if stage == "sft":
             cfg = SftConfig(**options, batch_rows=s.rows, row_len=s.seq_len)
@@ -90,11 +90,8 @@ def test_gpu_tuning(stage, contender, measuring, record, kernels_on_device):
     seen = TUNERS[contender](stage, s)
     figures = seen.figures(training_flops_per_token(s.model, s.seq_len))
     figures.pop("mfu", None)  # few of the targets are counted, and the documents are short
-    fields: dict[str, Any] = {"attention": seen.attention, "shape": s.case}
-    if seen.waits:
-        fields["waits"] = dict(seen.waits)
     values = {contender: seen.milliseconds}
-    record(values, "ms", measures={contender: figures}, fields=fields)
+    record(values, "ms", measures={contender: figures}, fields=seen.fields(s))
 
 
 # ---------------------------------------------------------------- evaluation and writing
@@ -109,8 +106,6 @@ def our_model(s: Size) -> Transformer:
 
 
 def their_model(s: Size) -> torch.nn.Module:
-    if why := absent("transformers", "transformers"):
-        pytest.skip(why)
     from peers.llama import llama
 
     return llama(s.model).eval()
@@ -123,7 +118,7 @@ def random_ids(s: Size, rows: int, length: int) -> torch.Tensor:
 
 def our_score(s: Size, tokens: int, compiled: bool = False) -> Call:
     scored = our_model(s)
-    segments = window_segments(random_ids(s, 1, tokens)[0].tolist(), s.seq_len, 0)
+    segments = window_segments(random_ids(s, 1, tokens)[0].tolist(), s.seq_len, s.seq_len)
     return lambda: segment_nats(scored, segments, device(), compile=compiled)
 
 
@@ -146,12 +141,14 @@ def their_score(s: Size, tokens: int) -> Call:
 SCORERS: dict[str, Callable[[Size, int], Call]] = {
     "ours": our_score,
     "ours compiled": partial(our_score, compiled=True),
-    "transformers": their_score,
+    **({} if ABSENT else {"transformers": their_score}),
 }
 
 
 @pytest.mark.parametrize("contender", SCORERS)
 def test_gpu_evaluation(contender, measuring, record, kernels_on_device):
+    if contender == "ours" and ABSENT:
+        record(peer="transformers", missing=ABSENT)
     s = size(measuring)
     tokens = SCORED[real(measuring)]
     with on_this_machine(s):
@@ -174,11 +171,13 @@ def their_writer(s: Size, prompts: torch.Tensor, tokens: int) -> Call:
     return lambda: writer.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
-WRITERS = {"ours": our_writer, "transformers": their_writer}
+WRITERS = {"ours": our_writer, **({} if ABSENT else {"transformers": their_writer})}
 
 
 @pytest.mark.parametrize("contender", WRITERS)
 def test_gpu_writing(contender, measuring, record, kernels_on_device):
+    if contender == "ours" and ABSENT:
+        record(peer="transformers", missing=ABSENT)
     s = size(measuring)
     tokens = WRITTEN[real(measuring)]
     for prompts in (1, 8, 64) if real(measuring) else (1, 2):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, cpu_kernel
+from fastlm.kernels.common import cpu_kernel
 
 BACKENDS = ("torch", "masked", "flash", "xformers")
 HALF = (torch.float16, torch.bfloat16)
@@ -35,9 +35,9 @@ class Documents(NamedTuple):
 
     sharing: None, or where a document sees more than itself, three tensors. cu_seqlens_k: int32
     (documents + 1,), keys: int64 (n,): document i sees tokens keys[cu_seqlens_k[i] :
-    cu_seqlens_k[i + 1]], which are those of at most one earlier document and then its own; keys
-    beyond the last boundary are not read. places: int64 (B*T, most), where each token stands in
-    keys, -1 for nowhere: what the backward pass adds up.
+    cu_seqlens_k[i + 1]], which are those of at most one earlier document and then its own; the
+    last key is seen by none. places: int64 (B*T, most), where each token stands in keys, for what
+    the backward pass adds up; n - 1 where it stands less often.
 
     mask: None, or (B, 1, T, T), 0 where a token sees another and -inf elsewhere, from prepare().
     """
@@ -144,9 +144,9 @@ class _Pick(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (places,) = ctx.saved_tensors
-        parts = dy[places.clamp_min(0)]  # (N, most, H, Dh)
-        parts = torch.where((places >= 0)[:, :, None, None], parts, 0)
-        return parts.sum(1, dtype=accumulation_dtype(dy.dtype)).to(dy.dtype), None, None
+        nowhere = dy.shape[0] - 1
+        dx = F.embedding_bag(places, dy.flatten(1), mode="sum", padding_idx=nowhere)
+        return dx.unflatten(1, dy.shape[1:]), None, None
 
 
 def pick(x: Tensor, keys: Tensor, places: Tensor) -> Tensor:
@@ -179,7 +179,8 @@ def flash_packed(
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
     """(..., Hkv, Dh) -> (..., heads, Dh), a key/value head for each of its query heads."""
-    return x.repeat_interleave(heads // x.shape[-2], dim=-2)
+    groups = heads // x.shape[-2]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=-2)
 
 
 def xformers_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,8 @@
     older, and AMD        PyTorch's SDPA; packed documents with a mask (on AMD flash-attn first)
 
 xformers is taken by name only: its packed path waits for the GPU twice a layer, and torch.compile
-cannot follow it.
+cannot follow it. The packages' calls follow their published signatures and PyTorch's registry; none
+has run here, nor has anything on an AMD GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ PACKAGES = {
 }
 KERNELS = {
     "CUDNN_ATTENTION": "cuDNN",
-    "FLASH_ATTENTION": "FlashAttention",
     "EFFICIENT_ATTENTION": "the memory-efficient kernel",
     "MATH": "whole matrices of scores",
 }

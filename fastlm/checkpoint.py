@@ -2,14 +2,18 @@
 
     RUN/checkpoints/step-000150/model.safetensors      parameters
                                 optimizer.safetensors  optimizer state and random-number state
-                                state.json             step, data position, validation loss, shapes, SHA-256 of the files
+                                state.json             step, data position, validation loss, shapes, and the SHA-256 of
+                                                       the files and of all that state.json itself says
 
-A checkpoint is there whole or not at all (fastlm.files).
+A checkpoint is there whole or not at all (fastlm.files). Without its state.json a folder is no checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,13 @@ from torch import Tensor, nn
 from fastlm import files
 from fastlm.config import ModelConfig
 from fastlm.config.toml import override
-from fastlm.errors import UserError
+from fastlm.errors import UserError, check
 from fastlm.model import Transformer
+from fastlm.schema import read_object
 
 FILES = ("model.safetensors", "optimizer.safetensors")
+STATE = "state.json"  # what makes a folder a checkpoint
+MEND = "choose another step-* folder, or delete this one and --resume the run"
 
 
 def random_state() -> dict[str, Tensor]:
@@ -39,35 +46,55 @@ def save(folder: Path, model: nn.Module, optimizer: dict[str, Tensor], state: di
 
     optimizer: every tensor of the optimizers' states, by name.
     state: plain values; holds at least step, validation_loss (None where it was not measured) and model, the shape.
+    Raises UserError where a parameter is not finite, and where the disk refuses; earlier checkpoints stay as they are.
     """
     final = folder / f"step-{state['step']:06d}"
+    earlier = steps_saved(folder)
+    go_on = f"; then --resume: {earlier[-1].name} is whole" if earlier else ""
+    check_finite(model, f"after step {state['step']}", f"lower --optim.lr, or lengthen --optim.warmup-steps{go_on}")
     try:
         with files.whole_folder(final) as beside:
             parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
             files.write_tensors(beside / FILES[0], parameters)
             files.write_tensors(beside / FILES[1], optimizer | random_state())
-            digests = {name: files.sha256(beside / name) for name in FILES}
-            files.write_json(beside / "state.json", state | {"sha256": digests})
+            whole = state | {"sha256": {name: files.sha256(beside / name) for name in FILES}}
+            files.write_json(beside / STATE, whole | {"state_sha256": digest_of(whole)})
     except files.DiskError as error:
-        earlier = steps_saved(folder)
-        if not earlier:
-            raise
-        raise UserError(f"{error}; then --resume: {earlier[-1].name} is whole") from None
+        raise UserError(f"{error}{go_on}") from None
     return final
 
 
+def check_finite(model: nn.Module, when: str, mend: str) -> None:
+    """Raise UserError where a parameter holds NaN or infinity: such weights are never saved and never trained on."""
+    named = list(model.named_parameters())
+    finite = torch.stack([p.detach().isfinite().all() for _, p in named]).tolist()
+    bad = [name for (name, _), ok in zip(named, finite, strict=True) if not ok]
+    check(not bad, f"{when} the weights are not finite ({bad[0] if bad else ''}): training has diverged; {mend}")
+
+
+def digest_of(state: dict[str, Any]) -> str:
+    """SHA-256 of plain values, whatever their order."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def steps_saved(folder: Path) -> list[Path]:
-    """Checkpoints in the folder, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    """Checkpoints in the folder, oldest first; a folder without its state.json is none."""
+    steps = {p: p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / STATE).is_file()}
+    return sorted((p for p, number in steps.items() if number.isdecimal()), key=lambda p: int(steps[p]))
 
 
 def best(folder: Path) -> tuple[Path | None, float]:
-    """The checkpoint in the folder with the lowest validation loss, and that loss (inf if none has one)."""
-    noted = [
-        (json.loads((p / "state.json").read_text(encoding="utf-8")).get("validation_loss"), p) for p in steps_saved(folder)
-    ]
-    scored = [(nats, p) for nats, p in noted if nats is not None]
-    return min(scored, default=(float("inf"), None))[::-1]
+    """The checkpoint in the folder with the lowest validation loss, and that loss (inf if none has one).
+
+    What cannot be read, and a loss that is not finite, does not count.
+    """
+    found: tuple[Path | None, float] = (None, math.inf)
+    for path in steps_saved(folder):
+        with contextlib.suppress(UserError):
+            nats = read_object(path / STATE, MEND).get("validation_loss")
+            if isinstance(nats, float) and math.isfinite(nats) and nats < found[1]:
+                found = (path, nats)
+    return found
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -81,7 +108,7 @@ def prune(folder: Path, keep: int) -> None:
 def locate(place: str | Path, lowest_loss: bool = False) -> Path:
     """The checkpoint that a path names: a checkpoint folder, or a run folder (its last checkpoint, or its best)."""
     path = Path(place)
-    if (path / "state.json").is_file():
+    if (path / STATE).is_file():
         return path
     saved = steps_saved(path / "checkpoints")
     if not saved:
@@ -90,23 +117,41 @@ def locate(place: str | Path, lowest_loss: bool = False) -> Path:
     return (best(path / "checkpoints")[0] if lowest_loss else None) or saved[-1]
 
 
+def newest_whole(run: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The last checkpoint of a run that is whole, its plain values, and what is wrong with each one after it.
+
+    Raises UserError where the run has no whole checkpoint.
+    """
+    problems: list[str] = []
+    for path in reversed(steps_saved(run / "checkpoints") or [locate(run)]):
+        try:
+            return path, read_state(path), problems
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(f"{run} has no whole checkpoint; start a new run. The last one: {problems[0]}")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's plain values, its files' digests verified."""
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        for name, expected in state["sha256"].items():
-            if files.sha256(checkpoint / name) != expected:
-                raise UserError(f"{checkpoint / name} is corrupted: its SHA-256 is not the one noted when it was written; resume from another checkpoint")  # fmt: skip  # noqa: E501
-        return state
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{checkpoint} is not a whole checkpoint: {e}; choose another step-* folder") from None
+    """The checkpoint's plain values, their digest and its files' verified."""
+    path = checkpoint / STATE
+    state = read_object(path, MEND)
+    noted = state.pop("state_sha256", None)
+    check(noted in (None, digest_of(state)), f"{path} was changed after it was written; {MEND}")
+    digests, step = state.get("sha256"), state.get("step")
+    known = isinstance(digests, dict) and sorted(digests) == sorted(FILES) and type(step) is int
+    check(known, f"{path} is not the state of a checkpoint: it lacks its step, or the digests of its files; {MEND}")
+    for name in FILES:
+        with files.disk_errors("read", checkpoint / name, MEND):
+            same = files.sha256(checkpoint / name) == state["sha256"][name]
+        check(same, f"{checkpoint / name} is damaged: its SHA-256 is not the one noted when it was written; {MEND}")
+    return state
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"could not read {path}: {e}; choose another checkpoint") from None
+        raise UserError(f"could not read {path}: {e}; {MEND}") from None
 
 
 @torch.no_grad()
@@ -128,14 +173,23 @@ def load_parameters(checkpoint: Path, model: nn.Module) -> None:
 def load(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, Any]:
     """Put everything back where save() found it; returns the plain values."""
     state = read_state(checkpoint)
+    restore(checkpoint, model, optimizer)
+    return state
+
+
+def restore(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) -> None:
+    """Put the tensors and the random state of a checkpoint back; its digests are the caller's to verify."""
     load_parameters(checkpoint, model)
+    check_finite(model, f"in {checkpoint}", MEND)
     found = tensors(checkpoint / FILES[1])
-    torch.set_rng_state(found.pop("random.cpu"))
+    random = found.pop("random.cpu", None)
+    if random is None:
+        raise UserError(f"{checkpoint / FILES[1]} holds no random state; {MEND}")
     cuda = found.pop("random.cuda", None)
+    fill(optimizer, found, f"{checkpoint} holds another optimizer's state")
+    torch.set_rng_state(random)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    fill(optimizer, found, f"{checkpoint} holds another optimizer's state")
-    return state
 
 
 def load_model(place: str | Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:

@@ -1,9 +1,10 @@
 """Files and folders that are there whole or not at all, and the disk's errors in one line.
 
-What is written stands under a hidden name beside its place until all of it is on the disk; then it is renamed into the
-place, and the folder that holds it is put on the disk too, so that the rename outlives a power cut. What is removed is
-renamed to a hidden name first. So a reader never meets half of anything, whenever the process ends, and a name that
-begins with a dot is never part of the data. Imports nothing but the standard library until an array is written.
+What is written stands under a hidden name beside its place until all of it is on the disk; then it
+is renamed into the place, and the folder that holds it is put on the disk too, so that the rename
+outlives a power cut. What is removed is renamed to a hidden name first. So a reader never meets
+half of anything, whenever the process ends, and a name that begins with a dot is never part of the
+data. Imports nothing but the standard library until an array is written.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ TOO_MANY = ("too many files are open", "raise the limit (ulimit -n)")
 REASONS = {
     errno.ENOSPC: ("the disk is full", FULL),
     errno.EDQUOT: ("the disk quota is used up", FULL),
-    errno.EFBIG: ("the file would be larger than is allowed", f"raise the limit (ulimit -f) or {ANOTHER}"),
+    errno.EFBIG: (
+        "the file would be larger than is allowed",
+        f"raise the limit (ulimit -f) or {ANOTHER}",
+    ),
     errno.EROFS: ("the file system is read-only", ANOTHER),
     errno.EACCES: FORBIDDEN,
     errno.EPERM: FORBIDDEN,
@@ -54,7 +58,7 @@ REASONS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 class DiskError(UserError):
@@ -76,9 +80,10 @@ class DiskError(UserError):
 
 @contextlib.contextmanager
 def disk_errors(action: str, place: Path, mend: str = "") -> Iterator[None]:
-    """Turns an OSError of the block into a DiskError. Of blocks that write within one another the outermost names the place.
+    """Turns an OSError of the block into a DiskError.
 
-    action: "write", "read", "remove". mend: what to do, where the caller knows better than REASONS.
+    Where one block that writes is inside another, the outermost names the place. action: "write",
+    "read", "remove". mend: what to do, where the caller knows better than REASONS.
     """
     try:
         yield
@@ -90,12 +95,15 @@ def disk_errors(action: str, place: Path, mend: str = "") -> Iterator[None]:
         raise DiskError(inner.error, action, place, mend) from inner
 
 
-# ----------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 @contextlib.contextmanager
 def whole_file(file: Path) -> Iterator[BinaryIO]:
-    """A binary stream whose content takes the file's place when the block ends well; until then the old file stays."""
+    """A binary stream whose content takes the file's place when the block ends well.
+
+    Until then the old file stays.
+    """
     hidden = _hidden_name(file, "new")
     with disk_errors("write", file):
         make_folder(file.parent)
@@ -113,7 +121,10 @@ def whole_file(file: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of the one named, whatever that held, when the block ends well."""
+    """An empty folder to fill, which takes the place of `folder` when the block ends well.
+
+    Until then what was there stays.
+    """
     hidden = _hidden_name(folder, "new")
     with disk_errors("write", folder):
         try:
@@ -127,7 +138,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_into_place(filled: Path, folder: Path) -> None:
-    """Put a filled folder on the disk and rename it; a folder that is there goes once the new one has its place."""
+    """Put a filled folder on the disk and rename it; one that is there already goes after that."""
     for path in (filled, *filled.rglob("*")):
         sync_folder(path) if path.is_dir() else _sync_path(path)
     before = _hidden_name(folder, "old")
@@ -168,16 +179,21 @@ def write_array(file: Path, array: np.ndarray) -> None:
         np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Tensors as a safetensors file, for a folder that is not in its place yet; OSError where the disk refuses."""
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Tensors as a safetensors file, for a folder not in its place yet; OSError as from open()."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         save_file(dict(tensors), file, metadata)
     except SafetensorError as error:
-        found = re.search(r"\b(?:code: |os error )(\d+)", str(error))  # as the Rust library words the system's number
-        code = int(found[1]) if found else 0
+        # As the Rust library words the number of the system's error.
+        number = re.search(r"\b(?:code: |os error )(\d+)", str(error))
+        code = int(number[1]) if number else 0
         raise OSError(code, os.strerror(code) if code else str(error), str(file)) from error
 
 
@@ -200,7 +216,7 @@ def sync(stream: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where its file system and its permissions let a program ask for that."""
+    """Put the names in a folder on the disk, where the system lets a program ask for that."""
     try:
         _sync_path(folder)
     except OSError as error:
@@ -216,11 +232,11 @@ def _sync_path(path: Path) -> None:
         os.close(number)
 
 
-# ---------------------------------------------------------------------------------------------- removing
+# ----------------------------------------------------------------------------------------- removing
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder: for every reader at once, then from the disk. Nothing happens where there is none."""
+    """Remove a folder, if there is one: for every reader at once, then from the disk."""
     hidden = _hidden_name(folder, "old")
     with disk_errors("remove", folder):
         try:
@@ -232,7 +248,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder; for a folder that only this process writes to now."""
+    """Remove what killed writers left in a folder that no other process writes to now."""
     for place in folder.glob(".*"):
         if not _LEFTOVER.fullmatch(place.name):
             continue
@@ -250,7 +266,7 @@ def _hidden_name(place: Path, state: str) -> Path:
     return place.with_name(f".{place.name[:60]}.{os.getpid()}-{secrets.token_hex(4)}.{state}")
 
 
-# ------------------------------------------------------------------------------------- digests and locks
+# -------------------------------------------------------------------------------- digests and locks
 
 
 def sha256(file: Path) -> str:
@@ -261,7 +277,10 @@ def sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def lock(file: Path) -> Iterator[None]:
-    """One process at a time, by a lock on a file that exists meanwhile; the system frees that of a process that dies."""
+    """One process at a time, by a lock on a file that exists meanwhile.
+
+    The system frees the lock of a process that dies.
+    """
     import fcntl
 
     while True:

@@ -6,7 +6,9 @@ so that each addition is fused with the norm that follows it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.Parameter(torch.empty(d))
         self.gate_up = nn.Linear(d, 2 * config.ffn_dim, bias=False)  # rows: gate, up
         self.down = nn.Linear(config.ffn_dim, d, bias=False)
+        self.keep_product = False  # save SwiGLU's product for the backward: keep_what_fits()
 
     def forward(
         self,
@@ -88,7 +91,7 @@ class Block(nn.Module):
         attended = attention(q, k, v, documents, backend).flatten(2)
         update = kernels.linear(attended, self.out.weight)
         h, x = kernels.add_rms_norm(update, x, self.ffn_norm, c.norm_eps)
-        return kernels.swiglu_linear(kernels.linear(h, self.gate_up.weight), self.down.weight), x
+        return kernels.swiglu_linear(kernels.linear(h, self.gate_up.weight), self.down.weight, self.keep_product), x
 
 
 def recompute_all_but_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -116,6 +119,7 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint_activations = checkpoint_activations
         self.attention_backend = attention_backend
+        self.keep_logits_bytes: int | None = None  # of logprobs() for its backward: keep_what_fits()
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.empty(config.dim))
@@ -204,8 +208,26 @@ class Transformer(nn.Module):
         """log p(target) at each position, nats, fp32 (B, T), 0 where not counted: the arguments of loss()."""
         h, head = self.stream_and_head(tokens, **packed)
         return kernels.linear_logprobs(
-            h, head, targets.flatten(), vocab_size=self.config.vocab_size, max_counted=max_counted
-        ).view(targets.shape)
+            h, head, targets.flatten(), vocab_size=self.config.vocab_size, max_counted=max_counted,
+            keep_bytes=self.keep_logits_bytes,
+        ).view(targets.shape)  # fmt: skip
+
+
+def keep_what_fits(model: Transformer, tokens: int, memory_bytes: int, itemsize: int) -> None:
+    """Keep what the backward would otherwise compute again, where half of a GPU's memory has room for it.
+
+    That is SwiGLU's product and, behind logprobs(), logits, beside 16 bytes a parameter and the activations of `tokens`
+    tokens, itemsize bytes a number. Called once, before a step is compiled, with the GPU's whole memory: what is free at the
+    moment would make one run differ from the next. Where activations are recomputed, memory is short.
+    """
+    c = model.config
+    numbers = 4 * c.dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 2 * c.ffn_dim  # of a token in a layer
+    product = tokens * c.n_layers * c.ffn_dim * itemsize
+    room = memory_bytes // 2 - 16 * count_parameters(c) - tokens * c.n_layers * numbers * itemsize
+    keep = product <= room and not model.checkpoint_activations
+    for block in cast(Iterable[Block], model.blocks):
+        block.keep_product = keep
+    model.keep_logits_bytes = max(0, room - product if keep else room)
 
 
 @torch.no_grad()

@@ -248,19 +248,28 @@ def showing_bytes(console: Console) -> Iterator[Callable[[int, int | None, int],
 
 
 def keep_lines(path: Path, last_step: int) -> list[float]:
-    """Drop the JSON lines after last_step (they will be made again) and return the training losses that stay."""
+    """Drop the JSON lines after last_step (they will be made again) and return the training losses that stay.
+
+    A line that a kill cut short, or that was damaged, goes too.
+    """
     if not path.is_file():
         return []
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if whole(line, last_step)]
+    with files.disk_errors("read", path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = {line: parsed(line) for line in lines}
+    kept = [line for line in lines if 0 <= rows[line].get("step", -1) <= last_step]
     files.write_text(path, "".join(line + "\n" for line in kept))
-    return [row["loss"] for row in map(json.loads, kept) if "loss" in row]
+    return [rows[line]["loss"] for line in kept if "loss" in rows[line]]
 
 
-def whole(line: str, last_step: int) -> bool:
+def parsed(line: str) -> dict[str, Any]:
+    """A line of metrics; empty where it is none."""
     try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError):  # the line a kill cut short
-        return False
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    whole = isinstance(row, dict) and type(row.get("step")) is int
+    return row if whole and isinstance(row.get("loss", 0.0), float) else {}
 
 
 def tensorboard_writer(run: Path) -> Any:

@@ -1,8 +1,8 @@
-"""JSON values as dataclasses: every field is there and has its type, or one sentence says what is wrong.
+"""JSON values as dataclasses: every field has its type, or one sentence says what is wrong.
 
-A class states what it expects by its annotations: int, float, str, bool, Literal, list[T], dict[str, T]
-and other dataclasses. An int is at least 0 and below 2^63, a float is finite. Fields that a class does not
-name are passed over, so that a later version may add some.
+A class states what it expects by its annotations: int, float, str, bool, Literal, list[T],
+dict[str, T] and other dataclasses. An int is at least 0 and below 2^63, a float is finite. Fields
+that a class does not name are passed over, so that a later version may add some.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from fastlm.errors import UserError
 
 T = TypeVar("T")
 
-MAX_BYTES = 40 << 20  # of a file: a tokenizer of 256,000 tokens fits, and no JSON of this size takes 500 MB
+# Of a file: a tokenizer of 256,000 tokens fits, and no JSON of this size takes 500 MB.
+MAX_BYTES = 40 << 20
 
 
 class SchemaError(ValueError):
-    """A value is not what its class says; the message names the field, what it holds and what was expected."""
+    """A value is not what its class says: which field, what it holds and what was expected."""
 
 
 def parse(kind: type[T], value: Any, name: str = "") -> T:
@@ -45,15 +46,16 @@ def read_json(file: Path, kind: type[T], mend: str) -> T:
 def read_object(file: Path, mend: str) -> dict[str, Any]:
     """The JSON object in a file, whatever its fields hold.
 
-    mend: what a user can do about a damaged file. Raises UserError where the file cannot be read, is not a regular file,
-    is larger than MAX_BYTES, or is not a JSON object.
+    mend: what a user can do about a damaged file. Raises UserError where the file cannot be read,
+    is not a regular file, is larger than MAX_BYTES, or is not a JSON object.
     """
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{file}: not a regular file; {mend}")
         if status.st_size > MAX_BYTES:
-            raise UserError(f"{file}: {status.st_size:,} bytes, expected at most {MAX_BYTES:,}; {mend}")
+            size = f"{status.st_size:,} bytes, expected at most {MAX_BYTES:,}"
+            raise UserError(f"{file}: {size}; {mend}")
         value = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file}: unreadable ({error.strerror or error}); {mend}") from error
@@ -83,31 +85,38 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             _refuse(name, value, "an object")
         _, item = typing.get_args(kind)
-        return {key: _convert(item, part, f"{name}.{ascii(key)[1:-1][:40]}") for key, part in value.items()}
+        places = [f"{name}.{ascii(key)[1:-1][:40]}" for key in value]
+        parts = zip(value.items(), places, strict=True)
+        return {key: _convert(item, part, place) for (key, part), place in parts}
     if kind is str:
         return _text(value, name)
     if kind is bool:
         return value if isinstance(value, bool) else _refuse(name, value, "true or false")
     if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
-        return float(value) if number and math.isfinite(value) else _refuse(name, value, "a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # The comparison comes first: a whole number may be too large to be a float.
+        if number and abs(value) <= 1e300 and math.isfinite(value):
+            return float(value)
+        _refuse(name, value, "a finite number")
     assert kind is int, f"{name}: a field of type {kind}"
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and 0 <= value < 1 << 63 else _refuse(name, value, "a whole number from 0 to 2^63 - 1")
+    if whole and 0 <= value < 1 << 63:
+        return value
+    _refuse(name, value, "a whole number from 0 to 2^63 - 1")
 
 
 def _convert_fields(kind: type, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         _refuse(name, value, "an object")
     hints = typing.get_type_hints(kind)
-    found = {}
+    values = {}
     for field in dataclasses.fields(kind):
         place = f"{name}.{field.name}" if name else field.name
         if field.name in value:
-            found[field.name] = _convert(hints[field.name], value[field.name], place)
+            values[field.name] = _convert(hints[field.name], value[field.name], place)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SchemaError(f"no field {place}, expected one")
-    return kind(**found)
+    return kind(**values)
 
 
 def _text(value: Any, name: str) -> str:

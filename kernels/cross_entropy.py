@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, cpu_kernel, jit, tl
+from fastlm.kernels.common import accumulation_dtype, cdiv, cpu_kernel, jit, next_power_of_2, tl
 
 
 def _logits_reference(logits: Tensor, softcap: float, vocab_size: int) -> Tensor:
@@ -80,9 +80,10 @@ def cross_entropy_backward_reference(
 
 
 @jit()
-def _load_logits(pointers, mask, SOFTCAP: tl.constexpr):
-    """Logits in fp32, capped; -inf outside the mask."""
-    v = tl.load(pointers, mask=mask, other=float("-inf")).to(tl.float32)
+def _load_logits(pointers, mask, SOFTCAP: tl.constexpr, LAST_READ: tl.constexpr):
+    """Logits in fp32, capped; -inf outside the mask. LAST_READ: the L2 cache may drop them first."""
+    POLICY: tl.constexpr = "evict_first" if LAST_READ else ""
+    v = tl.load(pointers, mask=mask, other=float("-inf"), eviction_policy=POLICY).to(tl.float32)
     if SOFTCAP > 0:
         v = SOFTCAP * (1.0 - 2.0 / (tl.exp(v * (2.0 / SOFTCAP)) + 1.0))  # cap tanh(v / cap)
         v = tl.where(mask, v, float("-inf"))
@@ -110,11 +111,16 @@ def _rows_kernel(
     IGNORE: tl.constexpr, STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, WIDTH: tl.constexpr, VOCAB: tl.constexpr,
     Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
     WRITE_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr, HAS_DLOSS: tl.constexpr,
-    ALIGN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, LANE_WIDTH: tl.constexpr,
+    LOSS_STEPS: tl.constexpr, GRAD_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One row: its bulk in 32-byte aligned, 16-byte wide accesses; the columns before and after the bulk as `edges`."""
+    """One row: its bulk in 32-byte aligned, 16-byte wide accesses; the columns before and after the bulk as `edges`.
+
+    Tiles of the bulk are (steps, LANES, LANE_WIDTH): each lane loads LANE_WIDTH columns in each step.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
+    COLUMNS: tl.constexpr = LANES * LANE_WIDTH  # of one step
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i)
     counted = target != IGNORE
@@ -130,23 +136,24 @@ def _rows_kernel(
     e = tl.arange(0, 2 * ALIGN)
     edge = tl.where(e < ALIGN, e, head + bulk + e - ALIGN)  # columns
     edge_mask = ((e >= ALIGN) | (e < head)) & (edge < read)
-    edges = _load_logits(logits + start + edge, edge_mask, SOFTCAP)
+    edges = _load_logits(logits + start + edge, edge_mask, SOFTCAP, False)
     picked = tl.load(logits + start + target, mask=valid, other=float("nan")).to(tl.float32)
-    offsets = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    step = tl.arange(0, LANES)[None, :, None] * LANE_WIDTH + tl.arange(0, LANE_WIDTH)[None, None, :]
 
     if WRITE_LOSS:
-        m = tl.full((C,), float("-inf"), tl.float32)  # the running maximum, in units of ln 2: exp2 needs no scaling
-        s = tl.zeros((C,), tl.float32)
-        total = tl.zeros((C,), tl.float32)
-        for k in range(0, bulk, R * C):
+        offsets = tl.arange(0, LOSS_STEPS)[:, None, None] * COLUMNS + step
+        m = tl.full((LANES,), float("-inf"), tl.float32)  # the running maximum, in units of ln 2: exp2 needs no scaling
+        s = tl.zeros((LANES,), tl.float32)
+        total = tl.zeros((LANES,), tl.float32)
+        for k in range(0, bulk, LOSS_STEPS * COLUMNS):
             mask = k + offsets < bulk
-            v = _load_logits(row + k + offsets, mask, SOFTCAP)
-            larger = tl.maximum(m, tl.max(v, 0) * LOG2E)
+            v = _load_logits(row + k + offsets, mask, SOFTCAP, not WRITE_GRAD)
+            larger = tl.maximum(m, tl.max(tl.max(v, 2), 0) * LOG2E)
             pivot = tl.where(larger == float("-inf"), 0.0, larger)
-            s = s * tl.exp2(m - pivot) + tl.sum(tl.exp2(v * LOG2E - pivot[None, :]), 0)
+            s = s * tl.exp2(m - pivot) + tl.sum(tl.sum(tl.exp2(v * LOG2E - pivot[None, :, None]), 2), 0)
             m = larger
             if SMOOTHING > 0:
-                total += tl.sum(tl.where(mask, v, 0.0), 0)
+                total += tl.sum(tl.sum(tl.where(mask, v, 0.0), 2), 0)
         top = tl.maximum(tl.max(m, 0), tl.max(edges, 0) * LOG2E)
         pivot = tl.where(top == float("-inf"), 0.0, top)
         z = tl.sum(s * tl.exp2(m - pivot), 0) + tl.sum(tl.exp2(edges * LOG2E - pivot), 0)
@@ -178,16 +185,26 @@ def _rows_kernel(
         tl.debug_barrier()  # out may be logits: every warp has its copy of the edges before one of them is overwritten
         if OUT_STRIDE % ALIGN == STRIDE % ALIGN:
             to_bulk = out + tl.multiple_of(i * OUT_STRIDE + head, ALIGN)
-        for k in range(0, bulk, R * C):
+        offsets = tl.arange(0, GRAD_STEPS)[:, None, None] * COLUMNS + step
+        for k in range(0, bulk, GRAD_STEPS * COLUMNS):
             mask = k + offsets < bulk
-            v = _load_logits(row + k + offsets, mask, SOFTCAP)
+            v = _load_logits(row + k + offsets, mask, SOFTCAP, True)
             g = _dlogits(v, offsets, target - head - k, lse2, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
-            tl.store(to_bulk + k + offsets, g.to(dtype), mask=mask)
+            tl.store(to_bulk + k + offsets, g.to(dtype), mask=mask, eviction_policy="evict_first")
         g = _dlogits(edges, edge, target, lse2, upstream, scale, SMOOTHING, SOFTCAP, VOCAB)
         tl.store(to + edge, g.to(dtype), mask=edge_mask)
-        for k in range(read, WIDTH, C):  # padding columns, or the whole of an ignored row
-            j = k + tl.arange(0, C)
-            tl.store(to + j, tl.zeros((C,), dtype), mask=j < WIDTH)
+        for k in range(read, WIDTH, COLUMNS):  # padding columns, or the whole of an ignored row
+            j = k + tl.arange(0, COLUMNS)
+            tl.store(to + j, tl.zeros((COLUMNS,), dtype), mask=j < WIDTH)
+
+
+def row_warps(row_bytes: int) -> int:
+    """Warps of a row's program: so many that the rows in flight fit in the L2 cache, where their second read finds them.
+
+    One for each 6,400 bytes of the row, at most 32. A multiprocessor runs 48 warps of 40 registers a thread, so that at
+    most 307 KB of rows are in flight on it: 41 MB on an H100, whose L2 cache has 52. docs/kernels.md counts them.
+    """
+    return min(32, next_power_of_2(cdiv(row_bytes, 6400)))
 
 
 def launch_rows(
@@ -202,20 +219,21 @@ def launch_rows(
     """Fill loss and lse, unless loss is empty; fill out with the logits' gradient, unless it is None. out may be
     logits itself.
 
-    Rows are read in tiles of 4 x C, a 16-byte load of each of a lane's 4 rows: the running maximum is kept per column
-    of the tile, so that rescaling costs a quarter of an exponential per logit and no communication until the row's
-    end.
+    Each lane keeps a running maximum of its own, so that rescaling costs an exponential for 16 logits of 16 bits and
+    no communication until the row's end. The second pass of a program that makes both loss and gradient reads one step at
+    a time: its loads come from the L2 cache, and more would take more registers than the first pass.
     """
     ignore_index, z_loss, label_smoothing, softcap, vocab_size = options
     n, width = logits.shape
-    warps = 4 if vocab_size > 4096 else 1
+    warps = row_warps(vocab_size * logits.element_size())
+    write_loss = loss.numel() > 0
     if n:
         _rows_kernel[(n,)](
             logits, targets.contiguous(), loss, lse, lse if dloss is None else dloss, logits if out is None else out,
             0 if dloss is None else dloss.stride(0), ignore_index, logits.stride(0),
             (logits if out is None else out).stride(0), width, vocab_size, z_loss, label_smoothing, softcap,
-            loss.numel() > 0, out is not None, dloss is not None, 32 // logits.element_size(), 4,
-            warps * 512 // logits.element_size(), num_warps=warps,
+            write_loss, out is not None, dloss is not None, 32 // logits.element_size(), 32 * warps,
+            16 // logits.element_size(), 2, 1 if write_loss else 2, num_warps=warps,
         )  # fmt: skip
 
 

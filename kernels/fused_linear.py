@@ -109,17 +109,18 @@ class _NormLinear(torch.autograd.Function):
 
 class _SwigluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight, dtype):
-        w = weight.to(dtype)
-        ctx.save_for_backward(gate_up, w)
+    def forward(ctx, gate_up, weight, dtype, keep_product):
+        w, y = weight.to(dtype), _swiglu(gate_up).to(dtype)
+        ctx.save_for_backward(gate_up, w, y if keep_product else None)
         ctx.weight_dtype = weight.dtype
-        return F.linear(_swiglu(gate_up).to(dtype), w)
+        return F.linear(y, w)
 
     @staticmethod
     def backward(ctx, dz):
-        gate_up, w = ctx.saved_tensors
-        dgate_up, y = _swiglu_backward(dz @ w, gate_up, True)
-        return dgate_up, _weight_gradient([_flat(dz)], _flat(y.to(dz.dtype))).to(ctx.weight_dtype), None
+        gate_up, w, y = ctx.saved_tensors
+        dgate_up, again = _swiglu_backward(dz @ w, gate_up, y is None)
+        y = again.to(dz.dtype) if y is None else y
+        return dgate_up, _weight_gradient([_flat(dz)], _flat(y)).to(ctx.weight_dtype), None, None
 
 
 @overload
@@ -159,12 +160,13 @@ def add_rms_norm_linear(x: Tensor, residual: Tensor, norm_weight: Tensor, eps: f
     return _NormLinear.apply(x, residual, norm_weight, eps, weight, matmul_dtype(x))
 
 
-def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """swiglu(gate_up) W^T without saving swiglu(gate_up): z = (silu(gate) * up) W^T.
+def swiglu_linear(gate_up: Tensor, weight: Tensor, keep_product: bool = False) -> Tensor:
+    """swiglu(gate_up) W^T: z = (silu(gate) * up) W^T.
 
-    gate_up (..., 2F), gate first; weight (O, F); z (..., O) in gate_up's dtype, or autocast's. Raises ValueError on
-    shapes that do not fit.
+    gate_up (..., 2F), gate first; weight (O, F); z (..., O) in gate_up's dtype, or autocast's. keep_product: save
+    swiglu(gate_up) for the backward, F numbers a row, which otherwise writes it again; the same bits either way. Raises
+    ValueError on shapes that do not fit.
     """
     if gate_up.shape[-1] != 2 * weight.shape[1]:
         raise ValueError(f"swiglu_linear: gate_up is {gate_up.shape[-1]} wide, expected {2 * weight.shape[1]}, twice weight's")
-    return _SwigluLinear.apply(gate_up, weight, matmul_dtype(gate_up))
+    return _SwigluLinear.apply(gate_up, weight, matmul_dtype(gate_up), keep_product)

@@ -21,6 +21,8 @@ TARGETS = {
     **{f"sm_{n}": ("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},
     "gfx942": ("hip", "gfx942", 64),
 }
+# Multiprocessors and bytes of L2 cache of an A100, an H100 and a B200: 64 warps and 65,536 registers to a multiprocessor.
+DEVICES = {"sm_80": (108, 40 << 20), "sm_90": (132, 50 << 20), "sm_100": (148, 126 << 20)}
 NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -120,6 +122,13 @@ def read_binary(launch: Launch, target: str) -> Binary:
     registers, stack = _resources(built.asm["cubin"])
     fp64, atomics = len(re.findall(r"\.f64\b", text)), len(re.findall(r"\b(?:atom|red)\.", text))
     return Binary(name, registers, stack, shared, bits("ld"), bits("st"), fp64, atomics)
+
+
+def programs_in_flight(built: Binary, num_warps: int, target: str) -> int:
+    """Programs of a launch that one of DEVICES runs at a time, by its warps and registers (given out 8 a thread at a time)."""
+    threads = 32 * num_warps
+    by_registers = 65536 // (threads * -(-built.registers // 8) * 8)
+    return DEVICES[target][0] * min(by_registers, 64 // num_warps)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

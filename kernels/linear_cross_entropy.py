@@ -5,8 +5,8 @@
 
 h: (N, D); W: (V, D); bias: (V,). The matmuls run in h's dtype (autocast's, where it is on); loss and lse are fp32.
 "sum" and "mean": the forward leaves dh and dW ready, so that a step takes 3 matmuls; the backward scales them.
-"none" (and linear_logprobs): the forward keeps lse, the backward makes each chunk's logits again: 4 matmuls. On a CPU
-KEPT_BYTES of logits are kept, and not made again: between 3 and 4 matmuls.
+"none" (and linear_logprobs): the forward keeps lse, the backward makes each chunk's logits again: 4 matmuls. Where keep_bytes
+allows it, logits are kept and not made again: between 3 and 4 matmuls.
 On a CPU, rows whose target is ignored are dropped before the matmul. Elsewhere that would need the count on the host,
 hence a synchronisation: pass max_counted, a bound the host knows, and only that many rows are multiplied.
 Beside the matmuls, in chunk-of-logits-sized passes: 2 reads and 1 write in the fused forward; 1 read in a forward
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import cpu
-from fastlm.kernels.common import accumulation_dtype, cpu_kernel, matmul_dtype
+from fastlm.kernels.common import accumulation_dtype, cdiv, cpu_kernel, matmul_dtype
 from fastlm.kernels.cross_entropy import (
     check_options,
     cross_entropy_backward_reference,
@@ -32,18 +32,33 @@ from fastlm.kernels.cross_entropy import (
     mean_over_counted,
 )
 
-# Bytes of logits at a time, where the caller does not say: 256 MiB; on a CPU as many rows as there are columns in the weight,
-# so that the logits take what the weight takes, but 256 to 512, and 50 to 200 MiB. There 512 rows of 50,257 take
-# 2 to 5% less time than 256 and 15% less than 128 (D = 256).
+# Bytes of logits at a time, where the caller does not say. On a GPU 256 MiB, or a 64th of its memory where that is more. On a
+# CPU as many rows as there are columns in the weight, so that the logits take what the weight takes, but 256 to 512, and 50 to
+# 200 MiB. There 512 rows of 50,257 take 2 to 5% less time than 256 and 15% less than 128 (D = 256).
 CHUNK_BYTES = 256 << 20
 
-# Bytes of logits that the forward of "none" keeps for its backward on a CPU.
+# The part of dh that one multiprocessor computes at a time in the matmuls of cuBLAS, rows and columns.
+TILE = (128, 256)
+
+# Bytes of logits that the forward of "none" keeps for its backward on a CPU, where the caller does not say.
 KEPT_BYTES = 256 << 20
 
 
 def cpu_chunk_bytes(width: int, depth: int, element_size: int) -> int:
     rows = max(256, min(depth, 512))
     return max(50 << 20, min(200 << 20, rows * width * element_size))
+
+
+def gpu_chunk_rows(n: int, row_bytes: int, depth: int, memory_bytes: int, multiprocessors: int) -> int:
+    """Rows of logits in a chunk on such a GPU: as many as fill all of its multiprocessors with tiles of dh (n, depth), a whole
+    number of times, within a 64th of its memory. Where not even one such wave fits, as many as fit in 256 MiB.
+
+    It depends on the GPU's size and not on what is free at the moment: another chunk is another order of dW's additions, so
+    that a second run would not give the same bits.
+    """
+    most = max(CHUNK_BYTES, memory_bytes // 64) // row_bytes
+    wave = max(1, multiprocessors // cdiv(depth, TILE[1])) * TILE[0]
+    return min(n, most // wave * wave) if most >= wave else chunk_rows(n, row_bytes, CHUNK_BYTES)
 
 
 # A row kernel takes (logits (n, V), targets (n,), loss (n,), lse (n,), dloss (n,) or None, write_loss, grad (n, V) or None,
@@ -110,10 +125,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
-def chunk_rows(n: int, width: int, element_size: int, chunk_bytes: int) -> int:
+def rows_at_a_time(h: Tensor, width: int, chunk_bytes: int) -> int:
+    """Rows of logits in a chunk for h (N, D): what fits in chunk_bytes, or where that is 0 what suits the device."""
+    row_bytes = width * h.element_size()
+    if chunk_bytes == 0 and h.is_cuda:
+        gpu = torch.cuda.get_device_properties(h.device)
+        return gpu_chunk_rows(len(h), row_bytes, h.shape[1], gpu.total_memory, gpu.multi_processor_count)
+    if chunk_bytes == 0:
+        chunk_bytes = cpu_chunk_bytes(width, h.shape[1], h.element_size())
+    return chunk_rows(len(h), row_bytes, chunk_bytes)
+
+
+def chunk_rows(n: int, row_bytes: int, chunk_bytes: int) -> int:
     """Rows of logits in a chunk: as many as fit in chunk_bytes, in multiples of 128 where that leaves any, evenly
     spread over n."""
-    most = max(1, chunk_bytes // (width * element_size))
+    most = max(1, chunk_bytes // row_bytes)
     if most < 128:
         return most
     chunks = max(1, -(-n // (most // 128 * 128)))
@@ -156,7 +182,7 @@ def run_chunks(
     dw = make(weight.shape if need_dw else (0,), dtype=acc, device=h.device)
     db = torch.zeros(width if need_dw and bias is not None else 0, dtype=acc, device=h.device)
     w, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
-    size = chunk_rows(n, width, h.element_size(), chunk_bytes)
+    size = rows_at_a_time(h, width, chunk_bytes)
     buffer = room(h, min(size, n), width)[:, :width]
     for start in range(0, n, size):
         at = slice(start, min(start + size, n))
@@ -357,6 +383,7 @@ def linear_nll(
     reduction: str,
     chunk_bytes: int | None,
     max_counted: int | None,
+    keep_bytes: int | None,
 ) -> Tensor:
     """The loss of each row ("none"), or their sum; the checks and the dtype rules of linear_cross_entropy and
     linear_logprobs."""
@@ -370,15 +397,14 @@ def linear_nll(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias {tuple(bias.shape)} must be (V,) = ({len(weight)},)")
     h = h.to(matmul_dtype(h))
-    on_cpu, row = h.device.type == "cpu", len(weight) * h.element_size()
-    kept_bytes = KEPT_BYTES if on_cpu and chunk_bytes is None else 0
-    if chunk_bytes is None:
-        chunk_bytes = cpu_chunk_bytes(len(weight), weight.shape[1], h.element_size()) if on_cpu else CHUNK_BYTES
-    args = (h, weight, bias, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size, chunk_bytes)
+    if keep_bytes is None:
+        keep_bytes = KEPT_BYTES if h.device.type == "cpu" and chunk_bytes is None else 0
+    args = (h, weight, bias, targets, ignore_index, z_loss, label_smoothing, softcap, vocab_size, chunk_bytes or 0)
     limit, grad = -1 if max_counted is None else max_counted, torch.is_grad_enabled()
     need_dh, need_dw = h.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad)
     if reduction == "none":
-        kept_rows = min(len(h), kept_bytes // row) if grad and (need_dh or need_dw) else 0
+        most = len(h) if max_counted is None else min(len(h), max_counted)
+        kept_rows = min(most, keep_bytes // (len(weight) * h.element_size())) if grad and (need_dh or need_dw) else 0
         return _linear_nll(*args, limit, kept_rows)[0]
     return _linear_cross_entropy(*args, limit, grad and need_dh, grad and need_dw)[0]
 
@@ -397,17 +423,20 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     max_counted: int | None = None,
+    keep_bytes: int | None = None,
 ) -> Tensor:
     """cross_entropy(h W^T + bias, targets) in nats, without ever holding the (N, V) logits: at most chunk_bytes of
-    them (None: 256 MiB, on a CPU 50 to 200).
+    them (None: 256 MiB or a 64th of the GPU's memory, on a CPU 50 to 200 MiB).
 
     h (N, D), weight (V, D), bias (V,), targets (N,) integers; columns from vocab_size on are padding. Returns fp32
-    whatever autocast says, a scalar, or (N,) for "none", whose forward on a CPU keeps 256 MiB more where chunk_bytes is None
-    and gradients are wanted; the matmuls run in h's dtype, or autocast's. dW is added up
-    in fp32. max_counted: the caller's promise that at most so many targets count; the others then cost no matmul (on
-    a CPU they never do). Gradients of gradients are not defined. Raises ValueError on shapes or options that do not
-    fit.
+    whatever autocast says, a scalar, or (N,) for "none". The matmuls run in h's dtype, or autocast's; dW is added up in
+    fp32. max_counted: the caller's promise that at most so many targets count; the others then cost no matmul (on a CPU
+    they never do). keep_bytes: so many bytes of logits, where gradients are wanted, does the forward of "none" keep for
+    the backward, which need not make them again and has the same bits (None: 256 MiB on a CPU if chunk_bytes is None,
+    none elsewhere). Gradients of gradients are not defined. Raises ValueError on shapes or options that do not fit.
     """
     options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
-    loss = linear_nll("linear_cross_entropy", h, weight, bias, targets, options, reduction, chunk_bytes, max_counted)
+    loss = linear_nll(
+        "linear_cross_entropy", h, weight, bias, targets, options, reduction, chunk_bytes, max_counted, keep_bytes
+    )
     return mean_over_counted(loss, targets, ignore_index) if reduction == "mean" else loss

@@ -43,7 +43,7 @@ def _forward_kernel(gate_up, y, M, STRIDE: tl.constexpr, F: tl.constexpr, ROWS: 
     mask = (row < M) & (j < F)
     gate = tl.load(gate_up + row * STRIDE + j, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * STRIDE + F + j, mask=mask, other=0.0).to(tl.float32)
-    silu = gate / (1.0 + tl.exp(-gate))
+    silu = gate * (1.0 / (1.0 + tl.exp(-gate)))  # rounded as in the backward, which may write the product again
     tl.store(y + row * F + j, (silu * up).to(y.dtype.element_ty), mask=mask)
 
 

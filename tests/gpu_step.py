@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT.parent / "shared" / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpuless")]
 
-from gpucompile import compile_for_gpu  # noqa: E402
+from gpucompile import DEVICE, compile_for_gpu  # noqa: E402
 from gpurun import run_for_gpu  # noqa: E402
 
 import fastlm.kernels.flops  # noqa: E402, F401
@@ -21,9 +21,9 @@ from fastlm.config import PRESETS  # noqa: E402
 from fastlm.model import Transformer, build  # noqa: E402
 
 
-def training_step(model, autocast: bool):
+def training_step(model, autocast: bool, device: str = "cpu"):
     def step(tokens, targets):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return model.loss(tokens, targets, 1e-4) / targets.numel()
 
     return step
@@ -38,11 +38,11 @@ def compile_only(preset: str, rows: int, length: int, checkpoint_activations: bo
         ids = torch.empty(rows, length, dtype=torch.long)
         return ids, ids.clone()
 
-    report = compile_for_gpu(lambda *batch: training_step(box["model"], True)(*batch), inputs)
+    report = compile_for_gpu(lambda *batch: training_step(box["model"], True, DEVICE.type)(*batch), inputs)
     return {
         "graphs": [g.which for g in report.graphs],
         "saved_gb": report.graphs[0].saved_bytes / 1e9,
-        "matmul_tflop": sum(flops for g in report.graphs for *_, flops in g.nodes) / 1e12,
+        "matmul_tflop": sum(node.flops for g in report.graphs for node in g.nodes) / 1e12,
         "custom_ops": sorted(report.custom_ops()),
     }
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RMS, ROPE, SWI, CE = "rms_norm", "rope", "swiglu", "cross_entropy"
-LIN, FUSED, EMB = "linear_cross_entropy", "fused_linear", "embedding"
+LIN, FUSED, EMB, UPD = "linear_cross_entropy", "fused_linear", "embedding", "updates"
 
 # (file, fault, the code, what it becomes)
 FAULTS = [
@@ -44,7 +44,7 @@ FAULTS = [
     (ROPE, "positions not bounded above", " & (everywhere < N_POSITIONS)", ""),
     (ROPE, "batch stride forgotten", "q + b * q_batch + t * q_token", "q + t * q_token"),
     (ROPE, "k's heads counted as q's", "g * K_HEAD + j", "g * Q_HEAD + j + (H - HKV)"),
-    (SWI, "gate and up exchanged", "silu = gate / (1.0 + tl.exp(-gate))", "silu = up / (1.0 + tl.exp(-up))"),
+    (SWI, "gate and up exchanged", "silu = gate * (1.0 / (1.0 + tl.exp(-gate)))", "silu = up * (1.0 / (1.0 + tl.exp(-up)))"),
     (SWI, "derivative of the sigmoid dropped", "(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
     (SWI, "sign in the derivative", "silu * (1.0 - sigmoid))", "silu * (1.0 + sigmoid))"),
     (SWI, "d up without the gate", "(g * silu).to(dgate_up", "(g * sigmoid).to(dgate_up"),
@@ -55,10 +55,8 @@ FAULTS = [
     (CE, "z-loss always on", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream * (1.0 + 2e-3 * lse)"),
     (CE, "z-loss not in the gradient", "scale = upstream * (1.0 + 2.0 * Z_LOSS * lse)", "scale = upstream + 0.0 * lse"),
     (CE, "edges not in the sum", "+ tl.sum(tl.exp2(edges * LOG2E - pivot), 0)", ""),
-    (CE, "last block skipped", "        for k in range(0, bulk, R * C):\n            mask = k + offsets < bulk\n"
-     "            v = _load_logits(row + k + offsets, mask, SOFTCAP)\n            larger",
-     "        for k in range(0, bulk - R * C, R * C):\n            mask = k + offsets < bulk\n"
-     "            v = _load_logits(row + k + offsets, mask, SOFTCAP)\n            larger"),
+    (CE, "last block skipped", "for k in range(0, bulk, LOSS_STEPS", "for k in range(0, bulk - COLUMNS, LOSS_STEPS"),
+    (CE, "last block's gradient skipped", "for k in range(0, bulk, GRAD_STEPS", "for k in range(0, bulk - COLUMNS, GRAD_STEPS"),
     (CE, "running maximum not rescaled", "s = s * tl.exp2(m - pivot) + tl.sum", "s = s + tl.sum"),
     (CE, "padding columns counted", "read = tl.where(counted, VOCAB, 0)", "read = tl.where(counted, WIDTH, 0)"),
     (CE, "ignored rows counted", "counted = target != IGNORE", "counted = target != IGNORE - 1"),
@@ -74,8 +72,26 @@ FAULTS = [
     (LIN, "upstream scales dh only", "(saved[i] * dloss)", "(saved[i] * (dloss if i == 0 else 1))"),
     (FUSED, "norm's sum gradient dropped", "total, norm_weight, rstd, dsum, True)", "total, norm_weight, rstd, None, True)"),
     (EMB, "a tied table's rows forgotten", ".index_add_(0, ids.flatten(), dy.flatten(0, -2))", ""),
+    (UPD, "last element skipped", "return t, element, element < size", "return t, element, element < size - 1"),
+    (UPD, "a step to leave out taken", "        size = tl.where(tl.load(skip) == 0.0, size, 0)\n", "        size = size\n"),
+    (UPD, "last partial sum skipped", "mask=i < count", "mask=i < count - 1"),
+    (UPD, "factor not bounded", "tl.where(factor > 1.0, 1.0, factor) * unit", "factor * unit"),
+    (UPD, "scale left in the factor", "tl.where(factor > 1.0, 1.0, factor) * unit", "tl.where(factor > 1.0, 1.0, factor)"),
+    (UPD, "infinity not found", 'tl.where(norm < float("inf"), 0.0, 1.0)', "0.0"),
+    (UPD, "no Nesterov", "u = (g + momentum * (m - g))", "u = m"),
+    (UPD, "momentum of what is not clipped", "        g *= tl.load(factor)\n    average = _at(averages, t, ALIGNED) + i\n"
+     "    m = tl.load(average, mask=touched, other=0.0)\n    m += (1.0 - momentum)",
+     "        g *= 1.0\n    average = _at(averages, t, ALIGNED) + i\n"
+     "    m = tl.load(average, mask=touched, other=0.0)\n    m += (1.0 - momentum)"),
+    (UPD, "norm of another matrix", "first = tl.program_id(0) - tl.load(", "first = 0 * tl.load("),
+    (UPD, "norm of zero not bounded", "tl.where(norm > 1e-7, norm, 1e-7)", "norm"),
+    (UPD, "no weight decay", "kept * p - (lr * tl", "p - (lr * tl"),
+    (UPD, "one scale for all", "(lr * tl.load(scales + t))", "(lr * tl.load(scales))"),
+    (UPD, "one rate for all", "lr = share * tl.load(rates + 2 * t)", "lr = share * tl.load(rates)"),
+    (UPD, "second moment not corrected", " / tl.sqrt(_one_minus_exp(step * log_beta2))", ""),
+    (UPD, "corrections in fp32's rounding", "tl.where(y > -0.5, -y * series, 1.0 - tl.exp(y))", "1.0 - tl.exp(y)"),
 ]  # fmt: skip
-TESTS = {file: file for file in (RMS, ROPE, SWI, CE, LIN, EMB)} | {FUSED: "registration"}
+TESTS = {file: file for file in (RMS, ROPE, SWI, CE, LIN, EMB, UPD)} | {FUSED: "registration"}
 
 # pytest on the copy: an editable installation's finder, which comes before the folder one is in, would give the project itself
 RUN = """

@@ -59,15 +59,17 @@ def tree() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     cu_seqlens_k = documents([*map(len, seen), 0, 0])[0]
     keys = [*itertools.chain(*seen), 0, 0, 0]
     cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(2)])
-    sharing = cu_seqlens_k, torch.tensor(keys), places_of(keys[:-3], len(document))
+    sharing = cu_seqlens_k, torch.tensor(keys), places_of(keys, len(document), 3)
     return cu_seqlens, sharing, document, torch.tensor(prompts)[document]
 
 
-def places_of(keys: list[int], tokens: int) -> Tensor:
-    """Where each token stands among the keys, (tokens, most), -1 where it stands less often."""
-    found = [[place for place, key in enumerate(keys) if key == token] for token in range(tokens)]
+def places_of(keys: list[int], tokens: int, unseen: int) -> Tensor:
+    """Where each token stands among the keys but the last ones, (tokens, most); else at the last."""
+    seen = keys[: len(keys) - unseen]
+    found = [[place for place, key in enumerate(seen) if key == token] for token in range(tokens)]
     most = max(map(len, found))
-    return torch.tensor([places + [-1] * (most - len(places)) for places in found])
+    nowhere = [len(keys) - 1]
+    return torch.tensor([places + nowhere * (most - len(places)) for places in found])
 
 
 PACKED = {
@@ -271,7 +273,7 @@ def test_packed_attention_compiles_in_one_graph_with_gradients(backend):
     q, k, v = inputs(1, 12, 4, 2)
     cu_seqlens, _ = documents([5, 7])
     keys = [*range(5), 0, 1, 2, 3, 4, *range(5, 12), 0]
-    sharing = documents([5, 12])[0], torch.tensor(keys), places_of(keys[:-1], 12)
+    sharing = documents([5, 12])[0], torch.tensor(keys), places_of(keys, 12, 1)
 
     def step(q, k, v, cu_seqlens):
         plain = prepare(Documents(cu_seqlens, 12), q, backend)

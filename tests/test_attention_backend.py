@@ -14,7 +14,7 @@ from fastlm import attention_backend as module
 from fastlm.attention_backend import choose
 from fastlm.config import PRESETS, SftConfig
 from fastlm.errors import UserError
-from fastlm.train import loop, run
+from fastlm.train import run
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -148,7 +148,7 @@ def test_what_is_named_but_cannot_run_is_one_clear_line(machine, name, capabilit
 
 def test_xformers_is_not_compiled_with_packed_documents(machine, monkeypatch):
     machine(H100, XFORMERS)
-    monkeypatch.setattr(loop, "matmul_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(run, "matmul_dtype", lambda device: torch.bfloat16)
     cfg = SftConfig(attention="xformers")
     assert run.choose_attention(cfg, GPU, TINY, packed=True).backend == "xformers"
     compiled = dataclasses.replace(cfg, compile=True)

@@ -94,6 +94,66 @@ def test_a_path_names_a_run_or_a_checkpoint(tmp_path):
         checkpoint.locate(tmp_path / "nowhere")
 
 
+def test_a_step_past_a_million_is_the_newest(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(tmp_path / "checkpoints", step, steps=0)
+    assert checkpoint.locate(tmp_path).name == "step-1000000"
+    checkpoint.prune(tmp_path / "checkpoints", keep=1)
+    assert [p.name for p in checkpoint.steps_saved(tmp_path / "checkpoints")] == ["step-1000000"]
+
+
+def test_a_folder_without_its_state_is_no_checkpoint(tmp_path):
+    """As a kill in the middle of a removal leaves it, or a stranger's hand."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save(folder, step, float(step), steps=0)
+    (folder / "step-000002" / "state.json").unlink()
+    (folder / "step-x").mkdir()
+    assert checkpoint.locate(tmp_path).name == "step-000001"
+    assert checkpoint.best(folder) == (folder / "step-000001", 1.0)
+    checkpoint.prune(folder, keep=1)
+    assert [p.name for p in checkpoint.steps_saved(folder)] == ["step-000001"]
+
+
+def test_behind_a_damaged_checkpoint_the_one_before_serves(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save(folder, step, float(step), steps=0)
+    flip(folder / "step-000003" / "model.safetensors")
+    (folder / "step-000002" / "state.json").write_text("{")
+    place, state, problems = checkpoint.newest_whole(tmp_path)
+    assert (place.name, state["step"]) == ("step-000001", 1)
+    assert ["step-000003" in problems[0], "step-000002" in problems[1]] == [True, True]
+    assert checkpoint.best(folder) == (folder / "step-000001", 1.0)
+    flip(folder / "step-000001" / "model.safetensors")
+    with pytest.raises(UserError, match="has no whole checkpoint; start a new run.*step-000003"):
+        checkpoint.newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_trained_on(tmp_path, value):
+    path, model, optimizers = save(tmp_path, step=1)
+    state = {"step": 2, "validation_loss": None, "model": asdict(model.config)}
+    with torch.no_grad():
+        model.blocks[0].down.weight[1, 2] = value
+    words = "after step 2 the weights are not finite .*step-000001 is whole"
+    with pytest.raises(UserError, match=words):
+        checkpoint.save(tmp_path, model, named_state(optimizers), state)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    files.write_tensors(path / "model.safetensors", parameters)
+    edit(path, sha256={name: files.sha256(path / name) for name in checkpoint.FILES})
+    with pytest.raises(UserError, match="the weights are not finite"):
+        load_fresh(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path, value):
+    save(tmp_path, 1, 2.5, steps=0)
+    save(tmp_path, 2, value, steps=0)
+    assert checkpoint.best(tmp_path) == (tmp_path / "step-000001", 2.5)
+
+
 def load_fresh(path, **made):
     model, optimizers = trained(steps=0, **made)
     return checkpoint.load(path, model, named_state(optimizers))
@@ -106,13 +166,26 @@ def flip(path) -> None:
 
 
 DAMAGE = {
-    "one bit of the weights": (lambda p: flip(p / "model.safetensors"), "corrupted: its SHA-256"),
-    "one bit of the optimizer": (lambda p: flip(p / "optimizer.safetensors"), "corrupted: its SHA-256"),
-    "cut short": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:99]), "corrupted"),
-    "a file missing": (lambda p: (p / "optimizer.safetensors").unlink(), "not a whole checkpoint"),
-    "state cut short": (lambda p: (p / "state.json").write_text('{"step": 3, '), "not a whole checkpoint"),
-    "state without digests": (lambda p: (p / "state.json").write_text("{}"), "not a whole checkpoint"),
+    "one bit of the weights": (lambda p: flip(p / "model.safetensors"), "is damaged: its SHA-256"),
+    "one bit of the optimizer": (lambda p: flip(p / "optimizer.safetensors"), "is damaged: its SHA-256"),
+    "cut short": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:99]), "is damaged"),
+    "a file missing": (lambda p: (p / "optimizer.safetensors").unlink(), "could not read"),
+    "state cut short": (lambda p: (p / "state.json").write_text('{"step": 3, '), "not JSON"),
+    "state of another kind": (lambda p: (p / "state.json").write_text("[]"), "expected a JSON object"),
+    "state without digests": (lambda p: (p / "state.json").write_text("{}"), "lacks its step, or the digests"),
+    "digests emptied": (lambda p: edit(p, sha256={}), "lacks its step, or the digests"),
+    "a digest of another file": (lambda p: edit(p, sha256={"/dev/zero": ""}), "lacks its step, or the digests"),
+    "a position edited": (lambda p: edit(p, keep_digest=True, position=33), "was changed after it was written"),
+    "a step of text": (lambda p: edit(p, step="2"), "lacks its step, or the digests"),
 }
+
+
+def edit(path, keep_digest: bool = False, **changes) -> None:
+    """Change fields of the state, and its own digest too unless it is to be kept."""
+    state = json.loads((path / "state.json").read_text()) | changes
+    noted = state.pop("state_sha256")
+    noted = noted if keep_digest else checkpoint.digest_of(state)
+    (path / "state.json").write_text(json.dumps(state | {"state_sha256": noted}))
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -128,9 +201,8 @@ def test_damage_is_named(tmp_path, name):
 def test_a_file_that_is_not_safetensors_is_named(tmp_path):
     path, _, _ = save(tmp_path)
     (path / "model.safetensors").write_bytes(b"not safetensors at all")
-    state = json.loads((path / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = files.sha256(path / "model.safetensors")
-    (path / "state.json").write_text(json.dumps(state))
+    digests = {name: files.sha256(path / name) for name in checkpoint.FILES}
+    edit(path, sha256=digests)
     with pytest.raises(UserError, match="could not read"):
         load_fresh(path)
 

@@ -1,4 +1,4 @@
-"""Whole or not at all, at whatever moment the process ends; and each error of the disk is one line with a way out."""
+"""Whole or not at all, whenever the process ends; each error of the disk is one line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from fastlm import files
 from fastlm.errors import UserError
 
+Step = Callable[[], None]
 CALLS = ("replace", "rename", "fsync", "open", "mkdir", "unlink", "rmdir")
 
 
 def ended_at_call(number: int, action: Callable[[], None]) -> bool:
-    """Run the action in a process that dies before its system call of this number; whether it died there."""
+    """Run the action in a process that dies before its system call number `number`; if it did."""
     child = os.fork()
     if child == 0:
         left = number
@@ -48,8 +49,8 @@ def ended_at_call(number: int, action: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def deaths(action: Callable[[], None], prepare: Callable[[], None], check: Callable[[], None]) -> int:
-    """Let the action die at each of its system calls, each time from the prepared state; how many there were."""
+def deaths(action: Step, prepare: Step, check: Step) -> int:
+    """Let the action die at each of its system calls, each from the prepared state; how many."""
     for number in range(1000):
         prepare()
         died = ended_at_call(number, action)
@@ -71,7 +72,11 @@ def test_a_file_is_the_old_or_the_new_at_every_moment(tmp_path):
         assert visible(tmp_path) == ["a.json"]
         seen.add(json.loads(file.read_text())["value"])
 
-    n_calls = deaths(lambda: files.write_json(file, {"value": 2}), lambda: files.write_json(file, {"value": 1}), check)
+    n_calls = deaths(
+        lambda: files.write_json(file, {"value": 2}),
+        lambda: files.write_json(file, {"value": 1}),
+        check,
+    )
     assert n_calls >= 3
     assert seen == {1, 2}
     files.remove_leftovers(tmp_path)
@@ -105,10 +110,14 @@ def test_a_folder_that_is_replaced_is_never_half_of_each(tmp_path):
     folder = tmp_path / "folder"
 
     def check():
-        if folder.exists():  # for a moment there is none: the old one and the new one both lie beside it
+        # For a moment there is none: the old one and the new one both lie beside it.
+        if folder.exists():
             assert (folder / "a").read_text() == (folder / "sub" / "b").read_text()
 
-    assert deaths(lambda: write_folder(folder, "new"), lambda: write_folder(folder, "old"), check) > 8
+    def write(value: str) -> Step:
+        return lambda: write_folder(folder, value)
+
+    assert deaths(write("new"), write("old"), check) > 8
     assert (folder / "a").read_text() == "new"
     files.remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
@@ -120,7 +129,13 @@ def test_a_folder_that_is_removed_is_whole_or_gone_at_every_moment(tmp_path):
     def check():
         assert not folder.exists() or (folder / "sub" / "b").read_text() == "whole"
 
-    assert deaths(lambda: files.remove_folder(folder), lambda: write_folder(folder, "whole"), check) > 3
+    def remove():
+        files.remove_folder(folder)
+
+    def prepare():
+        write_folder(folder, "whole")
+
+    assert deaths(remove, prepare, check) > 3
     assert visible(tmp_path) == []
 
 
@@ -192,7 +207,10 @@ def test_every_error_of_the_disk_is_one_line_that_names_the_place_and_a_way_out(
 
 def test_an_error_without_a_number_keeps_its_words():
     line = "could not read a: short read; fetch it again"
-    with pytest.raises(UserError, match=line), files.disk_errors("read", Path("a"), "fetch it again"):
+    with (
+        pytest.raises(UserError, match=line),
+        files.disk_errors("read", Path("a"), "fetch it again"),
+    ):
         raise OSError("short read")
 
 
@@ -238,7 +256,7 @@ def write_tensors(file: Path) -> None:
     ],
 )
 def test_a_size_limit_is_named_and_leaves_nothing(tmp_path, write):
-    """The system's own refusal, in a process that may write 1,000 bytes a file: whatever library writes, it is named."""
+    """The system's own refusal, in a process that may write 1,000 bytes a file, is named."""
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -267,7 +285,12 @@ def test_leftovers_are_only_what_writers_leave(tmp_path):
     (tmp_path / ".b.12-0123abcd.old").write_text("x")
     files.remove_leftovers(tmp_path)
     files.remove_leftovers(tmp_path / "none")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.12-0123abcd.new.txt", ".hidden", "a.new", "step-000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".a.12-0123abcd.new.txt",
+        ".hidden",
+        "a.new",
+        "step-000001",
+    ]
 
 
 def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
@@ -294,5 +317,6 @@ def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
 
 
 def test_nothing_heavy_is_imported_until_it_is_needed():
-    code = "import sys; from fastlm import files; assert not {'numpy', 'torch', 'safetensors'} & set(sys.modules)"
+    heavy = "{'numpy', 'torch', 'safetensors'}"
+    code = f"import sys; from fastlm import files; assert not {heavy} & set(sys.modules)"
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0

@@ -14,12 +14,8 @@ from fastlm.config import PRESETS
 from fastlm.model import training_flops_per_token
 
 HERE = Path(__file__).resolve().parent
-TOOLS = HERE.parent.parent / "shared" / "tools"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not TOOLS.is_dir(), reason="the folder ../shared/tools, whose simulators these tests use, is absent"),
-]
+pytestmark = pytest.mark.slow
 
 FP32, BF16 = 2e-6, 1e-2  # relative, as errors of the loss and of each gradient
 COMPILED = {"tiny": ("tiny", 2, 64, False), "modern-253m": ("modern-253m", 32, 1024, False),

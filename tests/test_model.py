@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm.config import PRESETS, ModelConfig
 from fastlm.errors import UserError
-from fastlm.model import Transformer, build, count_parameters, initialise, training_flops_per_token
+from fastlm.model import Transformer, build, count_parameters, initialise, keep_what_fits, training_flops_per_token
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(vocab_size=501, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=64)
@@ -211,6 +211,30 @@ def test_activation_checkpointing_changes_nothing(backend):
         m.loss(tokens, targets, positions=positions, cu_seqlens=ends, max_seqlen=7).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
+
+
+def test_what_is_kept_for_the_backward_changes_nothing():
+    model = randomised(SMALL)
+    twin = copy.deepcopy(model)
+    tokens, targets = batch(SMALL)
+    keep_what_fits(twin, tokens.numel(), 80 << 30, 4)
+    assert twin.blocks[0].keep_product
+    for m in (model, twin):
+        (m.loss(tokens, targets) + m.logprobs(tokens, targets).square().sum()).backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+@pytest.mark.parametrize(
+    ("rows", "gib", "recompute", "keeps"),
+    [(32, 80, False, True), (128, 80, False, False), (32, 12, False, False), (1, 12, False, True), (32, 80, True, False)],
+)
+def test_more_is_kept_only_where_half_of_the_gpu_has_room(rows, gib, recompute, keeps):
+    with torch.device("meta"):
+        model = Transformer(PRESETS["modern-253m"], checkpoint_activations=recompute)
+    keep_what_fits(model, rows * 1024, gib << 30, 2)
+    assert [block.keep_product for block in model.blocks] == [keeps] * 12
+    assert (model.keep_logits_bytes > 0) == (keeps or recompute)
 
 
 @pytest.mark.slow

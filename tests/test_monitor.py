@@ -162,3 +162,13 @@ def test_sparkline_shows_the_course_in_at_most_its_width():
 def test_perplexity_is_exp_of_nats():
     assert perplexity(math.log(30)) == pytest.approx(30)
     assert perplexity(1e6) == math.inf
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "7", '{"step": "2"}', '{"step": 2, "loss": "low"}', '{"step": true}', "[" * 9999, "\ufffd"]
+)
+def test_a_damaged_line_of_metrics_goes_and_the_rest_stays(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 3.0}}\n{line}\n{{"step": 2, "loss": 2.5}}\n')
+    assert keep_lines(path, 5) == [3.0, 2.5]
+    assert path.read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n'

@@ -57,7 +57,7 @@ def dpo(cfg: DpoConfig) -> int:
     steps = batches(tuning, run.state["position"], reference_train)
     outcome = train_steps(run, steps, loss, validate, tuning.flops_per_token())
     next_commands = {
-        f"fastlm chat {run.folder}": "talk to run model",
+        f"fastlm chat {run.folder}": "talk to this model",
         f"fastlm export {run.folder} --to DIR": ("a folder that transformers, vLLM and llama.cpp load"),
     }
     return finish(run, outcome, lambda: say_result(run, outcome.monitor), next_commands)
@@ -92,7 +92,7 @@ def reference_of(tuning: Tuning[DpoConfig], reference: ReferencePass) -> tuple[n
 
 
 def batches(tuning: Tuning, position: int, reference: np.ndarray | None) -> Iterator[loop.Step]:
-    """Each step's micro-batches in run process and their number of pairs."""
+    """Each step's micro-batches in this process and their number of pairs."""
     for micro_batches in tuning.steps(position):
         real = sum(batch.real for batch in micro_batches)
         slots = sum(batch.x.numel() for batch in micro_batches)

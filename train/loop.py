@@ -199,7 +199,8 @@ def train(
 
 def improved(state: dict[str, Any], folder: Path) -> bool:
     """Whether this step's validation, if there was one, beats those of the checkpoints in the folder."""
-    return state["validation_loss"] is not None and state["validation_loss"] < checkpoint.best(folder)[1]
+    nats = state["validation_loss"]
+    return nats is not None and nats < checkpoint.best(folder)[1]
 
 
 def due(done: int, every: int, steps: int) -> bool:

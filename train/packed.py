@@ -21,7 +21,7 @@ from fastlm.model import Transformer, count_parameters, training_flops_per_token
 from fastlm.places import open_model
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed
-from fastlm.train.run import cache_folder, check_start, choose_attention
+from fastlm.train.run import cache_folder, check_start, choose_attention, settle_memory
 
 MAX_LEN = 512  # of an example, where the options do not say
 
@@ -118,6 +118,7 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     model.checkpoint_activations = cfg.checkpoint_activations
     attention = choose_attention(cfg, device, model.config, packed=True)
     model.attention_backend = attention.backend
+    settle_memory(model, device, distributed.micro_rows(cfg) * train.row_len)
     what = "pairs" if group > 1 else "examples"
     for line in (
         f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {distributed.devices(device)}",

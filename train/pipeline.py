@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastlm import checkpoint, files
 from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
-from fastlm.config.toml import load_run, to_toml
+from fastlm.config.toml import is_noted, load_run, to_toml
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
 from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_epoch
 from fastlm.data.prefetch import move
@@ -46,7 +46,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     options = to_toml(cfg)
     noted = out / "config.toml"
     if noted.is_file():
-        same = noted.read_text(encoding="utf-8") == options
+        same = is_noted(cfg, noted.read_text(encoding="utf-8"))
         check(same, f"{out} was begun with other options; give the same ones to go on, or choose another --out")
     else:
         check(not out.exists() or not any(out.iterdir()), f"{out} is not empty; choose another --out")
@@ -83,8 +83,9 @@ def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | Dpo
         shutil.rmtree(folder, ignore_errors=True)
         return stage(dataclasses.replace(cfg, out=str(folder)))
     begun = load_run(type(cfg), str(folder))
-    if checkpoint.read_state(saved[-1])["step"] >= begun.steps:
-        print(f"done: {saved[-1]}")
+    place, state, _ = checkpoint.newest_whole(folder)
+    if state["step"] >= begun.steps:
+        print(f"done: {place}")
         return 0
     return stage(dataclasses.replace(begun, resume=str(folder)))
 

@@ -13,16 +13,11 @@ from torch import Tensor
 
 from fastlm.bigram import MOST
 from fastlm.config import PretrainConfig, Sampling
-from fastlm.data.text.batches import (
-    IGNORED,
-    isolate_documents,
-    most_documents,
-    row_batch,
-    validation_batches,
-)
-from fastlm.data.text.mixture import Mixture
-from fastlm.data.text.shards import Settings, prepare
-from fastlm.data.text.tokens import TokenData, Tokens, unigram_perplexity
+from fastlm.data import IGNORED
+from fastlm.data.text.batches import isolate_documents, row_batch, validation_batches
+from fastlm.data.text.manifest import Settings
+from fastlm.data.text.prepare import prepare
+from fastlm.data.text.tokens import TokenData, TokenSource, token_counts, unigram_perplexity
 from fastlm.errors import check
 from fastlm.generate import generate
 from fastlm.kernels import cpu
@@ -39,6 +34,7 @@ from fastlm.train.run import (
     finish,
     resume_or_create,
     say_start,
+    settle_memory,
     train_steps,
 )
 from fastlm.train.shortlist import by_frequency, draw
@@ -69,6 +65,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     distributed.broadcast_parameters(model)
     attention = choose_attention(cfg, device, cfg.model, packed=cfg.isolate_documents)
     model.attention_backend = attention.backend
+    settle_memory(model, device, distributed.micro_rows(cfg) * cfg.seq_len)
     say_model_and_text(cfg, device, data)
     name = f"pretrain-{Path(cfg.recipe).stem}"
     facts = {"train_tokens": len(data.train), "attention": str(attention)}
@@ -96,7 +93,8 @@ def pretrain(cfg: PretrainConfig) -> int:
     outcome = train_steps(run, steps, loss, validate, flops_per_token(cfg))
 
     def result() -> None:
-        baseline = unigram_perplexity(data.train[:MOST], held_out, tokenizer.vocab_size)
+        counts = (token_counts(ids, tokenizer.vocab_size) for ids in (data.train[:MOST], held_out))
+        baseline = unigram_perplexity(*counts)
         say_result(run, outcome.monitor, len(held_out), baseline)
         say_sample(run, held_out[: min(32, cfg.seq_len // 2)].tolist())
 
@@ -124,13 +122,13 @@ def open_text(cfg: PretrainConfig, tokenizer: Tokenizer) -> TokenData:
     with showing_bytes(distributed.console()) as progress:
         settings = Settings(on_bad_row=cfg.bad_rows)
         data = prepare(cfg.data, tokenizer, cache_folder(cfg.cache), progress, settings)
-    row_batch(data.train, 0, cfg.batch_rows, cfg.seq_len, cfg.seed)
+    data.train.rows(cfg.seq_len)
     return data
 
 
 def batches(
     cfg: PretrainConfig,
-    train: Tokens | Mixture,
+    train: TokenSource,
     position: int,
     ranked: Tensor | None,
     eos_id: int,
@@ -144,7 +142,7 @@ def batches(
     room = 0
     if cfg.isolate_documents:
         all_rows = range(position, position + cfg.steps * cfg.batch_rows, rows)
-        room = most_documents(train, all_rows, cfg.seq_len, cfg.seed)
+        room = train.most_documents(all_rows, cfg.seq_len, cfg.seed)
     for start in itertools.count(position, cfg.batch_rows):
         counted = 0
         micro_batches = []
@@ -164,8 +162,8 @@ def batches(
                 options["raised"] = raised
             micro_batches.append((x, y, options))
         figures: dict[str, Any] = {"tokens": len(micro_batches) * rows * cfg.seq_len}
-        if isinstance(train, Mixture):
-            drawn = train.tokens_drawn(start + cfg.batch_rows, cfg.seq_len)
+        drawn = train.tokens_drawn(start + cfg.batch_rows, cfg.seq_len)
+        if len(drawn) > 1:
             figures["tokens_by_source"] = drawn
         yield micro_batches, counted, figures
 

@@ -19,9 +19,9 @@ from rich.progress import track
 from torch import Tensor
 
 from fastlm import files
+from fastlm.data import IGNORED
 from fastlm.data.examples.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
-from fastlm.data.text.batches import IGNORED
 from fastlm.train import distributed
 
 
@@ -54,10 +54,8 @@ def reference_logprobs(
     rewards are 0. What the file for this model and these rows holds already is not computed again,
     nor is what another process computes.
     """
-    file = reference.cache / f"reference-{key_of(reference, rows)}.npy"
-    known = np.full((len(rows), rows.row_len), np.nan, np.float32)
-    if file.is_file():
-        known = np.load(file)
+    file = reference.cache / f"reference-{key_of(reference, rows)}.f32"
+    known = read_kept(file, (len(rows), rows.row_len))
     computed = 0
     console = reference.console
     for batch in track(
@@ -78,7 +76,7 @@ def reference_logprobs(
     if computed:
         known = distributed.merge_found(known)
         if distributed.is_main_process():
-            files.write_array(file, known)
+            write_kept(file, known)
     console.print(
         f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches computed, the rest kept",
         highlight=False,
@@ -86,6 +84,21 @@ def reference_logprobs(
         soft_wrap=True,
     )
     return known
+
+
+def write_kept(file: Path, logprobs: np.ndarray) -> None:
+    """The log-probabilities, fp32, behind their SHA-256."""
+    content = logprobs.astype("<f4").tobytes()
+    files.write_bytes(file, hashlib.sha256(content).digest() + content)
+
+
+def read_kept(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    """What write_kept() wrote; NaN everywhere where there is no such file, or a damaged one."""
+    content = file.read_bytes() if file.is_file() else b""
+    digest, numbers = content[:32], content[32:]
+    if len(numbers) != 4 * shape[0] * shape[1] or hashlib.sha256(numbers).digest() != digest:
+        return np.full(shape, np.nan, np.float32)
+    return np.frombuffer(numbers, "<f4").reshape(shape).copy()
 
 
 def key_of(reference: ReferencePass, rows: PackedRows) -> str:

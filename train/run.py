@@ -23,7 +23,7 @@ from fastlm.config import ModelConfig, StageConfig
 from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
 from fastlm.errors import UserError, check
-from fastlm.model import Transformer
+from fastlm.model import Transformer, keep_what_fits
 from fastlm.monitor import Monitor, sparkline
 from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs, set_deterministic
 from fastlm.tokenizer import Tokenizer
@@ -86,9 +86,11 @@ def resume_or_create(
     if cfg.resume:
         folder = Path(cfg.resume)
         lock = locked(folder)
-        place = checkpoint.locate(folder)
-        saved = checkpoint.load(place, model, named_state(optimizers))
+        place, saved, problems = checkpoint.newest_whole(folder)
+        for problem in problems:
+            distributed.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
         check_facts(place, saved, state, cfg.steps)
+        checkpoint.restore(place, model, named_state(optimizers))
         state |= saved | {"attention": state["attention"]}  # that of this machine
     else:
         torch.manual_seed(cfg.seed)
@@ -214,6 +216,13 @@ def compiled_step(
         return compiled(function, device)
     distributed.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
     return compiled_in_graphs(function, device, model)
+
+
+def settle_memory(model: Transformer, device: torch.device, tokens: int) -> None:
+    """What a pass over so many tokens keeps for its backward: decided once, before anything is compiled."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        keep_what_fits(model, tokens, memory, matmul_dtype(device).itemsize)
 
 
 @dataclass(frozen=True)

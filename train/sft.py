@@ -56,14 +56,14 @@ def sft(cfg: SftConfig) -> int:
             say_answers(run, tuning)
 
     next_commands = {
-        f"fastlm chat {run.folder}": "talk to run model",
+        f"fastlm chat {run.folder}": "talk to this model",
         f"fastlm dpo {run.folder} --data FILE.jsonl": "teach it which answers are preferred",
     }
     return finish(run, outcome, result, next_commands)
 
 
 def batches(tuning: Tuning, position: int) -> Iterator[loop.Step]:
-    """Each step's micro-batches in run process and their counted targets."""
+    """Each step's micro-batches in this process and their counted targets."""
     for micro_batches in tuning.steps(position):
         real = sum(batch.real for batch in micro_batches)
         slots = sum(batch.x.numel() for batch in micro_batches)

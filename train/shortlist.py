@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastlm.data.text.batches import IGNORED
+from fastlm.data import IGNORED
 
 
 def by_frequency(tokens: Tensor, vocab_size: int) -> Tensor:

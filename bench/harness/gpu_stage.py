@@ -32,24 +32,27 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
 from harness.gpu_timing import device, energy_meter, on_gpu, rehearsing
 from harness.stand_ins import stand_in
 from harness.words import word_tokenizer
-from torch import Tensor
-from torch._dynamo.utils import counters
 
 STOOD_IN = stand_in()  # before fastlm's loop is imported, which wants these packages
 
 from fastlm import monitor  # noqa: E402
 from fastlm.config import PRESETS, ModelConfig, OptimConfig, PretrainConfig  # noqa: E402
+from fastlm.data.catalogue import open_source  # noqa: E402
 from fastlm.data.functions import cut_functions, make_rows  # noqa: E402
-from fastlm.data.sources import SEPARATOR, open_source  # noqa: E402
+from fastlm.data.text.documents import SEPARATOR, read_pieces  # noqa: E402
 from fastlm.kernels.common import triton_on_cpu  # noqa: E402
+from fastlm.runtime import ceiling  # noqa: E402
 from fastlm.train import loop  # noqa: E402
 from fastlm.train.pretrain import pretrain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / "build" / "gpu"  # tokenised text and the model that tuning starts from
+CACHE = ROOT / "build" / "gpu"  # tokenised text
 FIRST_QUIET = 2  # the steps before it may compile and warm up; from it on nothing may make the host wait
 
 
@@ -156,7 +159,7 @@ class Seen:
         rate = 1e3 * each / statistics.median(self.milliseconds)
         found = {"tokens_per_second": rate, "peak_gib": self.peak_gib}
         if on_gpu():
-            peak, name = monitor.ceiling(device())
+            peak, name = ceiling(device())
             if name == "MFU":
                 found["mfu"] = rate * flops_per_token / peak
         if self.pairs:
@@ -164,6 +167,15 @@ class Seen:
         if self.joules is not None:
             found["joules_per_token"] = self.joules / sum(self.tokens)
         return found | {"waits": sum(self.waits.values()), "compiled_late": self.compiled_late}
+
+    def fields(self, s: Size) -> dict[str, Any]:
+        """What a row says beside its figures."""
+        found: dict[str, Any] = {"attention": self.attention, "shape": s.case}
+        if STOOD_IN:
+            found["stand_ins"] = list(STOOD_IN)
+        if self.waits:
+            found["waits"] = dict(self.waits)
+        return found
 
     def losses(self, every: int) -> list[list[float]]:
         """[step, loss] of every so-manieth step and of the last."""
@@ -273,7 +285,7 @@ def watched_steps(
 
 
 def read_text(source: str) -> Iterator[str]:
-    return (piece.text for piece in open_source(source).pieces("train"))
+    return (piece.text for piece in read_pieces(open_source(source), "train"))
 
 
 read_later = monitor.read_later
@@ -290,9 +302,10 @@ def on_this_machine(s: Size) -> Iterator[None]:
     """Inside, "gpt2" is the word tokenizer; on a CPU kernels are interpreted and code generation is left out."""
     words = word_tokenizer(read_text(s.text), s.model.vocab_size, "gpt2")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("fastlm.tokenizer._load_gpt2", lambda: words))
+        stack.enter_context(mock.patch("fastlm.tokenizer._load_gpt2", return_value=words))
         if on_gpu() and rehearsing():
             stack.enter_context(mock.patch("fastlm.monitor.read_later", zeros_later))
+            stack.enter_context(mock.patch("fastlm.checkpoint.check_finite"))
         if not on_gpu():
             stack.enter_context(triton_on_cpu())
             plain = partial(torch.compile, backend="eager")
@@ -322,8 +335,7 @@ def watch(
         given = inspect.signature(run_steps).bind(*arguments, **named)
         steps = watched_steps(given.arguments["batches"], seen, last, limit is not None, s.warmup, actions or {})
         given.arguments["batches"] = steps
-        backend = given.arguments["model"].attention_backend
-        seen.attention = given.arguments["state"].get("attention") or backend
+        seen.attention = given.arguments["run"].state["attention"]
         prepare(given.arguments)
         with contextlib.closing(steps):
             return run_steps(*given.args, **given.kwargs)
@@ -349,12 +361,10 @@ def run_folder() -> Iterator[Path]:
         yield Path(folder) / "run"
 
 
-def starting_model(s: Size) -> Path:
-    """A run of one step, for tuning to start from: made once, then kept."""
-    run = CACHE / f"start-{s.name.replace(' ', '-')}"
-    if not (run / "checkpoints").is_dir():
-        options = {"steps": 1, "batch_rows": 1, "compile": False, "validation_tokens": s.seq_len + 1}
-        with on_this_machine(s):
-            code = pretrain(pretrain_config(s, run, **options))
-        assert code == 0, f"pretraining the starting model ended with exit code {code}"
+def starting_model(s: Size, run: Path) -> Path:
+    """A run of one step, for tuning to start from."""
+    options = {"steps": 1, "batch_rows": 1, "compile": False, "validation_tokens": s.seq_len + 1}
+    with on_this_machine(s):
+        code = pretrain(pretrain_config(s, run, **options))
+    assert code == 0, f"pretraining the starting model ended with exit code {code}"
     return run

@@ -58,18 +58,25 @@ def cut_head(h, weight, targets):
     return linear_cross_entropy(h, weight, targets)
 
 
+def torch_head_in_chunks(h, weight, targets):
+    return F.linear_cross_entropy(h, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
+
+
 def plain_logprobs(h, weight, targets):
     return (h @ weight.t()).float().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def heads() -> dict[str, tuple[Callable, str]]:
     """name -> (loss of (h, weight, targets), why it is missing or "")."""
+    old = f"torch {torch.__version__} has no linear_cross_entropy"
     return {
         "eager": (plain_head, ""),
         "torch linear_cross_entropy": (
-            getattr(F, "linear_cross_entropy", None),
-            "" if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no linear_cross_entropy",
+            getattr(F, "linear_cross_entropy", plain_head), "" if hasattr(F, "linear_cross_entropy") else old
+        ),
+        "torch linear_cross_entropy in chunks": (
+            torch_head_in_chunks, "" if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"{old} in chunks"
         ),
         "liger": (liger_head, absent("liger-kernel", "liger_kernel")),
         "cut-cross-entropy": (cut_head, absent("cut-cross-entropy", "cut_cross_entropy")),
-    }
+    }  # fmt: skip

@@ -11,9 +11,9 @@ from harness.gpu_stage import CACHE, Enough, Seen, Size, on_this_machine, watche
 from harness.gpu_timing import device, on_gpu
 
 from fastlm.config import ModelConfig
-from fastlm.data.batches import row_batch
 from fastlm.data.prefetch import prefetch
-from fastlm.data.shards import prepare
+from fastlm.data.text.batches import row_batch
+from fastlm.data.text.prepare import prepare
 from fastlm.tokenizer import load_tokenizer
 
 

@@ -131,3 +131,18 @@ def to_toml(config: Any) -> str:
         if dataclasses.is_dataclass(kind):
             out += ["", f"[{name}]", *lines(getattr(config, name))]
     return "\n".join(out) + "\n"
+
+
+def is_noted(config: Any, noted: str) -> bool:
+    """Whether the configuration is the one that was noted as TOML.
+
+    The note may be older than some fields, which then must have their defaults.
+    """
+    wanted = tomllib.loads(to_toml(type(config)()))
+    try:
+        found = tomllib.loads(noted)
+    except tomllib.TOMLDecodeError:
+        return False
+    for name, value in found.items():
+        wanted[name] = wanted.get(name, {}) | value if isinstance(value, dict) else value
+    return wanted == tomllib.loads(to_toml(config))

@@ -1,12 +1,23 @@
-"""Text to batches: sources -> token shards -> rows, and instructions and preferences -> packed rows.
+"""From names to batches: text to rows of tokens, instructions and preferences to packed rows.
 
-sources, hub, rows       where text comes from; what happens to bad rows
-encode, dedup, writer    many texts to ids; duplicates; shard files
-shards                   prepare: all of that, resumable, cached
-tokens                   shards read back as one array
-order, batches, mixture  which row comes when, from one counter; validation windows; several sources
-formats, templates       instruction and preference rows as dialogues, dialogues as ids
-examples, packing        the same from a name to packed rows
-prefetch                 batches ready on the GPU
-commands                 fastlm data prepare, fastlm data inspect
+Data goes one way: a name is looked up in the catalogue, its source is read as text files and
+records, text becomes tokens and examples become sequences, and both become batches.
+
+catalogue      every source by its name
+local, hub     files and folders; data sets of the Hugging Face hub
+stdlib         python-stdlib; functions: python-functions, made of it
+source         what a source is, and which split a name belongs to
+records        .json, .jsonl and .parquet files, and what becomes of bad records
+text/          prepare: from a name to tokens, cached
+               documents, dedup, encode, shards, writer: documents to token shards, resumable
+               manifest, tokens, mixture: shards read back, and what rows are drawn from
+               batches: rows for training, windows for validation
+examples/      load: from a name to packed rows, cached
+               formats, templates, truncate: records to dialogues to ids of bounded length
+               packing: rows of several examples
+order          which row comes when, from one counter
+prefetch       batches ready on the GPU
+commands       fastlm data prepare, fastlm data inspect
 """
+
+IGNORED = -100  # a target that no loss counts

@@ -1,7 +1,8 @@
 """Batches ready on the GPU before the step that needs them.
 
-A thread makes the next batches and pins them; their copy to the GPU is queued on a stream of its own while the step before
-still computes. The step then waits for nothing on the host, and on the device only for a copy that is long done.
+A thread makes the next batches and pins them; their copy to the GPU is queued on a stream of its
+own while the step before still computes. The step then waits for nothing on the host, and on the
+device only for a copy that is long done.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ _END = object()
 
 
 def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2) -> Iterator[Any]:
-    """The same batches, in order, on the device; each tensors in tuples, lists and dicts, beside plain values.
+    """The same batches, in order, on the device.
 
-    On a GPU up to `depth` batches are made ahead in a thread, in pinned memory, and one more is being copied. On a CPU they
-    are passed through: making one costs less than a thread. An error in making a batch is raised where it would be used.
+    A batch is tensors in tuples, lists and dicts, beside plain values. On a GPU up to `depth`
+    batches are made ahead in a thread, in pinned memory, and one more is being copied. On a CPU
+    they are passed through: making one costs less than a thread. An error in making a batch is
+    raised where it would be used.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -32,7 +35,8 @@ def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2)
     ready: Any = None
     for batch in in_thread(pinned(batches, gpu), depth):
         with torch.cuda.stream(stream):
-            copied = move(batch, device), batch, stream.record_event()  # the pinned batch lives until it is copied
+            # The pinned batch lives until it is copied.
+            copied = move(batch, device), batch, stream.record_event()
         if ready is not None:
             yield _take(*ready)
         ready = copied
@@ -52,7 +56,7 @@ def _take(batch: Any, pinned: Any, event: Any) -> Any:
 
 
 def in_thread(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """The items, made ahead by a thread that keeps `depth` of them waiting; it ends when the reader stops."""
+    """The items, `depth` of them made ahead by a thread, which ends when the reader stops."""
     waiting: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -90,7 +94,7 @@ def in_thread(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 
 def apply(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The batch (tensors in tuples, lists and dicts, beside plain values) with the function applied to each tensor."""
+    """The batch with the function applied to each tensor, however deep it lies."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -104,7 +108,7 @@ def apply(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 def pinned(batches: Iterable[Any], gpu: int) -> Iterator[Any]:
     """The batches in pinned memory, for a thread to make."""
-    # a new thread is on GPU 0, where pinning would take memory for every process
+    # A new thread is on GPU 0, where pinning would take memory for every process.
     torch.cuda.set_device(gpu)
     for batch in batches:
         yield pin(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fastlm.config import EvalConfig
-from fastlm.data.sources import open_source
+from fastlm.data.catalogue import open_source
+from fastlm.data.text.documents import read_documents as documents_of
 from fastlm.errors import UserError, check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.foreign import open_foreign
@@ -35,17 +37,10 @@ from fastlm.tokenizer import Tokenizer
 def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str], str]:
     """The documents of a split, whole, and the split's digest."""
     source = open_source(data)
-    given = [*source.splits, *([] if "validation" in source.splits else ["validation"])]
-    check(split in ("", *given), f"{data} has no split {split!r}; choose among {', '.join(source.splits)}")
+    check(split in ("", *source.splits), f"{data} has no split {split!r}; choose among {', '.join(source.splits)}")
     chosen = split or ("validation" if "validation" in source.splits else "train")
-    documents, part = [], []
-    for piece in source.pieces(chosen):
-        part.append(piece.text)
-        if piece.ends:
-            documents.append("".join(part))
-            part = []
-            if max_documents and len(documents) == max_documents:
-                break
+    check(chosen in source.splits, f"{data} has only the split {', '.join(source.splits)}; name it with --split")
+    documents = list(itertools.islice(documents_of(source, chosen), max_documents or None))
     check(bool(documents), f"{data} has no text in its split {chosen}; name another --split")
     if len(documents) == 1:
         documents = protocols.wikitext_documents(documents[0])[: max_documents or None]

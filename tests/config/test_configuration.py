@@ -20,7 +20,7 @@ from fastlm.config import (
     SftConfig,
 )
 from fastlm.config.command_line import parse
-from fastlm.config.toml import RECIPES, load_recipe, override, to_toml
+from fastlm.config.toml import RECIPES, is_noted, load_recipe, override, to_toml
 from fastlm.errors import UserError
 
 
@@ -29,7 +29,12 @@ def pretrain(*argv: str) -> PretrainConfig:
 
 
 def test_every_shipped_recipe_loads():
-    stages = {"pretrain": PretrainConfig, "sft": SftConfig, "dpo": DpoConfig, "pipeline": PipelineConfig}
+    stages = {
+        "pretrain": PretrainConfig,
+        "sft": SftConfig,
+        "dpo": DpoConfig,
+        "pipeline": PipelineConfig,
+    }
     found = {stage: [p.stem for p in (RECIPES / stage).glob("*.toml")] for stage in stages}
     assert {"demo", "modern-253m"} <= set(found["pretrain"])
     for stage, names in found.items():
@@ -46,7 +51,16 @@ def test_the_published_recipe_has_the_published_shape_and_batch():
 
 def test_flags_override_the_recipe_and_nested_fields_their_preset():
     config = pretrain(
-        "--preset", "tiny", "--model.dim", "128", "--optim.lr=1e-4", "--steps", "1_000", "--compile", "--seed", "7"
+        "--preset",
+        "tiny",
+        "--model.dim",
+        "128",
+        "--optim.lr=1e-4",
+        "--steps",
+        "1_000",
+        "--compile",
+        "--seed",
+        "7",
     )
     assert config.model == replace(PRESETS["tiny"], dim=128)
     assert (config.optim.lr, config.steps, config.compile, config.seed) == (1e-4, 1000, True, 7)
@@ -55,27 +69,68 @@ def test_flags_override_the_recipe_and_nested_fields_their_preset():
 
 
 def test_a_configuration_survives_being_written_and_read(tmp_path):
-    config = pretrain("--preset", "tiny", "--model.dim", "128", "--data", 'a "quoted"\\name', "--optim.name", "adamw")
+    config = pretrain(
+        "--preset",
+        "tiny",
+        "--model.dim",
+        "128",
+        "--data",
+        'a "quoted"\\name',
+        "--optim.name",
+        "adamw",
+    )
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     assert load_recipe(PretrainConfig, str(path)) == config
 
 
+def test_a_note_is_known_again_though_fields_were_added_since():
+    config = parse(PipelineConfig, ["--sft.steps", "3"])
+    noted = to_toml(config)
+    older = "".join(line for line in noted.splitlines(True) if not line.startswith("tensorboard"))
+    assert len(older.splitlines()) == len(noted.splitlines()) - 3
+    for text in (noted, older):
+        assert is_noted(config, text)
+        assert not is_noted(parse(PipelineConfig, ["--sft.steps", "4"]), text)
+    changed = parse(PipelineConfig, ["--sft.steps", "3", "--dpo.tensorboard"])
+    assert not is_noted(changed, older)
+    assert not is_noted(config, "unknown = 1\n" + noted)
+    assert not is_noted(config, noted[: len(noted) // 2] + "half a line")
+
+
 MISTAKES = {
     "unknown flag": (["--step", "1"], "unknown option --step; did you mean --steps"),
-    "unknown nested flag": (["--optim.lrr", "1"], "unknown option --optim.lrr; did you mean --optim.lr"),
+    "unknown nested flag": (
+        ["--optim.lrr", "1"],
+        "unknown option --optim.lrr; did you mean --optim.lr",
+    ),
     "not a number": (["--steps", "ten"], "--steps is 'ten'; it must be an integer"),
-    "a fraction where an integer is due": (["--steps", "1.5"], "--steps is '1.5'; it must be an integer"),
+    "a fraction where an integer is due": (
+        ["--steps", "1.5"],
+        "--steps is '1.5'; it must be an integer",
+    ),
     "not a finite number": (["--optim.lr", "nan"], "--optim.lr is nan; it must be finite"),
     "negative": (["--steps", "-3"], "steps is -3; it must be a positive integer"),
     "zero": (["--batch-rows", "0"], "batch_rows is 0; it must be a positive integer"),
     "negative rate": (["--optim.lr", "-1"], "optim.lr is -1.0; it must be positive"),
-    "unknown preset": (["--preset", "modern-253"], "unknown preset 'modern-253'; did you mean modern-253m"),
+    "unknown preset": (
+        ["--preset", "modern-253"],
+        "unknown preset 'modern-253'; did you mean modern-253m",
+    ),
     "unknown recipe": (["--recipe", "dmo"], "unknown recipe 'dmo'; did you mean demo"),
     "unknown choice": (["--optim.name", "adam"], "--optim.name is 'adam'; did you mean adamw"),
-    "heads do not divide": (["--model.n-heads", "7"], "model.n_heads is 7, which does not divide model.dim"),
-    "longer than the table": (["--seq-len", "100000"], "seq_len is 100000, but model.max_seq_len is"),
-    "micro-batch does not divide": (["--micro-batch-rows", "3", "--batch-rows", "8"], "does not divide batch_rows 8"),
+    "heads do not divide": (
+        ["--model.n-heads", "7"],
+        "model.n_heads is 7, which does not divide model.dim",
+    ),
+    "longer than the table": (
+        ["--seq-len", "100000"],
+        "seq_len is 100000, but model.max_seq_len is",
+    ),
+    "micro-batch does not divide": (
+        ["--micro-batch-rows", "3", "--batch-rows", "8"],
+        "does not divide batch_rows 8",
+    ),
     "missing value": (["--steps"], "--steps needs a value"),
     "stray word": (["fast"], "unexpected argument 'fast'"),
     "not a run folder": (["--resume", "no/such/run"], "no/such/run is not a run folder"),
@@ -93,7 +148,10 @@ def test_a_mistake_is_one_line_that_names_it(name):
 
 TOML_MISTAKES = {
     "unknown key": ("stepz = 3\n", "unknown key 'stepz'; did you mean steps"),
-    "unknown key in a table": ("[optim]\nlearning_rate = 0.1\n", "unknown key 'optim.learning_rate'"),
+    "unknown key in a table": (
+        "[optim]\nlearning_rate = 0.1\n",
+        "unknown key 'optim.learning_rate'",
+    ),
     "wrong type": ('steps = "3"\nbatch_rows = true\n', "batch_rows is True; it must be an integer"),
     "out of range": ("[optim]\nlr = -1.0\n", "optim.lr is -1.0; it must be positive"),
     "unknown preset": ('preset = "tny"\n', "unknown preset 'tny'; did you mean tiny"),

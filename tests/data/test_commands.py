@@ -8,8 +8,8 @@ import pytest
 
 from fastlm.cli import main
 from fastlm.data.commands import histogram_svg, length_histogram
-from fastlm.data.sources import Piece
 from fastlm.data.text.dedup import Duplicates, drop_duplicates
+from fastlm.data.text.documents import Piece
 from fastlm.data.text.tokens import Tokens, open_data
 from fastlm.errors import UserError
 
@@ -18,7 +18,10 @@ WORDS = ["alpha", "beta", "gamma", "delta", "red", "green", "blue", "one", "two"
 
 def write_rows(file, n_rows, seed=0):
     rng = random.Random(seed)
-    rows = [{"text": f"row {n}: " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))} for n in range(n_rows)]
+    rows = [
+        {"text": f"row {n}: " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))}
+        for n in range(n_rows)
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
 
@@ -79,7 +82,14 @@ def test_mistakes_are_one_line_and_code_two(tmp_path, capsys):
 def test_histogram_counts_every_document():
     ends = np.cumsum([1, 2, 3, 4, 5, 8, 9, 1000])
     histogram = length_histogram(Tokens([np.zeros(ends[-1], np.uint16)], ends, 0))
-    assert [h for h in histogram if h[2]] == [(1, 1, 1), (2, 2, 1), (3, 4, 2), (5, 8, 2), (9, 16, 1), (513, 1024, 1)]
+    assert [h for h in histogram if h[2]] == [
+        (1, 1, 1),
+        (2, 2, 1),
+        (3, 4, 2),
+        (5, 8, 2),
+        (9, 16, 1),
+        (513, 1024, 1),
+    ]
     assert "&lt;" in histogram_svg(histogram, "<x>")
 
 
@@ -98,7 +108,8 @@ def test_near_duplicates_are_dropped_and_different_texts_kept():
     pytest.importorskip("datasketch", reason="near duplicates need the package datasketch")
     rng = random.Random(0)
     base = [" ".join(rng.choices([f"w{n}" for n in range(5000)], k=200)) for _ in range(20)]
-    near = [text.replace(text.split()[100], "changed", 1) for text in base[:10]]  # 5 of 196 shingles differ
+    # 5 of 196 shingles differ.
+    near = [text.replace(text.split()[100], "changed", 1) for text in base[:10]]
     found = Duplicates("near")
     kept = list(drop_duplicates(iter(documents(base + near + base[:3])), found))
     assert [piece.text for piece in kept] == base

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import ast
 
-from fastlm.data.functions import LEAST_CHARACTERS, Function, cut_functions, function_rows, make_rows, mutate
+from fastlm.data.functions import (
+    LEAST_CHARACTERS,
+    Function,
+    cut_functions,
+    function_records,
+    make_records,
+    mutate,
+)
 
 SOURCE = '''
 import os
@@ -32,7 +39,9 @@ def test_functions_are_cut_after_their_docstring_and_moved_to_the_margin():
     (found,) = cut_functions(SOURCE)
     assert found.head == 'def area(self, width, height):\n    """The area\n    of it."""\n'
     assert found.body.startswith("    if width == 0:\n")
-    assert ast.unparse(ast.parse(found.head + found.body)) in ast.unparse(ast.parse(SOURCE)).replace("\n    ", "\n")
+    assert ast.unparse(ast.parse(found.head + found.body)) in ast.unparse(
+        ast.parse(SOURCE)
+    ).replace("\n    ", "\n")
     assert list(cut_functions("def broken(:\n")) == []
 
 
@@ -43,18 +52,22 @@ def test_a_mutation_turns_the_lines_round():
 
 def test_rejected_answers_differ_from_the_chosen_and_half_are_mutations():
     bodies = [f"    total = value + {n}\n    return total, value\n" for n in range(20)]
-    rows = make_rows([Function(f'def f{n}(value):\n    """Add {n}."""\n', body) for n, body in enumerate(bodies)])
+    rows = make_records(
+        [Function(f'def f{n}(value):\n    """Add {n}."""\n', body) for n, body in enumerate(bodies)]
+    )
     assert all(row["chosen"] == row["completion"] != row["rejected"] for row in rows)
     assert sum(row["rejected"] in bodies for row in rows) >= 8
     assert sum(row["rejected"] not in bodies for row in rows) == 10
 
 
 def test_the_standard_library_gives_thousands_of_functions_that_parse():
-    rows = function_rows()
+    rows = function_records()
     assert len(rows["train"]) > 2000
     assert len(rows["validation"]) > 30
     for row in rows["validation"] + rows["train"][::50]:
         function = row["prompt"].removeprefix("Complete this function.\n\n") + row["completion"]
         assert isinstance(ast.parse(function).body[0], ast.FunctionDef)
         assert len(row["completion"]) >= LEAST_CHARACTERS
-    assert not {r["completion"] for r in rows["train"]} & {r["completion"] for r in rows["validation"]}
+    assert not {r["completion"] for r in rows["train"]} & {
+        r["completion"] for r in rows["validation"]
+    }

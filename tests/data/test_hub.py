@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from fastlm.data import hub
+from fastlm.data.catalogue import open_source
 from fastlm.data.examples.load import load_preferences
 from fastlm.data.hub import join_articles
-from fastlm.data.sources import open_source
-from fastlm.data.text.shards import Settings, prepare
+from fastlm.data.text.documents import read_documents
+from fastlm.data.text.manifest import Settings
+from fastlm.data.text.prepare import prepare
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
 
@@ -21,7 +23,7 @@ ARTICLES = [
 
 
 class FakeHub:
-    """`datasets.load_dataset` over rows given by (repository, configuration, split); remembers what was asked."""
+    """`datasets.load_dataset` over rows by (repository, configuration, split); notes each call."""
 
     def __init__(self, monkeypatch, rows):
         import datasets
@@ -29,8 +31,12 @@ class FakeHub:
 
         self.rows, self.asked = rows, []
         monkeypatch.setattr(hub, "require_hub", lambda name: None)
-        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(sha="abc123"))
-        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **k: [key[2] for key in rows])
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(sha="abc123")
+        )
+        monkeypatch.setattr(
+            datasets, "get_dataset_split_names", lambda *a, **k: [key[2] for key in rows]
+        )
         monkeypatch.setattr(datasets, "load_dataset", self.load)
 
     def load(self, repository, configuration=None, split=None, revision=None, streaming=False):
@@ -62,25 +68,77 @@ def test_a_hub_data_set_is_streamed_at_a_fixed_revision(monkeypatch, tmp_path):
         raise hub.HubOffline("offline")
 
     monkeypatch.setattr(hub, "require_hub", no_hub)
-    assert prepare("wikitext-2", gpt2, tmp_path).folder == data.folder  # what is in the cache serves without the network
+    # What is in the cache serves without the network.
+    assert prepare("wikitext-2", gpt2, tmp_path).folder == data.folder
     with pytest.raises(UserError, match="offline"):
         prepare("wikitext-2", gpt2, tmp_path / "empty")
 
 
 def test_bad_hub_rows_are_named(monkeypatch, tmp_path):
-    FakeHub(monkeypatch, {("org/name", "en", "train"): [{"text": "fine words " * 50}] * 30 + [{"text": None}]})
-    with pytest.raises(UserError, match="train row 30"):
+    FakeHub(
+        monkeypatch,
+        {("org/name", "en", "train"): [{"text": "fine words " * 50}] * 30 + [{"text": None}]},
+    )
+    with pytest.raises(UserError, match="train record 30"):
         prepare("org/name:en", load_tokenizer(), tmp_path)
     data = prepare("org/name:en", load_tokenizer(), tmp_path, settings=Settings(on_bad_row="skip"))
     assert data.manifest.bad_rows.count == 1
 
 
 def test_preferences_come_from_the_hub_by_their_short_name(monkeypatch):
-    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
-    fake = FakeHub(monkeypatch, {("Anthropic/hh-rlhf", None, s): [row] * n for s, n in (("train", 5), ("test", 2))})
+    def row(n):
+        turns = f"\n\nHuman: {n}\n\nAssistant:"
+        return {"chosen": f"{turns} b", "rejected": f"{turns} c"}
+
+    rows = {
+        ("Anthropic/hh-rlhf", None, split): [row(n) for n in range(200)]
+        for split in ("train", "test")
+    }
+    fake = FakeHub(monkeypatch, rows)
     examples = load_preferences("hh-rlhf", load_tokenizer(), 64)
-    assert (len(examples.train), len(examples.validation)) == (10, 4)
-    assert {asked[0] for asked in fake.asked} == {"Anthropic/hh-rlhf"}
+    # Of the training split a share is held out.
+    assert len(examples.train) + len(examples.validation) == 400
+    assert 4 <= len(examples.validation) <= 40
+    # The test split stays unread.
+    assert [asked[::2] for asked in fake.asked] == [("Anthropic/hh-rlhf", "train", True)]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["train", "test", "validation"],
+            {"train": ["train"], "test": ["test"], "validation": ["validation"]},
+        ),
+        (["train", "dev", "val"], {"train": ["train"], "validation": ["dev", "val"]}),
+        (["train", "test", "unsupervised"], {"train": ["train"], "test": ["test"]}),
+    ],
+)
+def test_the_hub_s_splits_are_ours_by_name(monkeypatch, names, expected):
+    FakeHub(monkeypatch, {("org/name", None, name): [{"text": f"from {name}"}] for name in names})
+    source = open_source("org/name")
+    texts = {
+        split: [text.removeprefix("from ") for text in read_documents(source, split)]
+        for split in source.splits
+    }
+    assert texts == expected
+
+
+def test_what_was_prepared_with_another_choice_of_validation_is_not_taken_for_the_same(monkeypatch):
+    prints = []
+    for names in (
+        ["train"],
+        ["train", "validation"],
+        ["train", "test"],
+        ["train", "val"],
+        ["train", "dev", "test"],
+    ):
+        with monkeypatch.context() as patch:
+            FakeHub(patch, {("org/name", None, name): [] for name in names})
+            prints.append(open_source("org/name").fingerprint)
+    # These are validated on what older versions chose.
+    assert prints[0] == prints[1] == prints[4] == "abc123"
+    assert len(set(prints)) == 3
 
 
 def test_offline_is_one_line_at_once(monkeypatch, tmp_path):

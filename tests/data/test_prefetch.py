@@ -52,7 +52,11 @@ def test_the_thread_ends_when_the_reader_stops():
 
 def test_the_thread_pins_on_its_own_gpu(monkeypatch):
     happened = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: happened.append((gpu, threading.current_thread().name)))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda gpu: happened.append((gpu, threading.current_thread().name)),
+    )
     monkeypatch.setattr(module, "pin", lambda batch: happened.append(batch) or batch)
     assert list(in_thread(pinned(["a", "b"], 3), 2)) == ["a", "b"]
     assert happened == [(3, "batches"), "a", "b"]

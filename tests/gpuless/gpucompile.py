@@ -89,7 +89,7 @@ def written_program(
     def stop(lowering: GraphLowering) -> None:
         nonlocal code, size
         written = lowering.codegen()[0]
-        code = getattr(written, "value", written)
+        code = str(getattr(written, "value", written))  # a text with its line numbers, or a text
         nodes = [node for node in lowering.scheduler.nodes if not node.is_extern()]
         size = int(sum(node.get_read_write_buffers_sizes() for node in nodes))
         raise Stop
@@ -148,11 +148,10 @@ def compile_for_gpu(
             stack.enter_context(pretend_gpu(properties))
         if execute is None:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if on_cuda:
-            stack.enter_context(DEVICE)  # of tensors that build() makes
         stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
         torch._dynamo.reset()
-        inputs = build()
+        with DEVICE if on_cuda else contextlib.nullcontext():
+            inputs = build()
         report.result = torch.compile(step, backend=backend, fullgraph=True)(*inputs)
         if isinstance(report.result, torch.Tensor) and report.result.requires_grad:
             report.result.backward()

@@ -11,8 +11,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TOOLS = ROOT.parent / "shared" / "tools"
-needs_tools = pytest.mark.skipif(not TOOLS.is_dir(), reason="the folder ../shared/tools, with the PTX simulator, is absent")
+PROGRAMS = ("check_aot.py", "check_ptx.py", "check_step.py")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def children():
     """All programs at once: each of them has one thread."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     running = {}
-    for program in ("check_aot.py", "check_ptx.py", "check_step.py") if TOOLS.is_dir() else ("check_aot.py",):
+    for program in PROGRAMS:
         command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", HERE / "compiled" / program]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running[program] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
@@ -32,10 +31,7 @@ def children():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "program",
-    ["check_aot.py", pytest.param("check_ptx.py", marks=needs_tools), pytest.param("check_step.py", marks=needs_tools)],
-)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_in_a_process_of_its_own(program, children, cpu_path):
     output, _ = children[program].communicate()
     assert children[program].returncode == 0, output[-6000:]

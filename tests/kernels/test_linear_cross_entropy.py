@@ -13,7 +13,7 @@ from test_cross_entropy import OPTIONS, plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.kernels import cross_entropy, linear_cross_entropy, linear_logprobs
-from fastlm.kernels.linear_cross_entropy import _linear_nll, chunk_rows, cpu_chunk_bytes
+from fastlm.kernels.linear_cross_entropy import _linear_nll, chunk_rows, cpu_chunk_bytes, gpu_chunk_rows
 
 N, D, V = 12, 16, 37
 
@@ -78,9 +78,31 @@ def test_the_loss_does_not_depend_on_the_chunks(chunk_bytes, device):
 
 def test_chunks_hold_at_most_their_bytes():
     for n, v, size, limit in [(32768, 50304, 2, 256 << 20), (1000, 50257, 4, 256 << 20), (5, 37, 4, 1), (7, 37, 4, 1 << 20)]:
-        rows = chunk_rows(n, v, size, limit)
+        rows = chunk_rows(n, v * size, limit)
         assert rows == 1 or rows * v * size <= limit
-    assert chunk_rows(32768, 50304, 2, 256 << 20) % 128 == 0
+    assert chunk_rows(32768, 50304 * 2, 256 << 20) % 128 == 0
+
+
+H100, A100, RTX_3060 = (79 << 30, 132), (79 << 30, 108), (12 << 30, 28)  # bytes of memory, multiprocessors
+
+
+@pytest.mark.parametrize(("gpu", "depth"), [(H100, 1024), (H100, 768), (A100, 1024), (H100, 2048)])
+def test_a_chunk_fills_a_large_gpu_with_whole_waves_of_dh(gpu, depth):
+    """Tiles of 128 x 256, all but at most 3 in 100 of the multiprocessors busy in every wave, in a 64th of the memory."""
+    memory, multiprocessors = gpu
+    rows = gpu_chunk_rows(32768, 50304 * 2, depth, memory, multiprocessors)
+    tiles = rows / 128 * depth / 256
+    waves = math.ceil(tiles / multiprocessors)
+    assert tiles >= 0.96 * waves * multiprocessors
+    assert 256 << 20 < rows * 50304 * 2 <= memory / 64
+
+
+def test_the_rows_of_a_chunk_on_an_h100_and_on_small_gpus():
+    assert gpu_chunk_rows(32768, 50304 * 2, 1024, *H100) == 12672
+    assert gpu_chunk_rows(100, 50304 * 2, 1024, *H100) == 100
+    assert gpu_chunk_rows(32768, 50304 * 2, 1024, *RTX_3060) * 50304 * 2 <= 256 << 20
+    for n in (300, 32768):  # no wave of so many multiprocessors fits
+        assert gpu_chunk_rows(n, 50304 * 2, 1024, 12 << 30, 132) == chunk_rows(n, 50304 * 2, 256 << 20)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["sum", "none"])
@@ -150,9 +172,9 @@ def test_ignored_rows_take_no_part_in_the_matmuls_on_a_cpu(max_counted, cpu_path
 
 
 @pytest.mark.parametrize("kept_rows", [99, 150, 300])  # none, one and all of the chunks of 100
-def test_kept_logits_give_the_bits_of_those_made_again(kept_rows, cpu_path):
-    h, w, b, targets = make(torch.device("cpu"), n=300)
-    up, results = torch.randn(300), []
+def test_kept_logits_give_the_bits_of_those_made_again(kept_rows, device):
+    h, w, b, targets = make(device, n=300)
+    up, results = torch.randn(300, device=device), []
     for rows in (0, kept_rows):
         leaves = [x.clone().requires_grad_() for x in (h, w, b)]
         loss, *_ = _linear_nll(*leaves, targets, -100, 0.0, 0.0, 0.0, V, 100 * V * 4, -1, rows)
@@ -173,6 +195,16 @@ def test_logits_are_kept_for_a_backward_on_a_cpu_up_to_a_limit(cpu_path, monkeyp
         monkeypatch.setattr(sys.modules[chunk_rows.__module__], "KEPT_BYTES", limit * V * 4)
         with torch.set_grad_enabled(grad), KeptRows() as seen:
             linear_logprobs(h.requires_grad_(), w, targets, chunk_bytes=chunk_bytes)
+        assert seen.kept == [rows]
+
+
+def test_logits_are_kept_where_the_caller_has_room_for_them(device):
+    """As many bytes as he says, and never more rows than may count."""
+    h, w, _, targets = make(device)
+    counted = int((targets != -100).sum())
+    for keep_rows, max_counted, rows in [(100, None, N), (5, None, 5), (100, counted, counted), (0, None, 0)]:
+        with KeptRows() as seen:
+            linear_logprobs(h.requires_grad_(), w, targets, keep_bytes=keep_rows * V * 4, max_counted=max_counted)
         assert seen.kept == [rows]
 
 
@@ -282,8 +314,8 @@ def test_mistakes_are_named(device):
 
 
 def test_a_cpu_takes_as_many_logits_as_the_weight_has_elements_between_256_and_512_rows_50_and_200_mib():
-    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 64, 4)) == 256
-    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 384, 4)) == 384
-    assert chunk_rows(2048, 50304, 4, cpu_chunk_bytes(50304, 1024, 4)) == 512
+    assert chunk_rows(2048, 50304 * 4, cpu_chunk_bytes(50304, 64, 4)) == 256
+    assert chunk_rows(2048, 50304 * 4, cpu_chunk_bytes(50304, 384, 4)) == 384
+    assert chunk_rows(2048, 50304 * 4, cpu_chunk_bytes(50304, 1024, 4)) == 512
     assert cpu_chunk_bytes(1024, 512, 4) == 50 << 20
     assert cpu_chunk_bytes(131072, 1024, 4) == 200 << 20

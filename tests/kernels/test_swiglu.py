@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from exactness import DTYPES, check, run, same_bits, unaligned
 
-from fastlm.kernels import swiglu
+from fastlm.kernels import swiglu, swiglu_linear
 from fastlm.kernels.swiglu import _swiglu_backward
 
 
@@ -49,13 +49,27 @@ def test_strided_and_unaligned_inputs_and_gradients(kind, device):
     assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [7, 768])
-def test_the_backward_writes_the_forward_again_to_the_bit(width, device):
-    x, g = torch.randn(5, 2 * width, device=device).bfloat16(), torch.randn(5, width, device=device).bfloat16()
+def test_the_backward_writes_the_forward_again_to_the_bit(width, dtype, device):
+    x, g = torch.randn(5, 2 * width, device=device).to(dtype), torch.randn(5, width, device=device).to(dtype)
     dx, y = _swiglu_backward(g, x, True)
-    error = (y.float() - swiglu(x).float()).abs().max().item()
-    assert same_bits(y, swiglu(x)), error
+    assert same_bits(y, swiglu(x)), (y.float() - swiglu(x).float()).abs().max().item()
     assert same_bits(dx, _swiglu_backward(g, x, False)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kept_product_gives_the_bits_of_one_made_again(dtype, device):
+    inputs, g = [torch.randn(5, 128, device=device).to(dtype), torch.randn(9, 64, device=device).to(dtype)], torch.randn(5, 9)
+    saved: dict[bool, list] = {False: [], True: []}
+    results = []
+    for keep, seen in saved.items():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.shape) or t, lambda t: t):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            results.append(run(lambda x, w, keep=keep: swiglu_linear(x, w, keep), leaves, [g.to(device)]))
+    assert all(map(same_bits, *results))
+    assert torch.Size((5, 64)) in saved[True]
+    assert torch.Size((5, 64)) not in saved[False]
 
 
 def test_an_odd_width_is_named(device):

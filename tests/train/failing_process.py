@@ -18,5 +18,5 @@ def stage(cfg: PretrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    cli.COMMANDS["pretrain"] = lambda argv: stage(PretrainConfig(device="cpu"))
-    sys.exit(cli.main(["pretrain"]))
+    cli.COMMANDS["pretrain"] = cli.COMMANDS["pretrain"]._replace(function="__main__:stage")
+    sys.exit(cli.main(["pretrain", "--device", "cpu"]))

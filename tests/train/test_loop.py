@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastlm.config import ModelConfig
-from fastlm.data.text.batches import IGNORED
+from fastlm.data import IGNORED
 from fastlm.errors import UserError
 from fastlm.model import build
 from fastlm.train import loop, run

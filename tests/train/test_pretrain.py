@@ -187,11 +187,25 @@ def test_damaged_shards_and_checkpoints_are_named(small_run, tmp_path, capsys, m
     assert "has done its 4 steps" in mistake(["pretrain", "--resume", str(run)])
     weights_file = checkpoint.locate(run) / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:-7])
-    assert "corrupted" in mistake(["pretrain", "--resume", str(run), "--steps", "8"])
+    assert "has no whole checkpoint; start a new run" in mistake(["pretrain", "--resume", str(run), "--steps", "8"])
     shard = next((tmp_path / "cache").rglob("train-*.bin"))
     shard.write_bytes(shard.read_bytes()[:-10])
     assert shard.name in mistake(["pretrain", *small_run, "--out", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(small_run, tmp_path, capsys):
+    """One line says so, and the weights are those of the run that was not disturbed."""
+    for name in ("undisturbed", "damaged"):
+        more = ["--steps", "6", "--checkpoint-every", "2", "--out", str(tmp_path / name)]
+        assert main(["pretrain", *small_run, *more]) == 0
+    newest = checkpoint.locate(tmp_path / "damaged")
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["pretrain", "--resume", str(tmp_path / "damaged")]) == 0
+    assert f"Passed over: {newest}/optimizer.safetensors is damaged" in capsys.readouterr().out
+    a, b = (checkpoint.locate(tmp_path / name) / "model.safetensors" for name in ("undisturbed", "damaged"))
+    assert a.read_bytes() == b.read_bytes()
 
 
 def test_changed_text_is_not_mistaken_for_the_text_of_the_run(small_run, small_text, tmp_path, mistake):

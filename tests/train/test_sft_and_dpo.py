@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastlm import checkpoint, files
+from fastlm import checkpoint
 from fastlm.cli import main
 from fastlm.config import Sampling
 from fastlm.data.examples.formats import Message
@@ -20,6 +20,7 @@ from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.templates import render_prompt
 from fastlm.generate import generate
 from fastlm.places import chat_template, open_model
+from fastlm.train import reference
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for b in ("dan", "fel", "gor", "hin", "jup", "kez", "lam")
@@ -148,14 +149,19 @@ def test_the_first_step_of_dpo_is_ln_2_and_moves_the_model(share, start, pairs, 
 
 
 def test_reference_logprobs_are_computed_once(start, pairs, tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(
-        files, "write_array", lambda file, array, real=files.write_array: (written.append(file.name), real(file, array))
-    )
+    written, write = [], reference.write_kept
+    monkeypatch.setattr(reference, "write_kept", lambda file, array: (written.append(file), write(file, array)))
     for run, steps in (("a", "2"), ("b", "2"), ("c", "4")):
         assert tune("dpo", start, pairs, tmp_path / run, "--steps", steps, "--batch-rows", "1") == 0
     assert len(written) == 3, "training and held-out rows, and the rows that only the third run uses"
     assert [r["loss"] for r in rows(tmp_path / "a") if "loss" in r] == [r["loss"] for r in rows(tmp_path / "b") if "loss" in r]
+    whole = {file: file.read_bytes() for file in written}
+    for n, file in enumerate(whole):  # a flipped bit, or a file cut short: made again, to the same bits
+        file.write_bytes(whole[file][:-1] if n else bytes([whole[file][0] ^ 1]) + whole[file][1:])
+    written.clear()
+    assert tune("dpo", start, pairs, tmp_path / "d", "--steps", "4", "--batch-rows", "1") == 0
+    assert sorted(set(written)) == sorted(whole)
+    assert {file: file.read_bytes() for file in whole} == whole
 
 
 @pytest.mark.parametrize("loss", ["ipo", "length-normalised", "simpo"])

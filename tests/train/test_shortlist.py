@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlm.data.text.batches import IGNORED
+from fastlm.data import IGNORED
 from fastlm.train.shortlist import by_frequency, draw
 
 V = 50

@@ -1,9 +1,10 @@
 """Dialogues to token ids, and which of them the loss counts.
 
-A template is Jinja over `messages` (role, content, input), `add_generation_prompt` and `eos_token`, as in Hugging Face
-tokenizers. The response to a turn is what the template adds when the assistant's message follows the generation prompt, so
-any template serves whose text grows by its end; each response, with its end-of-turn, is counted, and nothing else is.
-Prompt and response are encoded apart, as they are at generation. The last response always closes with the end-of-text token.
+A template is Jinja over `messages` (role, content, input), `add_generation_prompt` and `eos_token`,
+as in Hugging Face tokenizers. The response to a turn is what the template adds when the assistant's
+message follows the generation prompt, so any template serves whose text grows by its end; each
+response, with its end-of-turn, is counted, and nothing else is. Prompt and response are encoded
+apart, as they are at generation. The last response always closes with the end-of-text token.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ ALPACA = """\
 {%- else -%}
 {%- if not loop.first and messages[loop.index0 - 1].role == 'assistant' -%}{{ '\\n\\n' }}
 {%- elif message.input -%}
-{{ 'Below is an instruction that describes a task, paired with an input that provides further context. ' -}}
+{{ 'Below is an instruction that describes a task, paired with an input \
+that provides further context. ' -}}
 {{ 'Write a response that appropriately completes the request.\\n\\n' }}
 {%- else -%}
 {{ 'Below is an instruction that describes a task. ' -}}
@@ -51,7 +53,7 @@ TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
 DEFAULTS = {"chat": "chatml", "alpaca": "alpaca", "text": "none", "hh": "none"}
 
 
-class Encoded(NamedTuple):
+class EncodedSequence(NamedTuple):
     """Token ids, (n,) int32, and which of them are counted as targets, (n,) bool."""
 
     ids: np.ndarray
@@ -59,7 +61,10 @@ class Encoded(NamedTuple):
 
 
 def template_source(name: str, tokenizer: Tokenizer) -> str:
-    """The Jinja text of a template: "chatml", "alpaca", "tokenizer" (its own), or a file; "auto" and "none" have no text."""
+    """The Jinja text of a template.
+
+    name: "chatml", "alpaca", "tokenizer" (its own), or a file; "auto" and "none" have no text.
+    """
     if name in TEMPLATES or name in ("auto", "none"):
         return TEMPLATES.get(name, name)
     if name == "tokenizer":
@@ -75,7 +80,10 @@ def _own_template(tokenizer: Tokenizer) -> str:
     """The chat template in the tokenizer's folder; UserError where there is none."""
     template = _beside(tokenizer)
     if template is None:
-        raise UserError(f"chat template tokenizer: {tokenizer.name} has none beside it; name chatml, alpaca or a Jinja file")
+        raise UserError(
+            f"chat template tokenizer: {tokenizer.name} has none beside it; "
+            "name chatml, alpaca or a Jinja file"
+        )
     return template
 
 
@@ -98,7 +106,11 @@ def has_own_template(tokenizer: Tokenizer) -> bool:
 def published_template(name: str, tokenizer: Tokenizer) -> str:
     """A template's text as other programs understand it: it sets the one variable of its own."""
     source = template_source(name, tokenizer)
-    return f"{{%- set end_of_turn = {json.dumps(_end_of_turn(tokenizer))} -%}}{source}" if "end_of_turn" in source else source
+    return (
+        f"{{%- set end_of_turn = {json.dumps(_end_of_turn(tokenizer))} -%}}{source}"
+        if "end_of_turn" in source
+        else source
+    )
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> str:
@@ -110,21 +122,28 @@ def template_of(dialogue: Dialogue, template: str) -> str:
     return DEFAULTS[dialogue.form] if template == "auto" else template
 
 
-def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto") -> Encoded:
+def encode_dialogue(
+    dialogue: Dialogue, tokenizer: Tokenizer, template: str = "auto"
+) -> EncodedSequence:
     """Ids of a dialogue with its last end-of-text, and which are counted.
 
-    template: "auto" (by the row's form: ChatML for chat, Alpaca's for Alpaca rows, none for running text), a name of
-    TEMPLATES, "tokenizer" (its own), a Jinja file, or "none". Raises UserError where the template cannot render the dialogue.
+    template: "auto" (by its form: ChatML for chat, Alpaca's for Alpaca records, none for running
+    text), a name of TEMPLATES, "tokenizer" (its own), a Jinja file, or "none". Raises UserError
+    where the template cannot render the dialogue.
     """
     chosen = template_of(dialogue, template)
     if chosen == "none":
         if dialogue.raw is None:
-            raise UserError("chat template none: these rows are messages; name chatml, alpaca or a Jinja file")
+            raise UserError(
+                "chat template none: these records are messages; "
+                "name chatml, alpaca or a Jinja file"
+            )
         segments = [(dialogue.raw[0], False), (dialogue.raw[1], True)]
     else:
         segments = render_segments(dialogue.messages, tokenizer, template_source(chosen, tokenizer))
     literal = literals(dialogue.messages, tokenizer)
-    parts, masks = [], []
+    parts = []
+    masks = []
     for text, counted in segments:
         ids = _encode(text, literal, tokenizer, chosen != "none")
         parts.append(ids)
@@ -132,17 +151,17 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, template: str = "a
     if not len(parts[-1]) or parts[-1][-1] != tokenizer.eos_id:
         parts.append(np.array([tokenizer.eos_id]))
         masks.append(np.array([True]))
-    return Encoded(np.concatenate(parts).astype(np.int32), np.concatenate(masks))
+    return EncodedSequence(np.concatenate(parts).astype(np.int32), np.concatenate(masks))
 
 
 def literals(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
-    """The texts of messages of which one spells out a special token: they are encoded as ordinary text."""
+    """What is encoded as ordinary text: all messages, if one spells out a special token."""
     special = any(s in m.content or s in m.input for s in tokenizer.specials for m in messages)
     return [text for m in messages for text in (m.content, m.input) if text] if special else []
 
 
 def _encode(text: str, literal: Sequence[str], tokenizer: Tokenizer, specials: bool) -> np.ndarray:
-    """Ids of a segment; the template's special tokens are special, those written inside a row's text are not."""
+    """Ids of a segment; special tokens are those of the template, not those a record spells out."""
     for content in literal:
         if content in text:
             before, after = text.split(content, 1)
@@ -151,7 +170,9 @@ def _encode(text: str, literal: Sequence[str], tokenizer: Tokenizer, specials: b
     return tokenizer.encode_array(text, specials=specials)
 
 
-def render_segments(messages: Sequence[Message], tokenizer: Tokenizer, source: str) -> list[tuple[str, bool]]:
+def render_segments(
+    messages: Sequence[Message], tokenizer: Tokenizer, source: str
+) -> list[tuple[str, bool]]:
     """The rendered dialogue up to its last response, cut into (text, whether it is counted)."""
     render = _renderer(source)
     end = tokenizer.piece(tokenizer.eos_id)
@@ -162,13 +183,18 @@ def render_segments(messages: Sequence[Message], tokenizer: Tokenizer, source: s
         before = render(messages[:number], True, end, _end_of_turn(tokenizer))
         after = render(messages[: number + 1], False, end, turn_end)
         if not before.startswith(done) or not after.startswith(before):
-            raise UserError("chat template: a later turn changes the text of an earlier one, so responses cannot be told "
-                            "apart; use a template that only appends")  # fmt: skip
-        # Of a template without a generation prompt, the turn's heading comes with the answer; it is not counted.
-        heading, found, _ = after[len(before) :].partition(message.content.strip())
-        before += heading if found and heading.strip() else ""
+            raise UserError(
+                "chat template: a later turn changes the text of an earlier one, so responses "
+                "cannot be told apart; use a template that only appends"
+            )
+        # Of a template without a generation prompt, the turn's heading comes with the answer; it is
+        # not counted.
+        heading, answer, _ = after[len(before) :].partition(message.content.strip())
+        before += heading if answer and heading.strip() else ""
         response = after[len(before) :]
-        kept = response.rstrip("\n") if response.rstrip("\n").endswith((end, turn_end)) else response
+        kept = (
+            response.rstrip("\n") if response.rstrip("\n").endswith((end, turn_end)) else response
+        )
         segments += [(before[len(done) :], False), (kept, True)]
         done = before + kept
     return segments
@@ -189,9 +215,14 @@ def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]
     except jinja2.TemplateError as error:
         raise UserError(f"chat template: not valid Jinja ({error})") from error
 
-    def render(messages: Sequence[Message], generation: bool, eos_token: str, end_of_turn: str) -> str:
-        if "input" not in source:  # a template that does not know Alpaca's second field shows it with the first
-            messages = [m._replace(content=f"{m.content}\n\n{m.input}") if m.input else m for m in messages]
+    def render(
+        messages: Sequence[Message], generation: bool, eos_token: str, end_of_turn: str
+    ) -> str:
+        # A template that does not know Alpaca's second field shows it with the first.
+        if "input" not in source:
+            messages = [
+                m._replace(content=f"{m.content}\n\n{m.input}") if m.input else m for m in messages
+            ]
         try:
             return template.render(
                 messages=[m._asdict() for m in messages],
@@ -206,15 +237,21 @@ def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]
     return render
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml") -> str:
+def render_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml"
+) -> str:
     """The text to generate from: the dialogue so far and the opening of the assistant's turn."""
     if template == "none":
         return "".join(m.content for m in messages)
     end = tokenizer.piece(tokenizer.eos_id)
-    return _renderer(template_source(template, tokenizer))(messages, True, end, _end_of_turn(tokenizer))
+    return _renderer(template_source(template, tokenizer))(
+        messages, True, end, _end_of_turn(tokenizer)
+    )
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml") -> list[int]:
+def encode_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml"
+) -> list[int]:
     """Ids of render_prompt()'s text; special tokens that a message spells out are ordinary text."""
     text = render_prompt(messages, tokenizer, template)
     return _encode(text, literals(messages, tokenizer), tokenizer, True).tolist()

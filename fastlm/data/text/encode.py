@@ -1,7 +1,8 @@
 """Tokenising many texts at once, in order.
 
-Threads, not processes: tiktoken and tokenizers work outside Python's lock, there is nothing to start or to copy, and the
-main thread only reads text and writes ids. Memory holds a few batches per thread, however long the text is.
+Threads, not processes: tiktoken and tokenizers work outside Python's lock, there is nothing to
+start or to copy, and the main thread only reads text and writes ids. Memory holds a few batches per
+thread, however long the text is.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlm.data.sources import Piece
+from fastlm.data.text.documents import Piece
 from fastlm.tokenizer import Tokenizer
 
 
-class Encoded(NamedTuple):
+class EncodedBatch(NamedTuple):
     """A batch of pieces, the ids of each, and how many bytes of UTF-8 their text has."""
 
     pieces: list[Piece]
@@ -27,17 +28,26 @@ class Encoded(NamedTuple):
 
 
 def encode_batches(
-    tokenizer: Tokenizer, batches: Iterator[list[Piece]], dtype: np.dtype, workers: int | None = None
-) -> Iterator[Encoded]:
-    """Tokenise batches in parallel; the order and the ids are the same for any number of workers (None: one per core)."""
+    tokenizer: Tokenizer,
+    batches: Iterator[list[Piece]],
+    dtype: np.dtype,
+    workers: int | None = None,
+) -> Iterator[EncodedBatch]:
+    """Tokenise batches in parallel.
 
-    def encode(batch: list[Piece]) -> Encoded:
+    The order and the ids are the same for any number of workers (None: one per core).
+    """
+
+    def encode(batch: list[Piece]) -> EncodedBatch:
         ids = [tokenizer.encode_array(piece.text).astype(dtype) for piece in batch]
-        size = sum(len(p.text) if p.text.isascii() else len(p.text.encode("utf-8", "replace")) for p in batch)
-        return Encoded(batch, ids, size)
+        size = sum(
+            len(p.text) if p.text.isascii() else len(p.text.encode("utf-8", "replace"))
+            for p in batch
+        )
+        return EncodedBatch(batch, ids, size)
 
     workers = workers or usable_cores()
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[Future[EncodedBatch]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for batch in batches:

@@ -1,7 +1,7 @@
 """The manifest of a prepared folder: what its files are, how they were made, and what they must be.
 
-A folder may come from a stranger. Nothing of a manifest is believed before its type and range are checked, and no file
-that it names is opened unless it lies in the folder itself.
+A folder may come from a stranger. Nothing of a manifest is believed before its type and range are
+checked, and no file that it names is opened unless it lies in the folder itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 from fastlm.errors import UserError
 from fastlm.schema import read_json
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
 MEND = "delete the folder and prepare it again"
 SPLITS = ("train", "validation")
@@ -103,10 +103,12 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder; UserError where there is none, or none that can be believed."""
+    """The manifest of a prepared folder; UserError where there is none that can be believed."""
     file = folder / MANIFEST
     if not file.exists():
-        raise UserError(f"{folder}: no {MANIFEST}; expected a folder written by `fastlm data prepare`")
+        raise UserError(
+            f"{folder}: no {MANIFEST}; expected a folder written by `fastlm data prepare`"
+        )
     manifest = read_json(file, Manifest, MEND)
     problem = _problem(manifest)
     if problem:
@@ -118,30 +120,38 @@ def _problem(manifest: Manifest) -> str:
     """What does not hold between the fields, or nothing."""
     made = manifest.tokenizer
     if made.eos_id >= made.vocab_size:
-        return f"field tokenizer.eos_id: got {made.eos_id}, expected less than the vocabulary's {made.vocab_size}"
+        most = f"less than the vocabulary's {made.vocab_size}"
+        return f"field tokenizer.eos_id: got {made.eos_id}, expected {most}"
     if set(manifest.splits) != set(SPLITS):
         got = ", ".join(sorted(ascii(name)[:40] for name in manifest.splits)[:5])
         return f"field splits: got {got or 'none'}, expected {' and '.join(SPLITS)}"
     for name, split in manifest.splits.items():
         tokens = sum(shard.tokens for shard in split.shards)
         if tokens != split.tokens:
-            return f"field splits.{name}.tokens: got {split.tokens:,}, expected its shards' {tokens:,}"
+            return (
+                f"field splits.{name}.tokens: got {split.tokens:,}, expected its shards' {tokens:,}"
+            )
         if split.index.documents != split.documents:
-            return f"field splits.{name}.documents: got {split.documents:,}, expected its index's {split.index.documents:,}"
+            index = f"its index's {split.index.documents:,}"
+            return f"field splits.{name}.documents: got {split.documents:,}, expected {index}"
     return ""
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The regular file `name` of a folder; UserError for any other place, and for a link that leads to one."""
+    """The regular file `name` inside a folder; UserError for any other, linked ones included."""
     file = folder / name
     plain = name == Path(name).name and name.isprintable() and len(name) < 256
     if not plain or name.startswith(".") or "\\" in name:
-        raise UserError(f"{folder / MANIFEST}: names the file {ascii(name)[:60]}, expected a plain name; {MEND}")
+        raise UserError(
+            f"{folder / MANIFEST}: names the file {ascii(name)[:60]}, expected a plain name; {MEND}"
+        )
     try:
         inside = file.resolve(strict=True).parent == folder.resolve(strict=True)
         regular = stat.S_ISREG(file.stat().st_mode)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{file}: unreadable shard ({getattr(error, 'strerror', None) or error}); {MEND}") from error
+        raise UserError(
+            f"{file}: unreadable shard ({getattr(error, 'strerror', None) or error}); {MEND}"
+        ) from error
     if not inside:
         raise UserError(f"{file}: a link out of its folder, expected a file inside; {MEND}")
     if not regular:

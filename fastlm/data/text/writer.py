@@ -1,76 +1,115 @@
-"""Token shards being written: appended to, cut back to a journal's counts, and split at the tail for validation."""
+"""Token shards being written: appended to, cut back to counts, split at the tail for validation."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
 from fastlm import files
+from fastlm.data.text.manifest import IndexEntry, ShardEntry, SplitEntry
 
 SHARD_TOKENS = 1 << 27
-VALIDATION_TOKENS = (4096, 500_000)  # wanted at least (a tenth of the text at most), taken at most from the tail
+LEAST_VALIDATION_TOKENS = 4096  # wanted where the text is long enough: a tenth of it at most
+MOST_VALIDATION_TOKENS = 500_000  # taken from the tail
 VALIDATION_SHARE = 0.03
 
 
-class SplitWriter:
-    """Appends ids and document ends of one split to its shards; `state` is its part of the journal."""
+@dataclass(frozen=True)
+class Counts:
+    """How much of a split is on the disk."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, state: dict[str, int]) -> None:
-        self.folder, self.split, self.dtype = folder, split, dtype
-        self.tokens, self.documents = state["tokens"], state["documents"]
-        self._data: BinaryIO | None = None
-        self._ends = self.index_file.open("ab")
+    tokens: int = 0
+    documents: int = 0
+
+
+class SplitWriter:
+    """Appends ids and document ends of one split to its files, which hold `counts` already."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, counts: Counts) -> None:
+        self.folder = folder
+        self.split = split
+        self.dtype = dtype
+        self.tokens = counts.tokens
+        self.documents = counts.documents
+        self._shard: BinaryIO | None = None
+        self._index: BinaryIO = self.index_file.open("ab")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def index_file(self) -> Path:
         """The file of document ends."""
         return self.folder / f"{self.split}.documents.bin"
 
+    @property
+    def n_shards(self) -> int:
+        """Files of ids so far."""
+        return -(-self.tokens // SHARD_TOKENS)
+
     def shard_file(self, number: int) -> Path:
         """The file of one shard."""
         return self.folder / f"{self.split}-{number:05d}.bin"
+
+    def read_shard(self, number: int) -> np.ndarray:
+        """The ids of one shard, mapped: only what is used of it is read."""
+        return np.memmap(self.shard_file(number), self.dtype, mode="r")
 
     def append(self, ids: np.ndarray) -> None:
         """Add ids, opening the next shard when one is full."""
         while len(ids):
             room = SHARD_TOKENS - self.tokens % SHARD_TOKENS
-            if self._data is None:
-                self._data = self.shard_file(self.tokens // SHARD_TOKENS).open("ab")
-            part, ids = ids[:room], ids[room:]
-            self._data.write(part.tobytes())
-            self.tokens += len(part)
-            if len(part) == room:
-                files.sync(self._data)
-                self._data.close()
-                self._data = None
+            if self._shard is None:
+                self._shard = self.shard_file(self.tokens // SHARD_TOKENS).open("ab")
+            fitting = ids[:room]
+            ids = ids[room:]
+            self._shard.write(fitting.tobytes())
+            self.tokens += len(fitting)
+            if len(fitting) == room:
+                files.sync(self._shard)
+                self._shard.close()
+                self._shard = None
 
     def end_document(self, eos_id: int) -> None:
         """Close a document with the end-of-text token."""
         self.append(np.array([eos_id], self.dtype))
-        self._ends.write(np.int64(self.tokens).tobytes())
+        self._index.write(np.int64(self.tokens).tobytes())
         self.documents += 1
 
-    def flush(self) -> dict[str, int]:
-        """Put everything on disk; the counts for the journal."""
-        for stream in filter(None, (self._data, self._ends)):
-            files.sync(stream)
-        return {"tokens": self.tokens, "documents": self.documents}
+    def append_ends(self, ends: np.ndarray) -> None:
+        """Note where documents end whose ids were appended."""
+        self._index.write(ends.astype("<i8").tobytes())
+        self.documents += len(ends)
+
+    def flush(self) -> Counts:
+        """Put everything on disk; what is there then."""
+        if self._shard is not None:
+            files.sync(self._shard)
+        files.sync(self._index)
+        return Counts(self.tokens, self.documents)
 
     def close(self) -> None:
         """Close the files."""
-        for stream in filter(None, (self._data, self._ends)):
-            stream.close()
-        self._data = None
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+        self._index.close()
 
-    def truncate(self, tokens: int, documents: int) -> bool:
+    def truncate(self, counts: Counts) -> bool:
         """Cut the files to these counts; False where they are shorter than that."""
-        n_shards = -(-tokens // SHARD_TOKENS)
-        sizes = {self.shard_file(n): self.dtype.itemsize * min(SHARD_TOKENS, tokens - n * SHARD_TOKENS)
-                 for n in range(n_shards)}  # fmt: skip
-        sizes[self.index_file] = 8 * documents
+        self.tokens = counts.tokens
+        self.documents = counts.documents
+        sizes = {self.index_file: 8 * counts.documents}
+        for number in range(self.n_shards):
+            held = min(SHARD_TOKENS, counts.tokens - number * SHARD_TOKENS)
+            sizes[self.shard_file(number)] = self.dtype.itemsize * held
         for file in self.folder.glob(f"{self.split}-*.bin"):
             if file not in sizes:
                 file.unlink()
@@ -78,59 +117,61 @@ class SplitWriter:
             if not file.is_file() or file.stat().st_size < size:
                 return False
             os.truncate(file, size)
-        self.tokens, self.documents = tokens, documents
         return True
 
-    def manifest(self) -> dict[str, Any]:
-        """Counts and hashes of the files."""
+    def entry(self) -> SplitEntry:
+        """What the manifest says of the split: counts and digests of the files."""
         shards = []
-        for n in range(-(-self.tokens // SHARD_TOKENS)):
-            file = self.shard_file(n)
-            count = min(SHARD_TOKENS, self.tokens - n * SHARD_TOKENS)
-            shards.append({"file": file.name, "tokens": count, "sha256": files.sha256(file)})
-        index = {"file": self.index_file.name, "documents": self.documents, "sha256": files.sha256(self.index_file)}
-        return {"tokens": self.tokens, "documents": self.documents, "shards": shards, "index": index}
+        for number in range(self.n_shards):
+            file = self.shard_file(number)
+            held = min(SHARD_TOKENS, self.tokens - number * SHARD_TOKENS)
+            shards.append(ShardEntry(file.name, held, files.sha256(file)))
+        index = IndexEntry(self.index_file.name, self.documents, files.sha256(self.index_file))
+        return SplitEntry(self.tokens, self.documents, shards, index)
 
 
-def top_up_validation(folder: Path, writers: dict[str, SplitWriter], dtype: np.dtype, eos_id: int) -> None:
-    """Move the tail of training into validation where held-out documents gave too little, as for one long text.
+def top_up_validation(
+    folder: Path, writers: dict[str, SplitWriter], dtype: np.dtype, eos_id: int
+) -> None:
+    """Move the tail of training into validation where too little was held out.
 
-    Whole documents are moved, or, where the last one alone is more than twice what is wanted, its end; the part that stays
-    in training is closed with an end-of-text of its own.
+    So it is for one long text. Whole documents are moved, or, where the last one alone is more than
+    twice what is wanted, its end; what stays of that one in training is closed with an end-of-text
+    of its own.
     """
-    train, validation = writers["train"], writers["validation"]
+    train = writers["train"]
+    validation = writers["validation"]
     total = train.tokens + validation.tokens
-    least, most = VALIDATION_TOKENS
-    if validation.tokens >= min(least, total // 10):
+    least = min(LEAST_VALIDATION_TOKENS, total // 10)
+    if validation.tokens >= least:
         return
-    want = max(min(least, total // 10), min(most, int(total * VALIDATION_SHARE))) - validation.tokens
+    wanted = (
+        max(least, min(MOST_VALIDATION_TOKENS, int(total * VALIDATION_SHARE))) - validation.tokens
+    )
     ends = np.fromfile(train.index_file, "<i8")
-    # The first document of the tail: the last one that starts at or before the place where `want` tokens are left.
+    # The first document that moves: the last one that starts where at least `wanted` tokens are
+    # left.
     starts = np.concatenate([[0], ends[:-1]])
-    first = int(np.searchsorted(starts, train.tokens - want, side="right")) - 1
-    cut = int(starts[first])
-    inside = train.tokens - cut > 2 * want or first == 0
-    if inside:
-        cut = train.tokens - want
-    tail = np.concatenate([_read(train, n, dtype) for n in range(cut // SHARD_TOKENS, -(-train.tokens // SHARD_TOKENS))])
-    tail = tail[cut - cut // SHARD_TOKENS * SHARD_TOKENS :]
-    moved_ends = ends[first:] - cut + validation.tokens
-    resumed = SplitWriter(folder, "validation", dtype, {"tokens": validation.tokens, "documents": validation.documents})
-    resumed.append(tail)
-    resumed._ends.write(moved_ends.astype("<i8").tobytes())
-    resumed.documents += len(moved_ends)
-    resumed.flush()
-    resumed.close()
-    validation.tokens, validation.documents = resumed.tokens, resumed.documents
-    train.truncate(cut, first)
-    if inside:
-        resumed = SplitWriter(folder, "train", dtype, {"tokens": cut, "documents": first})
-        resumed.end_document(eos_id)
-        resumed.flush()
-        resumed.close()
-        train.tokens, train.documents = resumed.tokens, resumed.documents
-
-
-def _read(writer: SplitWriter, number: int, dtype: np.dtype) -> np.ndarray:
-    """One shard, mapped: only what is used of it is read."""
-    return np.memmap(writer.shard_file(number), dtype, mode="r")
+    document = int(np.searchsorted(starts, train.tokens - wanted, side="right")) - 1
+    cut = int(starts[document])
+    inside_document = train.tokens - cut > 2 * wanted or document == 0
+    if inside_document:
+        cut = train.tokens - wanted
+    first_shard = cut // SHARD_TOKENS
+    tail = np.concatenate(
+        [train.read_shard(number) for number in range(first_shard, train.n_shards)]
+    )
+    tail = tail[cut - first_shard * SHARD_TOKENS :]
+    with SplitWriter(
+        folder, "validation", dtype, Counts(validation.tokens, validation.documents)
+    ) as longer:
+        longer.append(tail)
+        longer.append_ends(ends[document:] - cut + validation.tokens)
+        longer.flush()
+    with SplitWriter(folder, "train", dtype, Counts(cut, document)) as shorter:
+        shorter.truncate(Counts(cut, document))
+        if inside_document:
+            shorter.end_document(eos_id)
+        shorter.flush()
+    writers["validation"] = longer
+    writers["train"] = shorter

@@ -1,18 +1,11 @@
-"""Rows and their order: without replacement, from one counter, the same for any split of the work."""
+"""Rows and their order: without replacement, from one counter, however the work is split."""
 
 import numpy as np
 import pytest
 
-from fastlm.data.text.batches import (
-    IGNORED,
-    mix64,
-    permutation_keys,
-    permute,
-    row_batch,
-    row_starts,
-    rows_per_epoch,
-    validation_batches,
-)
+from fastlm.data import IGNORED
+from fastlm.data.order import mix64, permutation_keys, permute
+from fastlm.data.text.batches import row_batch, validation_batches
 from fastlm.data.text.tokens import Tokens
 from fastlm.errors import UserError
 
@@ -43,7 +36,8 @@ def test_permutation_looks_random():
     chi2 = ((counts - expected) ** 2 / expected).sum()  # (size - 1)^2 degrees of freedom
     degrees = (size - 1) ** 2
     assert abs(chi2 - degrees) < 6 * (2 * degrees) ** 0.5
-    # Neighbours do not stay neighbours: mean distance of consecutive images is that of random pairs, size / 3.
+    # Neighbours do not stay neighbours: mean distance of consecutive images is that of random
+    # pairs, size / 3.
     keys = permutation_keys(5, 0)
     image = np.array([permute(n, 10_000, keys) for n in range(10_000)])
     assert abs(np.abs(np.diff(image)).mean() / 10_000 - 1 / 3) < 0.01
@@ -51,13 +45,14 @@ def test_permutation_looks_random():
 
 def test_an_epoch_has_every_target_once_and_targets_follow_inputs():
     tokens, seq_len = make_tokens(1000), 16
-    n_rows = rows_per_epoch(tokens, seq_len)
+    n_rows = tokens.rows(seq_len)
     for epoch in range(3):
         x, y = row_batch(tokens, epoch * n_rows, n_rows, seq_len, seed=3)
         assert (y - x == 1).all()
         targets = np.sort(y.numpy().ravel())
         assert len(np.unique(targets)) == n_rows * seq_len
-        assert targets[-1] - targets[0] == n_rows * seq_len - 1  # contiguous: nothing skipped inside
+        # Contiguous: nothing skipped inside.
+        assert targets[-1] - targets[0] == n_rows * seq_len - 1
 
 
 def test_order_is_the_same_for_any_ranks_micro_batches_and_resume():
@@ -67,8 +62,16 @@ def test_order_is_the_same_for_any_ranks_micro_batches_and_resume():
         rows = np.full((total, seq_len), -1)
         for step_start in range(0, total, n_ranks * micro):
             for rank in range(n_ranks):
-                x, _ = row_batch(tokens, step_start + rank * micro, min(micro, total - step_start), seq_len, seed=7)
-                rows[step_start + rank * micro : step_start + (rank + 1) * micro] = x[: total - step_start - rank * micro]
+                x, _ = row_batch(
+                    tokens,
+                    step_start + rank * micro,
+                    min(micro, total - step_start),
+                    seq_len,
+                    seed=7,
+                )
+                rows[step_start + rank * micro : step_start + (rank + 1) * micro] = x[
+                    : total - step_start - rank * micro
+                ]
         assert (rows == whole.numpy()).all()
     resumed, _ = row_batch(tokens, 200, 280, seq_len, seed=7)
     assert (resumed == whole[200:]).all()
@@ -76,7 +79,7 @@ def test_order_is_the_same_for_any_ranks_micro_batches_and_resume():
 
 def test_another_seed_is_another_order():
     tokens = make_tokens(5000)
-    assert row_starts(tokens, 0, 50, 32, 0) != row_starts(tokens, 0, 50, 32, 1)
+    assert tokens.row_starts(0, 50, 32, 0) != tokens.row_starts(0, 50, 32, 1)
 
 
 def test_sequence_longer_than_the_data_is_refused():
@@ -87,7 +90,9 @@ def test_sequence_longer_than_the_data_is_refused():
         row_batch(make_tokens(32), 0, 1, 0, 0)
 
 
-@pytest.mark.parametrize(("count", "seq_len", "rows"), [(2, 8, 4), (100, 8, 4), (97, 8, 4), (65, 8, 4), (33, 32, 1)])
+@pytest.mark.parametrize(
+    ("count", "seq_len", "rows"), [(2, 8, 4), (100, 8, 4), (97, 8, 4), (65, 8, 4), (33, 32, 1)]
+)
 def test_validation_scores_every_token_but_the_first_once(count, seq_len, rows):
     seen = []
     for tokens in (make_tokens(count), make_tokens(count)[:]):

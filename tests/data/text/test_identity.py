@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlm.data.sources import Piece
+from fastlm.data.text.documents import Piece
 from fastlm.data.text.encode import encode_batches
-from fastlm.data.text.shards import prepare
+from fastlm.data.text.prepare import prepare
 from fastlm.tokenizer import load_tokenizer
 
 WIKITEXT = Path(__file__).resolve().parents[4] / "shared" / "data" / "wikitext-2-raw-test.txt"
@@ -37,8 +37,8 @@ def test_prepared_ids_are_those_of_tiktoken_and_of_the_fast_tokenizer(tmp_path):
 
 
 def test_ids_do_not_depend_on_the_way_the_text_is_cut(monkeypatch):
-    """Pieces of every size give the ids of the whole, spaces and line ends of all kinds included."""
-    from fastlm.data import sources
+    """Pieces of every size give the ids of the whole, spaces and line ends of all kinds too."""
+    from fastlm.data.text import documents
 
     tokenizer = load_tokenizer()
     parts = [
@@ -63,14 +63,20 @@ def test_ids_do_not_depend_on_the_way_the_text_is_cut(monkeypatch):
     text = "".join(parts[n] for n in rng.integers(0, len(parts), 4000)) + " end"
     whole = tokenizer.encode(text)
     for size in (16, 50, 333):
-        monkeypatch.setattr(sources, "PIECE_CHARS", size)
-        pieces = list(cut(text, sources, size))
+        monkeypatch.setattr(documents, "PIECE_CHARS", size)
+        pieces = list(cut(text, documents, size))
         assert len(pieces) > 5
-        got = np.concatenate([ids for batch in encode_batches(tokenizer, iter([pieces]), np.dtype("<u2")) for ids in batch.ids])
+        got = np.concatenate(
+            [
+                ids
+                for batch in encode_batches(tokenizer, iter([pieces]), np.dtype("<u2"))
+                for ids in batch.ids
+            ]
+        )
         assert got.tolist() == whole
 
 
-def cut(text, sources, size):
+def cut(text, documents, size):
     """The pieces of a text file, from a file in memory."""
     import io
 
@@ -78,7 +84,7 @@ def cut(text, sources, size):
         def open(self, mode):
             return io.BytesIO(text.encode())
 
-    pieces = list(sources.text_pieces(File()))
+    pieces = list(documents.text_pieces(File()))
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert "".join(piece.text for piece in pieces) == text
     return [Piece(piece.text, False) for piece in pieces]

@@ -1,4 +1,4 @@
-"""A prepared folder may come from a stranger: whatever its manifest and files say, it trains, or is refused in one line."""
+"""A prepared folder may come from a stranger: it trains, or is refused in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastlm.data.text.manifest import MANIFEST, file_in
-from fastlm.data.text.shards import prepare
+from fastlm.data.text.prepare import prepare
 from fastlm.data.text.tokens import open_data
 from fastlm.errors import UserError
 from fastlm.tokenizer import load_tokenizer
@@ -23,7 +23,9 @@ DELETE = object()
 
 @pytest.fixture(scope="module")
 def prepared(small_text, small_tokenizer, tmp_path_factory) -> Path:
-    return prepare(str(small_text), load_tokenizer(str(small_tokenizer)), tmp_path_factory.mktemp("cache")).folder
+    return prepare(
+        str(small_text), load_tokenizer(str(small_tokenizer)), tmp_path_factory.mktemp("cache")
+    ).folder
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def folder(prepared, tmp_path) -> Path:
 
 
 def edit(folder: Path, place: str, value: Any) -> None:
-    """Put a value (or a function of the old one) where "splits.train.shards.0.file" says; DELETE takes it out."""
+    """Put a value, or a function of the old one, where "a.b.0.c" says; DELETE takes it out."""
     manifest = json.loads((folder / MANIFEST).read_text())
     *path, last = [int(key) if key.isdigit() else key for key in place.split(".")]
     inner = manifest
@@ -98,13 +100,27 @@ EDITS = [
     ("splits.train.shards.0.file", "other.bin"),
     ("splits.train.index.file", "validation.documents.bin"),
     ("splits.train.index.file", "../train.documents.bin"),
-] + [(key, DELETE) for key in ("dtype", "format", "source", "settings", "tokenizer", "text_bytes", "bad_rows", "splits")]
+] + [
+    (key, DELETE)
+    for key in (
+        "dtype",
+        "format",
+        "source",
+        "settings",
+        "tokenizer",
+        "text_bytes",
+        "bad_rows",
+        "splits",
+    )
+]
 # Nothing that training uses: only inspect, which shows it, has to refuse.
 ONLY_INSPECT = [("tokenizer.name", "/dev/zero")]
 
 
 @pytest.mark.parametrize(("place", "value"), EDITS)
-def test_a_manifest_with_a_false_field_is_refused_in_one_line(folder, small_run, mistake, place, value):
+def test_a_manifest_with_a_false_field_is_refused_in_one_line(
+    folder, small_run, mistake, place, value
+):
     edit(folder, place, value)
     error = mistake(["data", "inspect", str(folder)])
     assert str(folder) in error or "tokenizer" in error
@@ -169,10 +185,19 @@ def nothing_left(folder: Path) -> None:
     (folder / MANIFEST).unlink()
 
 
+CONTENTS = ["", "{", "[]", "null", "NaN", "[" * 100_000, '{"format": 1' + "0" * 5000 + "}"]
 DAMAGE = [
-    link_out, link_to_itself, pipe, manifest_pipe, manifest_folder, large, falling_ends, strange_id, nothing_left,
-    text(""), text("{"), text("[]"), text("null"), text("NaN"), text("[" * 100_000), text('{"format": 1' + "0" * 5000 + "}"),
-]  # fmt: skip
+    link_out,
+    link_to_itself,
+    pipe,
+    manifest_pipe,
+    manifest_folder,
+    large,
+    falling_ends,
+    strange_id,
+    nothing_left,
+    *map(text, CONTENTS),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -182,13 +207,18 @@ def test_a_folder_with_damaged_files_is_refused_in_one_line(folder, small_run, m
     mistake(["pretrain", *small_run, "--data", str(folder)])
 
 
-def test_a_link_inside_the_folder_and_a_linked_folder_are_followed(folder, small_tokenizer, tmp_path):
+def test_a_link_inside_the_folder_and_a_linked_folder_are_followed(
+    folder, small_tokenizer, tmp_path
+):
     shard = folder / "train-00000.bin"
     shard.rename(folder / "moved.bin")
     shard.symlink_to("moved.bin")
     (tmp_path / "link").symlink_to(folder)
     assert file_in(tmp_path / "link", shard.name).samefile(folder / "moved.bin")
-    assert len(open_data(tmp_path / "link", load_tokenizer(str(small_tokenizer)), verify=True).train) > 1000
+    assert (
+        len(open_data(tmp_path / "link", load_tokenizer(str(small_tokenizer)), verify=True).train)
+        > 1000
+    )
 
 
 def test_a_manifest_that_widens_its_own_vocabulary_is_refused(folder, small_tokenizer):

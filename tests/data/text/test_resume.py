@@ -1,4 +1,4 @@
-"""A preparation that is killed goes on where it was, and ends with the same bytes, in constant memory."""
+"""A preparation that is killed goes on, and ends with the same bytes, in constant memory."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlm.data.text import shards
+from fastlm.data.text.prepare import prepare
 from fastlm.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,12 +19,13 @@ RUN = """
 import sys
 from pathlib import Path
 from fastlm.data.text import shards, writer
-from fastlm.data.sources import open_source
+from fastlm.data.catalogue import open_source
+from fastlm.data.text.manifest import Settings
 from fastlm.runtime import process_peak_gib
 from fastlm.tokenizer import load_tokenizer
 shards.JOURNAL_EVERY = 4
 writer.SHARD_TOKENS = 1 << 20
-settings = shards.Settings(on_bad_row="skip", dedup=sys.argv[3])
+settings = Settings(on_bad_row="skip", dedup=sys.argv[3])
 source = open_source(sys.argv[1], on_bad_row="skip")
 shards.write_folder(source, load_tokenizer(), Path(sys.argv[2]), None, settings)
 print(round(process_peak_gib() * 1024))
@@ -35,7 +36,10 @@ def write_text(file, n_bytes, seed=0):
     """Lines of made-up words: as many different ones as real text has."""
     rng = random.Random(seed)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(20_000)]
-    block = "\n".join(" ".join(rng.choices(vocabulary, k=rng.randint(3, 40))) for _ in range(20_000)) + "\n"
+    block = (
+        "\n".join(" ".join(rng.choices(vocabulary, k=rng.randint(3, 40))) for _ in range(20_000))
+        + "\n"
+    )
     with file.open("w") as stream:
         while stream.tell() < n_bytes:
             stream.write(f"= {stream.tell()} =\n")
@@ -55,10 +59,12 @@ def written(folder):
 
 
 def killed_many_times(source, folder, dedup, marks):
-    """Run, kill -9 when so many bytes are written, run again, ..., then run to the end. The number of kills."""
+    """Run, kill -9 when so many bytes are written, again and again, then run to the end."""
     partial, kills = folder.with_name(folder.name + ".partial"), 0
     for mark in marks:
-        process = subprocess.Popen(command(source, folder, dedup), cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(source, folder, dedup), cwd=ROOT, stdout=subprocess.DEVNULL
+        )
         while process.poll() is None and written(partial) < mark:
             time.sleep(0.002)
         if process.poll() is None:
@@ -81,12 +87,16 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kind):
     else:
         source, dedup, n_kills = tmp_path / "a.jsonl", "exact", 4
         lines = re.split(r"\n", write_text(tmp_path / "a.txt", 3_000_000).read_text())
-        rows = [json.dumps({"text": "\n".join(lines[n : n + 5])}) for n in range(0, len(lines) - 5, 5)]
+        rows = [
+            json.dumps({"text": "\n".join(lines[n : n + 5])}) for n in range(0, len(lines) - 5, 5)
+        ]
         for n in range(0, len(rows), 500):
             rows[n] = "{"  # bad rows, left out and counted
         rows[1000:1010] = rows[10:20]
         source.write_text("\n".join(rows))
-    subprocess.run(command(source, tmp_path / "whole", dedup), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command(source, tmp_path / "whole", dedup), cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
     rng = random.Random(1)
     marks = sorted(rng.uniform(0, written(tmp_path / "whole")) for _ in range(n_kills))
     kills = killed_many_times(source, tmp_path / "again", dedup, marks)
@@ -103,9 +113,16 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     peaks = []
     for size in (1_000_000, 10_000_000):
         source = write_text(tmp_path / f"{size}.txt", size)
-        done = subprocess.run(command(source, tmp_path / f"out{size}"), cwd=ROOT, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command(source, tmp_path / f"out{size}"),
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         peaks.append(int(done.stdout))
-    # The text grows by 9 MB, as ids in lists by 100 MB or more; what may grow once are the tokenizer's and reader's buffers.
+    # The text grows by 9 MB, as ids in lists by 100 MB or more; what may grow once are the
+    # tokenizer's and reader's buffers.
     assert peaks[1] - peaks[0] < 12
     assert peaks[1] < 1000
 
@@ -113,12 +130,15 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     source = write_text(tmp_path / "a.txt", 2_000_000)
     tokenizer = load_tokenizer()
-    folders = [shards.prepare(str(source), tokenizer, tmp_path / str(n), workers=n).folder for n in (1, 3)]
+    folders = [prepare(str(source), tokenizer, tmp_path / str(n), workers=n).folder for n in (1, 3)]
     assert content(folders[0]) == content(folders[1])
 
 
 def test_two_processes_that_prepare_the_same_text_both_get_it(tmp_path):
     source = write_text(tmp_path / "a.txt", 1_000_000)
-    processes = [subprocess.Popen(command(source, tmp_path / "out"), cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    processes = [
+        subprocess.Popen(command(source, tmp_path / "out"), cwd=ROOT, stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
     assert [process.wait() for process in processes] == [0, 0]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.txt", "out"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 WIDTH = {"8": 1, "16": 2, "32": 4, "64": 8}
-UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-SINT = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-FLOAT = {4: np.float32, 8: np.float64}
+UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+SINT: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+FLOAT: dict[int, Any] = {4: np.float32, 8: np.float64}
 FLOATS = ("f32", "f16", "bf16", "f64")
 PACKED = {"bf16x2": ("bf16", 2), "f16x2": ("f16", 2), "f32x2": ("f32", 4)}  # format, bytes of one
 SMALLEST_NORMAL = np.float32(1.1754944e-38)

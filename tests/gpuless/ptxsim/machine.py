@@ -92,8 +92,8 @@ class Machine:
         if operand.startswith(("0d", "0D")):
             return np.full(self.n, int(operand[2:], 16), np.uint64)
         if INTEGER.fullmatch(operand):
-            value = int(operand.rstrip("U"), 0) & (1 << 8 * size) - 1
-            return np.full(self.n, value, np.uint64).astype(UINT[size])
+            literal = int(operand.rstrip("U"), 0) & (1 << 8 * size) - 1
+            return np.full(self.n, literal, np.uint64).astype(UINT[size])
         if operand in SHARED_BASES:
             return np.zeros(self.n, UINT[size])
         raise SimulationError(f"unknown operand {operand}")

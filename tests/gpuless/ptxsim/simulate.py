@@ -61,8 +61,10 @@ def launches(target: int = 90) -> Iterator[list[tuple[str, Stats]]]:
         given = dict(zip(names, args, strict=False))
         given |= {name: value for name, value in kwargs.items() if name in self.arg_names}
         sizes = grid(given) if callable(grid) else grid
-        options = {"target": target, "num_warps": num_warps, "num_stages": num_stages}
-        record.append((self.__name__, simulate(self, sizes, **options, **given)))
+        stats = simulate(
+            self, sizes, target=target, num_warps=num_warps, num_stages=num_stages, **given
+        )
+        record.append((self.__name__, stats))
 
     with mock.patch.object(JITFunction, "run", run):
         yield record

@@ -19,8 +19,8 @@ WARP = 32
 
 def whole_warps(machine: Machine, mask: np.ndarray) -> bool:
     """Whether every warp that takes part does so with all its lanes."""
-    whole = mask.reshape(-1, WARP).all(1)
-    return bool(whole[np.unique(machine.warp[mask])].all())
+    partly = machine.warp[~mask]
+    return not np.isin(machine.warp[mask], partly).any()
 
 
 def ballot(lanes: np.ndarray) -> np.ndarray:

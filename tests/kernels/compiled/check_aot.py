@@ -32,10 +32,11 @@ def check(case, target, bulk_bits=128):
         assert built.spills <= (8 if target == "sm_120" and triton.__version__.startswith("3.6.") else 0), built
         assert built.fp64 == 0, built
         assert built.atomics == 0, built
-        assert built.load_bits == bulk_bits, built
+        narrowest = bulk_bits // 2 if target.startswith("gfx") else bulk_bits  # 64 lanes to a warp: as many bytes
+        assert narrowest <= built.load_bits <= bulk_bits, built
         assert built.registers <= 255, built
         if built.kernel != "_sum_partials_kernel" and "forward" not in case.direction:
-            assert built.store_bits == bulk_bits, built
+            assert narrowest <= built.store_bits <= bulk_bits, built
 
 
 @pytest.mark.parametrize("target", inspect.TARGETS)
@@ -43,6 +44,16 @@ def check(case, target, bulk_bits=128):
 def test_the_model_s_kernels_build_for_every_architecture(case, target):
     """No spills, no fp64, no atomics, 128-bit accesses; also at V = 50257, whose rows start unaligned."""
     check(case, target)
+
+
+@pytest.mark.parametrize("target", inspect.DEVICES)
+@pytest.mark.parametrize("case", [c for c in BF16 if c.direction == "in place"], ids=lambda c: c.name)
+def test_logits_in_flight_fit_in_the_l2_cache(case, target):
+    """So that the second read of a row, which makes the gradient, need not come from memory."""
+    (launch,) = launches(case)
+    rows = inspect.programs_in_flight(inspect.read_binary(launch, target), launch.num_warps, target)
+    row_bytes = launch.arguments["STRIDE"] * case.dtype.itemsize
+    assert rows * row_bytes <= inspect.DEVICES[target][1]
 
 
 @pytest.mark.parametrize("case", [c for c in BF16 if c.name not in {m.name for m in MODEL}], ids=lambda c: c.name)

@@ -1,4 +1,4 @@
-"""The kernels' PTX executed on the CPU (../shared/tools/ptxsim.py), which checks bounds, alignment, barriers and races.
+"""The kernels' PTX executed on the CPU (tests/gpuless/ptxsim), which checks bounds, alignment, barriers and races.
 
 Run by test_compiled.py, in a process of its own.
 """
@@ -13,12 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
-TOOLS = Path(__file__).resolve().parents[4] / "shared" / "tools"
-sys.path[:0] = [str(TOOLS), str(Path(__file__).resolve().parents[1])]
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TESTS / "gpuless"), str(TESTS / "kernels")]
 
-import ptxsim  # noqa: E402
 from exactness import assert_as_exact, leaves, run, unaligned  # noqa: E402
 from ptxsim import launches  # noqa: E402
+from ptxsim.memory import GlobalMemory  # noqa: E402
 from test_cross_entropy import plain as plain_entropy  # noqa: E402
 from test_rms_norm import plain_add  # noqa: E402
 from test_rope import rotate, table  # noqa: E402
@@ -167,7 +167,7 @@ def simulated_updates(target):
     launch = updates._launch
     listed: list[torch.Tensor] = []
 
-    class Memory(ptxsim.GlobalMemory):
+    class Memory(GlobalMemory):
         def __init__(self):
             super().__init__()
             self.listed = {t.data_ptr(): self.add(f"list {i}", t) for i, t in enumerate(listed)}
@@ -181,7 +181,7 @@ def simulated_updates(target):
         return torch.tensor([found.get(value, value) for value in values], dtype=dtype)
 
     with (
-        mock.patch.object(ptxsim, "GlobalMemory", Memory),
+        mock.patch("ptxsim.simulate.GlobalMemory", Memory),
         mock.patch.multiple(updates, _launch=launch_with, _on_device=on_device),
         triton_on_cpu(),
         launches(target=target) as record,

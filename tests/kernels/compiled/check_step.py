@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "shared" / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "gpuless"))
 
 from gpurun import run_for_gpu
 from ptxsim import launches
