@@ -135,7 +135,7 @@ class PretrainConfig(StageConfig):
     """Model shape; single fields can be overridden with --model.FIELD."""
     data: str = "python-stdlib"
     """Text: python-stdlib, a .txt/.jsonl/.parquet file or folder, a hub data set (wikitext-103,
-    org/name), or a mixture."""
+    org/name), or a mixture. A folder's train/, validation/ and test/ are splits; test is not read."""
     tokenizer: str = "gpt2"
     """gpt2, or a Hugging Face tokenizer.json (or the folder that holds one)."""
     seq_len: int = 256
@@ -172,8 +172,8 @@ class TuningConfig(StageConfig):
     model: str = ""
     """Run, checkpoint or Hugging Face folder to start from."""
     data: str = ""
-    """Rows: a .jsonl, .json or .parquet file or folder, a hub data set (alpaca, hh-rlhf, org/name),
-    or python-functions."""
+    """Examples: a .jsonl, .json or .parquet file or folder, a hub data set (alpaca, hh-rlhf,
+    org/name), or python-functions. The test split, of a folder its test/, is not read."""
     recipe: str = ""
     """Where the defaults come from: a shipped recipe or a .toml file (default: none)."""
     tokenizer: str = ""
