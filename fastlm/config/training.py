@@ -173,7 +173,7 @@ class TuningConfig(StageConfig):
     """Run, checkpoint or Hugging Face folder to start from."""
     data: str = ""
     """Examples: a .jsonl, .json or .parquet file or folder, a hub data set (alpaca, hh-rlhf,
-    org/name), or python-functions. The test split, of a folder its test/, is not read."""
+    org/name), or python-functions."""
     recipe: str = ""
     """Where the defaults come from: a shipped recipe or a .toml file (default: none)."""
     tokenizer: str = ""
@@ -191,7 +191,8 @@ class TuningConfig(StageConfig):
     row_len: int = 0
     """Tokens per row, into which examples are packed (0: max_len; for pairs 4 max_len)."""
     held_out: float = 0.05
-    """Share of the examples held out for validation, where the data has no validation split."""
+    """Share of the examples held out for validation, where the data has no validation split (a test
+    split is never used)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
