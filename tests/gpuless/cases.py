@@ -14,10 +14,11 @@ class Case:
     folder, `python` Python itself, `gpu` a part of `make gpu`.
     {root}, {work}, {runs} and {data} are folders. trains: it has training steps, of which none but
     the first may compile anything, and none but the first two wait for the device: the second may
-    record CUDA graphs. launches: at most so many kernels a step that are not matmuls. graphs: so
-    many CUDA graphs a step. writes: it writes text, so that from the third on a token is one graph
-    and one wait for its number. says: what its output must hold. given: its input. needs: a
-    package without which the case is left out. measured: a row of the table, nothing asserted.
+    record CUDA graphs. launches: at most so many kernels a step, matmuls and attention aside.
+    graphs: so many CUDA graphs a step. writes: it writes text, so that from the third on a token is
+    one graph and one wait for its number. says: what its output must hold. given: its input.
+    needs: a package without which the case is left out. measured: a row of the table, nothing
+    asserted.
     """
 
     name: str
