@@ -122,7 +122,7 @@ def begin(name: str, path: Path, about: dict[str, Any], seconds: float) -> Part:
 def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
     """(exit code, output) of pytest in a process of its own; None where it was ended after so many seconds."""
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet", *arguments]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
         try:
             output = process.communicate(timeout=max(seconds, 1))[0]
@@ -140,8 +140,9 @@ def collect(part: Part, file: str) -> list[Case]:
     """The file's cases, in order: each with its name in pytest, group, case and peer."""
     with tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "cases.json"
-        _, output = run(["--collect-only", file, "--cases", str(listed)], max(part.left(), LEAST))
-        if listed.is_file():
+        options = ["--collect-only", file, "--cases", str(listed)]
+        code, output = run(options, max(part.left(), LEAST))
+        if code == 0 and listed.is_file():
             return json.loads(listed.read_text(encoding="utf-8"))
     group = Path(file).stem.removeprefix("test_")
     why = f"its cases cannot be collected: {last_words(output)}"

@@ -32,11 +32,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
 from harness.gpu_timing import device, energy_meter, on_gpu, rehearsing
 from harness.stand_ins import stand_in
 from harness.words import word_tokenizer
-from torch import Tensor
-from torch._dynamo.utils import counters
 
 STOOD_IN = stand_in()  # before fastlm's loop is imported, which wants these packages
 

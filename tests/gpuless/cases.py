@@ -11,7 +11,7 @@ class Case:
 
     command: its first word says what runs: `fastlm` a command of the program, `peer` a training
     step of another implementation (peers.py), `check` a file of tests, `program` a program of this
-    folder, `gpu` a part of `make gpu`.
+    folder, `python` Python itself, `gpu` a part of `make gpu`.
     {root}, {work}, {runs} and {data} are folders. trains: it has training steps, of which none but
     the first may compile anything, and none but the first two wait for the device: the second may
     record CUDA graphs. launches: at most so many kernels a step that are not matmuls. graphs: so
@@ -128,6 +128,10 @@ USE = [
         "generate, top-k",
         "fastlm generate {runs}/rows --top-k 5 --tokens 8 --repetition-penalty 1.2",
         writes=True,
+    ),
+    Case(
+        "fastlm.load",
+        """python -c "import fastlm; print(fastlm.load('{runs}/rows').generate('def'))" """,
     ),
     Case("chat", "fastlm chat {runs}/sft --tokens 12", given="What is a list?\nA tuple?\n\n"),
     Case("export", "fastlm export {runs}/sft --to {work}/exported"),

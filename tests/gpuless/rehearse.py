@@ -109,6 +109,8 @@ def arguments(case: Case) -> list[str]:
         return ["-m", "pytest", *options, str(HERE / rest[0])]
     if kind == "program":
         return [str(HERE / rest[0])]
+    if kind == "python":
+        return rest
     assert kind == "gpu", case.command
     results = str(WORK / "gpu.json")
     return [str(ROOT / "bench" / "gpu.py"), "--part", rest[0], "--results", results]

@@ -160,7 +160,7 @@ def packed_logits(model, batch):
 
 
 def make_pairs(count, seed=0):
-    """Pairs with a prompt in common, of 1 to 20 ids; some answers begin alike, not all pairs do."""
+    """Pairs that share a prompt of 1 to 20 ids; some answers begin alike, some pairs do not."""
     rng = random.Random(seed)
     made = []
     for _ in range(count):
