@@ -109,6 +109,9 @@ class StageConfig:
     """Write TensorBoard events into the run folder too."""
     device: str = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
+    deterministic: bool = False
+    """On a GPU, the same bits on every run, as on a CPU anyway: sums are added up in a fixed order and
+    torch.compile measures nothing, which is slower."""
     attention: Literal["auto", "torch", "flash", "flash3", "flash4", "xformers"] = "auto"
     """Attention backend; fastlm doctor prints what auto chooses and why."""
     optim: OptimConfig = field(default_factory=OptimConfig)
