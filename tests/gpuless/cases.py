@@ -157,7 +157,7 @@ USE = [
 ]
 
 FULL_SIZE = [
-    *eager_and_compiled("modern-253m, 32 x 1024", FULL, "full", launches=200, graphs=0),
+    *eager_and_compiled("modern-253m, 32 x 1024", FULL, "full", launches=230, graphs=0),
     Case(
         "modern-253m, AdamW, compiled",
         f"{FULL} --optim.name adamw --out {{runs}}/full-adamw",
