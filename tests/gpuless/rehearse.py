@@ -41,9 +41,11 @@ PACKAGES = (
 TIMEOUT = 600.0  # seconds; the longest case takes about 60 on two cores
 TAIL = 15  # lines of a failed case's output that are shown
 KERNELS = ("ATen launches", "Triton launches", "memsets")  # all that is launched but matmuls
+ATTENTION = "attention launches"  # of ATen's
 COLUMNS = {
     "launches a step": "{launches:,}",
     "of them Triton": "{triton:,}",
+    "attention": "{attention:,}",
     "matmuls": "{matmuls:,}",
     "graphs": "{graphs}",
     "host syncs": "{syncs}",
@@ -65,7 +67,8 @@ def environment(python: str) -> str:
     if not complete.is_file() or complete.read_text(encoding="utf-8") != wanted:
         print(f"making {folder}: the CUDA build of PyTorch, 5 GB, about 2 minutes", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run(["bash", FAKEGPU, "setup", folder, *PACKAGES], check=True)
+        command = ["bash", FAKEGPU, "setup", folder, *PACKAGES]
+        subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, check=True)
         complete.write_text(wanted, encoding="utf-8")
     return str(folder / "bin" / "python")
 
@@ -160,8 +163,9 @@ def summary(marks: list[dict]) -> dict | None:
     most = {name: max(step[name] for step in asked[1:]) for name in asked[0]}
     late = ("compiled graphs", "modules loaded")
     return {
-        "launches": max(sum(step[name] for name in KERNELS) for step in asked[1:]),
+        "launches": max(map(launches, asked[1:])),
         "triton": most["Triton launches"],
+        "attention": most[ATTENTION],
         "matmuls": most["GEMMs"],
         "graphs": most["graph launches"],
         "syncs": most["stream syncs"] + most["device syncs"],
@@ -169,6 +173,11 @@ def summary(marks: list[dict]) -> dict | None:
         "recompiles": max(sum(step[name] for step in asked) for name in late),
         "peak_gib": [mark for mark in marks if mark["at"] == "step"][-1]["peak GiB"],
     }
+
+
+def launches(step: dict) -> int:
+    """Kernels of a step that are neither matmuls nor attention."""
+    return sum(step[name] for name in KERNELS) - step[ATTENTION]
 
 
 def token_faults(marks: list[dict]) -> list[str]:
