@@ -221,7 +221,7 @@ def bare_python(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_fastlm_s_own_loop_with_nothing_but_torch_triton_numpy_and_pytest(tmp_path):
-    """Part train in a Python that has no other package: the stage to its end, and what is missing is said."""
+    """Pretraining to its end, its checkpoint and SFT from it, in a Python without any other package."""
     out = tmp_path / "gpu.json"
     bare = bare_python(tmp_path / "bare")
     done = python("bench/gpu.py", "--part", "train", "--only", "[ours]", "--results", out, cwd=ROOT, executable=bare)
@@ -236,6 +236,9 @@ def test_fastlm_s_own_loop_with_nothing_but_torch_triton_numpy_and_pytest(tmp_pa
     assert rows["ours"]["validation_loss"] > 0
     assert rows["Hugging Face Llama compiled"]["missing"] == "transformers is not installed"
     assert rows["attention flash"]["missing"] == "flash needs a GPU"
+    tuning = ("bench/gpu.py", "--part", "tuning", "--only", "[sft-plain", "--results", out)
+    done = python(*tuning, cwd=ROOT, executable=bare)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -391,8 +394,8 @@ def test_stand_ins_take_no_place_of_a_package_that_is_there():
 
 def test_a_stand_in_checkpoint_comes_back(tmp_path):
     tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
-    stand_ins.save_file(tensors, tmp_path / "x")
-    found = stand_ins.load_file(tmp_path / "x")
+    stand_ins.save_file(tensors, tmp_path / "model.safetensors")
+    found = stand_ins.load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
