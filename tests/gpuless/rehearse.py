@@ -126,11 +126,11 @@ def run(case: Case, python: str) -> tuple[int, str]:
     for option, value in itertools.pairwise(given):
         if option in ("--out", "--to"):  # of an earlier rehearsal
             shutil.rmtree(value, ignore_errors=True)
+    command = ["bash", str(FAKEGPU), "--device", case.device, python, *given]
     try:
         done = subprocess.run(
-            ["bash", str(FAKEGPU), python, *given], cwd=WORK, env=variables(), input=case.given,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            timeout=TIMEOUT,
+            command, cwd=WORK, env=variables(), input=case.given, text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         before = error.stdout.decode(errors="replace") if error.stdout else ""
