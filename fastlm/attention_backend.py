@@ -35,7 +35,6 @@ PACKAGES = {
 }
 KERNELS = {
     "CUDNN_ATTENTION": "cuDNN",
-    "FLASH_ATTENTION": "FlashAttention",
     "EFFICIENT_ATTENTION": "the memory-efficient kernel",
     "MATH": "whole matrices of scores",
 }

@@ -101,8 +101,8 @@ def logits(model: Transformer, h: Tensor) -> Tensor:
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Cache, Tensor]:
     """The cache after the prompts, with room for `capacity` columns, and the logits (B, vocab_size) of what comes next.
 
-    The prompts lie end to end in one pass; none sees another, and there is no padding. On a GPU there may be a few columns
-    more, so that the rows of a mask are aligned.
+    The prompts lie end to end in one pass; none sees another, and there is no padding. On a GPU the
+    columns may be a few more, so that the rows of a mask are aligned.
     """
     c, like = model.config, model.embedding
     if like.is_cuda:
@@ -112,7 +112,7 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], capacity: int)
     start = torch.tensor([longest - n for n in lengths], device=like.device)
     shape = (len(prompts), c.n_kv_heads, capacity, c.head_dim)
     ragged = min(lengths) < longest
-    # what is masked must be finite (on a GPU all that is not written yet); what is not read need not be made
+    # what is masked must be finite, on a GPU all that is not written yet; the rest is not read
     new = like.new_zeros if ragged or like.is_cuda else like.new_empty
     keys, values = ([new(shape) for _ in range(c.n_layers)] for _ in range(2))
     mask = (torch.arange(capacity, device=like.device) >= start[:, None])[:, None, None] if ragged else None
@@ -160,12 +160,13 @@ def feed(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
 
 
 def feed_at(model: Transformer, cache: Cache, tokens: Tensor, column: Tensor) -> Tensor:
-    """feed() of one token a row, (B,), at the column that column (1,) holds: the same work whatever that is.
+    """feed() of one token a row, (B,), into the column that a tensor (1,) names.
 
-    So a CUDA graph can replay it. All columns are read, those that are not written yet behind a mask. cache.filled is left
-    to the caller.
+    The work is the same whatever the column is, so that a CUDA graph can replay it: all columns are
+    read, those that are not written yet behind a mask. cache.filled is left to the caller.
     """
-    c, rows = model.config, len(tokens)
+    c = model.config
+    rows = len(tokens)
     start = cache.start[:, None]
     columns = torch.arange(cache.capacity, device=tokens.device)
     seen = ((columns >= start) & (columns <= column))[:, None, None]

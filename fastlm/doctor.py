@@ -16,7 +16,7 @@ from fastlm.config import PRESETS, DoctorConfig
 from fastlm.errors import UserError
 from fastlm.kernels import cpu
 from fastlm.monitor import wide_console
-from fastlm.runtime import matmul_dtype, matmul_rate, pick_device
+from fastlm.runtime import GRAPH_PARAMETERS, matmul_dtype, matmul_rate, pick_device
 from fastlm.tokenizer import load_tokenizer
 
 OPTIONAL = {
@@ -27,6 +27,11 @@ OPTIONAL = {
     "transformers": "models other than Llama's family",
     "tensorboard": "--tensorboard",
     "lm-eval": "its tasks with a fastlm model",
+}
+DTYPES = {
+    torch.float32: "fp32 on CPUs",
+    torch.bfloat16: "a GPU that has bf16",
+    torch.float16: "a GPU without bf16; the loss is scaled",
 }
 
 
@@ -68,7 +73,10 @@ def doctor(cfg: DoctorConfig) -> int:
     attention = choose("auto", device, dtype, PRESETS["modern-253m"])
     choices.add_row("attention of rows", attention.rows, attention.why)
     choices.add_row("attention of packed documents", attention.packed, attention.why)
-    choices.add_row("training dtype", str(dtype), "bf16 where a GPU has it" if device.type == "cuda" else "fp32 on CPUs")
+    choices.add_row("training dtype", str(dtype), DTYPES[dtype])
+    if device.type == "cuda":
+        replayed = f"--compile of models up to {GRAPH_PARAMETERS / 1e6:.0f}M parameters; writing"
+        choices.add_row("CUDA graphs", replayed, "launching takes the host longer than the GPU's work")
     try:
         found = load_tokenizer("gpt2")
         choices.add_row("tokenizer gpt2", f"{found.vocab_size:,} tokens", "packaged files, SHA-256 verified")

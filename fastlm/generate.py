@@ -52,7 +52,8 @@ def write_step_by_step(
 ) -> Iterator[list[int]]:
     """n_tokens tokens of each row, or as many as the cache has room for, one of each at a time."""
     for made in range(1, n_tokens + 1):
-        tokens = choose(logits, sampling, uniform(generators)[0] if sampling.temperature else None, seen)
+        draws = uniform(generators)[0] if sampling.temperature else None
+        tokens = choose(logits, sampling, draws, seen)
         if seen is not None:
             seen[torch.arange(len(tokens)), tokens] = True
         yield tokens.tolist()
@@ -72,8 +73,9 @@ def write_in_graph(
 ) -> Iterator[list[int]]:
     """The same on a GPU: a step, the choice of its tokens included, is one CUDA graph.
 
-    It is launched before the host looks at the tokens of the step before, so the GPU never waits for the host. The host
-    waits once a step, for a copy of a token a row. After the last token that is wanted one step may run in vain.
+    It is launched before the host looks at the tokens of the step before, so the GPU never waits for
+    the host. The host waits once a step, for a copy of one number a row. After the last token that is
+    wanted one step may run in vain.
     """
     device = logits.device
     n_tokens = min(n_tokens, cache.capacity - cache.filled + 1)
@@ -83,7 +85,8 @@ def write_in_graph(
     turn = torch.zeros(1, dtype=torch.long, device=device)
 
     def take(logits: Tensor) -> None:
-        tokens.copy_(choose(logits, sampling, None if draws is None else draws.index_select(0, turn)[0], seen))
+        drawn = None if draws is None else draws.index_select(0, turn)[0]
+        tokens.copy_(choose(logits, sampling, drawn, seen))
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         turn.add_(1)
@@ -93,7 +96,8 @@ def write_in_graph(
         column.add_(1)
 
     take(logits)
-    filled, advance = cache.filled, step
+    filled = cache.filled
+    advance = step
     for made in range(n_tokens):
         ids = read_later(tokens, device)
         if made == 1:  # the step before has compiled what a step launches

@@ -41,7 +41,10 @@ def running_sums(x: Tensor) -> Tensor:
 
 
 def fixed_point_sums(x: Tensor) -> Tensor:
-    """running_sums() of x rounded down to multiples of 2^-40, fp64: whatever the order of additions, the same bits."""
+    """running_sums() of x in whole multiples of 2^-40, fp64.
+
+    Whatever the order of additions, which on a GPU is not fixed, the sums have the same bits.
+    """
     return (x.double() * 2.0**40).long().cumsum(-1).double() * 2.0**-40
 
 
@@ -65,12 +68,16 @@ def uniform(generators: Sequence[torch.Generator], n: int = 1) -> Tensor:
 
     Each row has a generator of its own, so that its text does not depend on its neighbours.
     """
-    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in generators], 1)[..., None]
+    rows = [torch.rand(n, generator=g, dtype=torch.float64) for g in generators]
+    return torch.stack(rows, 1)[..., None]
 
 
 def choose(logits: Tensor, s: Sampling, draws: Tensor | None, seen: Tensor | None = None) -> Tensor:
-    """One token a row, (B,) int64, of logits (B, V): the likeliest at temperature 0, else the one where draws (B, 1) of
-    uniform() fall in the cumulative distribution. On a GPU the host waits for nothing."""
+    """One token a row, (B,) int64, of logits (B, V): the likeliest at temperature 0, else one drawn.
+
+    draws: (B, 1) of uniform(), each of which falls on a token of the cumulative distribution. On a
+    GPU the host waits for nothing.
+    """
     logits = restrict(logits.float(), s, seen)
     if s.temperature == 0:
         return logits.argmax(-1)

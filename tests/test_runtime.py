@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -119,6 +120,41 @@ def test_gradients_add_up_although_a_replayed_graph_overwrites_its_own(monkeypat
         in_place = model.w.grad.data_ptr() == InGraphMemory.memory.data_ptr()
         assert in_place == (parts == 1)  # a copy only where it is needed
         model.w.grad = None
+
+
+def test_a_replayed_pass_finds_its_batch_where_the_first_one_was(monkeypatch):
+    """The backward graph reads it there: another place would be another recording, every time."""
+    seen = []
+
+    def function(x, packed):
+        seen.append([(t.data_ptr(), t.tolist()) for t in (x, *packed["documents"])])
+        return x.sum()
+
+    monkeypatch.setattr(runtime, "compiled", lambda function, device, options: function)
+    step = runtime.compiled_in_graphs(function, GPU, torch.nn.Module())
+    batches = [(torch.full((2, 3), n), {"documents": (torch.arange(n, n + 4), torch.tensor(n)), "plain": 7}) for n in range(3)]
+    for batch in batches:
+        step(*batch)
+    step(torch.zeros(5, 3), batches[0][1])
+    for n, tensors in enumerate(seen[:3]):
+        assert [address for address, _ in tensors] == [address for address, _ in seen[0]]
+        assert [values for _, values in tensors] == [[[n] * 3] * 2, list(range(n, n + 4)), n]
+    assert seen[3][0][0] != seen[0][0][0]  # another shape
+    assert seen[3][1:] == seen[0][1:]
+
+
+def test_a_gpu_is_deterministic_only_where_it_is_wanted(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    runtime.set_deterministic(True, CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        runtime.set_deterministic(True, GPU)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # one of the two that PyTorch accepts
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        runtime.set_deterministic(False, GPU)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_inductor_learns_of_every_op_of_ours_and_keeps_its_inputs_strides():

@@ -166,7 +166,7 @@ def all_reduce_counts(n_counted: int, figures: dict[str, Any]) -> tuple[int, dic
 
 
 def broadcast_parameters(model: nn.Module) -> None:
-    """Give every process the main one's parameters and buffers, so that all start from the same bits.
+    """Give every process the main one's parameters and buffers: all start from the same bits.
 
     Unlike machines may make unlike ones of one seed.
     """

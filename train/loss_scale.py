@@ -20,7 +20,7 @@ GROWTH_STEPS = 2000
 
 @dataclass(frozen=True)
 class LossScale:
-    """scale: by which the loss is multiplied; good_steps: since it last changed. Both fp32 scalars."""
+    """scale: by which the loss is multiplied; good_steps: since it last changed. fp32 scalars."""
 
     scale: Tensor
     good_steps: Tensor

@@ -25,7 +25,7 @@ from fastlm.data.prefetch import prefetch
 from fastlm.errors import UserError, check
 from fastlm.model import Transformer, keep_what_fits
 from fastlm.monitor import Monitor, sparkline
-from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs
+from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs, set_deterministic
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
 from fastlm.train.loop import Run
@@ -43,6 +43,7 @@ def check_start(cfg: StageConfig) -> torch.device:
     the new run's folder holds something.
     """
     device = pick_device(cfg.device)
+    set_deterministic(cfg.deterministic, device)
     distributed.micro_rows(cfg)
     if cfg.resume:
         checkpoint.locate(cfg.resume)
@@ -189,7 +190,12 @@ def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig
 
     packed: whether the stage's rows hold documents to keep apart.
     """
-    choice = choose(cfg.attention, device, matmul_dtype(device), config)
+    check(
+        not cfg.deterministic or cfg.attention in ("auto", "torch"),
+        f"attention {cfg.attention} is not deterministic; leave --attention or --deterministic out",
+    )
+    name = "torch" if cfg.deterministic else cfg.attention
+    choice = choose(name, device, matmul_dtype(device), config)
     check(
         choice.backend != "xformers" or not packed or not cfg.compile,
         "xformers cannot be compiled with packed documents; leave --compile or --attention out",
@@ -200,7 +206,10 @@ def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig
 def compiled_step(
     cfg: StageConfig, device: torch.device, model: Transformer, function: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """The model's function as the training step calls it: with --compile compiled, a small model's in CUDA graphs."""
+    """The model's function as the training step calls it: with --compile compiled.
+
+    A small model's is replayed as CUDA graphs.
+    """
     if not cfg.compile:
         return function
     if not replays_graphs(model, device):

@@ -91,7 +91,6 @@ def _split_of(place: str) -> str:
 def _part(file: Path, kind: Kind, text_field: str) -> Part:
     if file.suffix.lower() not in RECORD_SUFFIXES:
         return Part(text_file=file)
-    columns = (
-        [text_field] if kind == "text" else None
-    )  # of a .parquet file: the others are not even read
+    # Of a .parquet file: the others are not even read.
+    columns = [text_field] if kind == "text" else None
     return Part(records=partial(read_records, file, columns=columns))

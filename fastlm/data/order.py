@@ -33,10 +33,8 @@ def permute(index: int, size: int, keys: list[int]) -> int:
         n_left = bits - low
         for key in keys:
             mixed = ((right ^ key) * 0x9E3779B97F4A7C15 & _MASK) >> (64 - n_left)
-            left, right = (
-                right,
-                left ^ mixed,
-            )  # the halves change places, and with them their widths
+            # The halves change places, and with them their widths.
+            left, right = right, left ^ mixed
             n_left = bits - n_left
         index = left << low | right
         if index < size:

@@ -35,11 +35,8 @@ def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2)
     ready: Any = None
     for batch in in_thread(pinned(batches, gpu), depth):
         with torch.cuda.stream(stream):
-            copied = (
-                move(batch, device),
-                batch,
-                stream.record_event(),
-            )  # the pinned batch lives until it is copied
+            # The pinned batch lives until it is copied.
+            copied = move(batch, device), batch, stream.record_event()
         if ready is not None:
             yield _take(*ready)
         ready = copied
@@ -111,9 +108,8 @@ def apply(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 def pinned(batches: Iterable[Any], gpu: int) -> Iterator[Any]:
     """The batches in pinned memory, for a thread to make."""
-    torch.cuda.set_device(
-        gpu
-    )  # a new thread is on GPU 0, where pinning would take memory for every process
+    # A new thread is on GPU 0, where pinning would take memory for every process.
+    torch.cuda.set_device(gpu)
     for batch in batches:
         yield pin(batch)
 

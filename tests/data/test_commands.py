@@ -108,9 +108,8 @@ def test_near_duplicates_are_dropped_and_different_texts_kept():
     pytest.importorskip("datasketch", reason="near duplicates need the package datasketch")
     rng = random.Random(0)
     base = [" ".join(rng.choices([f"w{n}" for n in range(5000)], k=200)) for _ in range(20)]
-    near = [
-        text.replace(text.split()[100], "changed", 1) for text in base[:10]
-    ]  # 5 of 196 shingles differ
+    # 5 of 196 shingles differ.
+    near = [text.replace(text.split()[100], "changed", 1) for text in base[:10]]
     found = Duplicates("near")
     kept = list(drop_duplicates(iter(documents(base + near + base[:3])), found))
     assert [piece.text for piece in kept] == base

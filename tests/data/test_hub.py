@@ -68,9 +68,8 @@ def test_a_hub_data_set_is_streamed_at_a_fixed_revision(monkeypatch, tmp_path):
         raise hub.HubOffline("offline")
 
     monkeypatch.setattr(hub, "require_hub", no_hub)
-    assert (
-        prepare("wikitext-2", gpt2, tmp_path).folder == data.folder
-    )  # what is in the cache serves without the network
+    # What is in the cache serves without the network.
+    assert prepare("wikitext-2", gpt2, tmp_path).folder == data.folder
     with pytest.raises(UserError, match="offline"):
         prepare("wikitext-2", gpt2, tmp_path / "empty")
 
@@ -97,13 +96,11 @@ def test_preferences_come_from_the_hub_by_their_short_name(monkeypatch):
     }
     fake = FakeHub(monkeypatch, rows)
     examples = load_preferences("hh-rlhf", load_tokenizer(), 64)
-    assert (
-        len(examples.train) + len(examples.validation) == 400
-    )  # of the training split a share is held out
+    # Of the training split a share is held out.
+    assert len(examples.train) + len(examples.validation) == 400
     assert 4 <= len(examples.validation) <= 40
-    assert [asked[::2] for asked in fake.asked] == [
-        ("Anthropic/hh-rlhf", "train", True)
-    ]  # the test split stays unread
+    # The test split stays unread.
+    assert [asked[::2] for asked in fake.asked] == [("Anthropic/hh-rlhf", "train", True)]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +136,8 @@ def test_what_was_prepared_with_another_choice_of_validation_is_not_taken_for_th
         with monkeypatch.context() as patch:
             FakeHub(patch, {("org/name", None, name): [] for name in names})
             prints.append(open_source("org/name").fingerprint)
-    assert (
-        prints[0] == prints[1] == prints[4] == "abc123"
-    )  # these are validated on what older versions chose
+    # These are validated on what older versions chose.
+    assert prints[0] == prints[1] == prints[4] == "abc123"
     assert len(set(prints)) == 3
 
 

@@ -134,6 +134,7 @@ MISTAKES = {
     "no such tokenizer": (["--tokenizer", "no/such/tokenizer.json"], "no/such/tokenizer.json"),
     "heads": (["--model.n-heads", "3"], "does not divide"),
     "no GPU": (["--device", "cuda"], "PyTorch sees no GPU"),
+    "no such order": (["--deterministic", "--attention", "flash"], "attention flash is not deterministic"),
 }
 
 

@@ -1,12 +1,13 @@
-"""Packing examples into rows: best fit decreasing, then rows in a seeded order, with the boundaries attention needs.
+"""Packing examples into rows: best fit decreasing, then rows in a seeded order.
 
-An example of n ids takes n - 1 slots (its last id, the end-of-text, is a target and never an input). Examples lie end to end
-in a row, each with positions from 0; what is left of a row is padding, a document of its own, at position 0, which
-nothing is counted in.
+An example of n ids takes n - 1 slots (its last id, the end-of-text, is a target and never an
+input). Examples lie end to end in a row, each with positions from 0; what is left of a row is
+padding, a document of its own, at position 0, which nothing is counted in.
 
-The answers of a preference pair may share their prompt: the row then holds three segments, the prompt but its last id once,
-then each answer, which starts at the prompt's last id, with positions that go on from the shared part. An answer sees the
-shared part and itself, never the other answer, and has the same logits as on its own.
+The answers of a preference pair may share their prompt: the row then holds three segments, the
+prompt but its last id once, then each answer, which starts at the prompt's last id, with positions
+that go on from the shared part. An answer sees the shared part and itself, never the other answer,
+and has the same logits as on its own.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ from fastlm.errors import UserError
 
 
 def best_fit_decreasing(sizes: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices of the items of each bin: longest first, each into the fullest bin that still takes it (Johnson 1974).
+    """Indices of the items of each bin.
 
-    Uses at most 11/9 of the fewest bins, plus one. Ties go by index and then to the oldest bin, so the result is the same
-    everywhere. Raises ValueError where an item is larger than the capacity.
+    Longest first, each into the fullest bin that still takes it (Johnson 1974). Uses at most 11/9
+    of the fewest bins, plus one. Ties go by index and then to the oldest bin, so the result is the
+    same everywhere. Raises ValueError where an item is larger than the capacity.
     """
     sizes = np.asarray(sizes, np.int64)
     if len(sizes) and (int(sizes.max()) > capacity or int(sizes.min()) < 0):
-        raise ValueError(f"sizes from {sizes.min()} to {sizes.max()}, expected 0 to the capacity {capacity}")
+        raise ValueError(
+            f"sizes from {sizes.min()} to {sizes.max()}, expected 0 to the capacity {capacity}"
+        )
     bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free slots -> bins, newest last
-    free = 0  # bit r is set where with_room[r] has a bin: the fullest fitting bin is the lowest bit from the size up
+    # Free slots -> bins, newest last.
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    # Bit r is set where with_room[r] has a bin: the fullest that fits is the lowest bit from the
+    # size up.
+    free = 0
     for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
         fitting = free >> size
@@ -55,12 +62,14 @@ def best_fit_decreasing(sizes: Sequence[int] | np.ndarray, capacity: int) -> lis
 
 
 class PackedBatch(NamedTuple):
-    """One batch for the model: x, y and positions (rows, row_len) int64; y is -100 where nothing is counted.
+    """One batch for the model.
 
-    unit: (rows, row_len) int64, the example each counted target belongs to, numbered within the batch from 0 (for pairs: 2 i
-    is the chosen and 2 i + 1 the rejected answer of pair i), -1 elsewhere; units: how many there are. numbers: (rows,) int64,
-    which packed row each is (-1 for an empty one). cu_seqlens: int32, boundaries of the segments in the rows laid end to end,
-    from 0 to rows * row_len; max_seqlen: the longest segment there may be (row_len).
+    x, y, positions: (rows, row_len) int64; y is -100 where nothing is counted. unit: (rows,
+    row_len) int64, the example each counted target belongs to, numbered within the batch from 0
+    (for pairs: 2 i is the chosen and 2 i + 1 the rejected answer of pair i), -1 elsewhere; units:
+    how many there are. numbers: (rows,) int64, which packed row each is (-1 for an empty one).
+    cu_seqlens: int32, boundaries of the segments in the rows laid end to end, from 0 to rows *
+    row_len; max_seqlen: the longest segment there may be (row_len).
 
     sharing: None, or where prompts are shared, cu_seqlens_k, int32, keys (n,) int64 and places
     (rows * row_len, 1 + group) int64. Segment i sees the slots keys[cu_seqlens_k[i] :
@@ -94,9 +103,9 @@ class PackedBatch(NamedTuple):
 class PackedRows:
     """Examples in rows: which sequences lie in which row, in which order.
 
-    ids, counted: all sequences end to end; ends: (n_sequences,) where each ends. group: sequences per example (1, or 2 for
-    the answers of a pair, which always share a row). shared: (n_examples,) slots that an example's sequences share. rows: the
-    example numbers of each row.
+    ids, counted: all sequences end to end; ends: (n_sequences,) where each ends. group: sequences
+    per example (1, or 2 for the answers of a pair, which always share a row). shared: (n_examples,)
+    slots that an example's sequences share. rows: the example numbers of each row.
     """
 
     ids: np.ndarray
@@ -133,7 +142,7 @@ class PackedRows:
         return segments, keys
 
     def room(self, count: int) -> tuple[int, int]:
-        """The most segments that a batch of `count` rows may have, and keys, with one that nobody sees."""
+        """The most segments that a batch of `count` rows may have, and keys, one unseen."""
         segments, keys = self.sizes
         return most_of(segments, count), most_of(keys, count) + 1
 
@@ -160,11 +169,17 @@ def most_of(sizes: np.ndarray, count: int) -> int:
     return int(np.sort(np.repeat(sizes, min(times, count)))[-count:].sum())
 
 
-def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]], row_len: int, group: int = 1, share: bool = False) -> PackedRows:
-    """Pack (ids, counted) sequences into rows of row_len slots; each `group` of consecutive ones shares a row.
+def pack(
+    sequences: Sequence[tuple[np.ndarray, np.ndarray]],
+    row_len: int,
+    group: int = 1,
+    share: bool = False,
+) -> PackedRows:
+    """Pack (ids, counted) sequences into rows of row_len slots.
 
-    share: the sequences of a group hold what they have in common before their first counted targets once. Raises UserError
-    where there is nothing to pack or a group does not fit a row.
+    group: so many consecutive sequences share a row. share: the sequences of a group hold what they
+    have in common before their first counted targets once. Raises UserError where there is nothing
+    to pack or a group does not fit a row.
     """
     if not sequences:
         raise UserError("no example is left to train on; see what was dropped, or give more data")
@@ -172,15 +187,20 @@ def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]], row_len: int, group
     shared = np.array([common_slots(g) if share else 0 for g in groups], np.int64)
     slots = np.array([sum(len(ids) - 1 for ids, _ in g) for g in groups]) - (group - 1) * shared
     if int(slots.max()) > row_len:
-        raise UserError(f"an example takes {int(slots.max())} tokens, a row has {row_len}; lengthen the row or truncate more")
+        raise UserError(
+            f"an example takes {int(slots.max())} tokens, a row has {row_len}; "
+            "lengthen the row or truncate more"
+        )
     ids = np.concatenate([ids for ids, _ in sequences]).astype(np.int32)
     counted = np.concatenate([counted for _, counted in sequences])
     ends = np.cumsum([len(ids) for ids, _ in sequences])
-    return PackedRows(ids, counted, ends, group, shared, row_len, best_fit_decreasing(slots, row_len))
+    return PackedRows(
+        ids, counted, ends, group, shared, row_len, best_fit_decreasing(slots, row_len)
+    )
 
 
 def common_slots(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
-    """How many slots from the start hold the same ids in all sequences and predict nothing that is counted."""
+    """How many slots from the start hold the same ids in all sequences and predict no target."""
     first = sequences[0][0]
     most = min(int(np.append(counted[1:], True).argmax()) for _, counted in sequences)
     for ids, _ in sequences[1:]:
@@ -189,7 +209,9 @@ def common_slots(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
     return most
 
 
-def packed_batch(packed: PackedRows, position: int, count: int, seed: int, room: tuple[int, int] | None = None) -> PackedBatch:
+def packed_batch(
+    packed: PackedRows, position: int, count: int, seed: int, room: tuple[int, int] | None = None
+) -> PackedBatch:
     """Rows position ... position + count - 1 of the run, each epoch in a seeded order of its own.
 
     position counts the rows drawn so far over all ranks and micro-batches, as in `row_batch`.
@@ -201,14 +223,21 @@ def packed_batch(packed: PackedRows, position: int, count: int, seed: int, room:
     return lay_out(packed, chosen, room)
 
 
-def packed_epoch(packed: PackedRows, count: int, room: tuple[int, int] | None = None) -> Iterator[PackedBatch]:
-    """Every row once, in the order packed, `count` at a time (the last batch is filled with empty rows): for validation."""
+def packed_epoch(
+    packed: PackedRows, count: int, room: tuple[int, int] | None = None
+) -> Iterator[PackedBatch]:
+    """Every row once, in the order packed, `count` at a time: for validation.
+
+    The last batch is filled with empty rows.
+    """
     for start in range(0, len(packed), count):
         stop = min(start + count, len(packed))
         yield lay_out(packed, [*range(start, stop), *[-1] * (start + count - stop)], room)
 
 
-def lay_out(packed: PackedRows, numbers: Sequence[int], room: tuple[int, int] | None = None) -> PackedBatch:
+def lay_out(
+    packed: PackedRows, numbers: Sequence[int], room: tuple[int, int] | None = None
+) -> PackedBatch:
     """The batch that holds these packed rows (-1: an empty one).
 
     room: segments and keys that its tensors have room for (None: packed.room()).
@@ -260,13 +289,24 @@ def lay_out(packed: PackedRows, numbers: Sequence[int], room: tuple[int, int] | 
     sharing = None
     if packed.shared.any():
         keys += [0] * (most_keys - len(keys))
-        sharing = boundaries(key_bounds, most_segments), torch.tensor(keys), torch.from_numpy(places)
-    x_, y_, positions_, unit_ = map(torch.from_numpy, (x, y, positions, unit))
-    cu_seqlens = boundaries(bounds, most_segments)
-    counted_ = int((y != IGNORED).sum())
+        sharing = (
+            boundaries(key_bounds, most_segments),
+            torch.tensor(keys),
+            torch.from_numpy(places),
+        )
     return PackedBatch(
-        x_, y_, positions_, unit_, torch.tensor(numbers), cu_seqlens, length, sharing, real, counted_, units
-    )  # fmt: skip
+        x=torch.from_numpy(x),
+        y=torch.from_numpy(y),
+        positions=torch.from_numpy(positions),
+        unit=torch.from_numpy(unit),
+        numbers=torch.tensor(numbers),
+        cu_seqlens=boundaries(bounds, most_segments),
+        max_seqlen=length,
+        sharing=sharing,
+        real=real,
+        counted=int((y != IGNORED).sum()),
+        units=units,
+    )
 
 
 def boundaries(bounds: list[int], segments: int) -> Tensor:

@@ -218,9 +218,8 @@ def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]
     def render(
         messages: Sequence[Message], generation: bool, eos_token: str, end_of_turn: str
     ) -> str:
-        if (
-            "input" not in source
-        ):  # a template that does not know Alpaca's second field shows it with the first
+        # A template that does not know Alpaca's second field shows it with the first.
+        if "input" not in source:
             messages = [
                 m._replace(content=f"{m.content}\n\n{m.input}") if m.input else m for m in messages
             ]

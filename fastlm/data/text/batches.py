@@ -1,4 +1,7 @@
-"""Batches of rows for training and validation, drawn from one counter: nothing but the position needs to be saved to resume."""
+"""Batches of rows for training and windows for validation.
+
+Rows follow from one counter: nothing but the position needs to be saved to resume.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,35 @@ from fastlm.errors import UserError
 def row_batch(
     tokens: TokenSource, position: int, count: int, seq_len: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows position ... position + count - 1 of the run: inputs and targets, each (count, seq_len) int64.
+    """Rows position ... position + count - 1 of the run: inputs and targets.
 
-    position counts the rows drawn so far in the whole run, over all ranks and micro-batches. Every slot is a real token;
-    within an epoch no token is a target twice. Raises UserError where the sequence is longer than the data.
+    Each is (count, seq_len) int64. position counts the rows drawn so far in the whole run, over all
+    ranks and micro-batches. Every slot is a real token; within an epoch no token is a target twice.
+    Raises UserError where the sequence is longer than the data.
     """
     both = torch.from_numpy(tokens.rows_at(position, count, seq_len, seed))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-def validation_batches(tokens: Tokens | np.ndarray, seq_len: int, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All non-overlapping windows of a text, (rows, seq_len) int64 each: every token but the first is a target once.
+def validation_batches(
+    tokens: Tokens | np.ndarray, seq_len: int, rows: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All non-overlapping windows of a text: every token but the first is a target once.
 
-    The last window is short and the last batch may lack rows; both are filled with token 0 and target -100, so that all
-    batches have one shape (a compiled model is not compiled again). A slice of Tokens (an array) will do. Raises
-    UserError where there is no target at all.
+    Inputs and targets are (rows, seq_len) int64 each. The last window is short and the last batch
+    may lack rows; both are filled with token 0 and target -100, so that all batches have one shape
+    (a compiled model is not compiled again). A slice of Tokens (an array) will do. Raises UserError
+    where there is no target at all.
     """
     if len(tokens) < 2:
         raise UserError(f"validation text: {len(tokens)} tokens; expected at least 2")
     per_batch = rows * seq_len
     for start in range(0, len(tokens) - 1, per_batch):
-        part = np.asarray(tokens[start : start + per_batch + 1], np.int64)
+        ids = np.asarray(tokens[start : start + per_batch + 1], np.int64)
         x = np.zeros(per_batch, np.int64)
         y = np.full(per_batch, IGNORED, np.int64)
-        x[: len(part) - 1] = part[:-1]
-        y[: len(part) - 1] = part[1:]
+        x[: len(ids) - 1] = ids[:-1]
+        y[: len(ids) - 1] = ids[1:]
         yield torch.from_numpy(x).view(rows, seq_len), torch.from_numpy(y).view(rows, seq_len)
 
 

@@ -124,9 +124,8 @@ def write_folder(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except UserError:
-        if (
-            source.size_bytes is not None
-        ):  # a mended file is another source; a hub is read on from here
+        # A mended file is another source; a hub is read on from here.
+        if source.size_bytes is not None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_data(folder, tokenizer)

@@ -357,9 +357,8 @@ def test_both_sides_of_a_pair_keep_the_same_prompt():
     assert [len(side.ids) for side in pair] == [25, 40]
     assert pair[0].ids[:20].tolist() == pair[1].ids[:20].tolist() == list(range(30, 50))
     assert (report.prompts_truncated, report.responses_truncated) == (1, 0)
-    assert (
-        truncate_pair(make(5, 60), make(5, 70), 40, report) is None
-    )  # cut to the same ids: nothing to prefer
+    # Cut to the same ids: nothing to prefer.
+    assert truncate_pair(make(5, 60), make(5, 70), 40, report) is None
     assert report.dropped == 1
 
 
@@ -413,9 +412,8 @@ def test_the_cache_gives_the_same_examples_and_follows_every_setting(gpt2, tmp_p
 
     first = load()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "fastlm.data.examples.load.encode_dialogue", None
-        )  # would fail if anything were encoded
+        # Would fail if anything were encoded.
+        patch.setattr("fastlm.data.examples.load.encode_dialogue", None)
         assert plain(load()) == plain(first)
     file = next((tmp_path / "c").iterdir())
     file.write_bytes(file.read_bytes()[:-20])

@@ -49,7 +49,9 @@ def test_best_fit_decreasing_is_that(sizes):
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in b) <= 50 for b in bins)
     # Equally full bins may be chosen either way; the filling is the same.
-    filling = [sorted(sum(sizes[i] for i in b) for b in part) for part in (bins, brute_force(sizes, 50))]
+    filling = [
+        sorted(sum(sizes[i] for i in b) for b in part) for part in (bins, brute_force(sizes, 50))
+    ]
     assert filling[0] == filling[1]
 
 
@@ -67,7 +69,12 @@ def make_sequences(count, seed=0, longest=30):
     made = []
     for _ in range(count):
         n, start = rng.randint(2, longest), rng.randint(1, longest)
-        made.append((np.array([rng.randint(1, 99) for _ in range(n)], np.int32), np.arange(n) >= min(start, n - 1)))
+        made.append(
+            (
+                np.array([rng.randint(1, 99) for _ in range(n)], np.int32),
+                np.arange(n) >= min(start, n - 1),
+            )
+        )
     return made
 
 
@@ -83,7 +90,9 @@ def test_a_batch_holds_each_example_with_its_targets_and_boundaries():
     x, y, positions, unit = (t.flatten() for t in (batch.x, batch.y, batch.positions, batch.unit))
     for start, stop in pairwise(bounds):
         units = set(unit[start:stop].tolist()) - {-1}
-        assert positions[start:stop].tolist() == (list(range(stop - start)) if units else [0] * (stop - start))
+        assert positions[start:stop].tolist() == (
+            list(range(stop - start)) if units else [0] * (stop - start)
+        )
         if units:
             assert len(units) == 1
             found.append((x[start:stop].tolist(), y[start:stop].tolist()))
@@ -106,9 +115,12 @@ def test_every_example_once_an_epoch_in_an_order_that_resumes():
     resumed = packed_batch(packed, 5, 8, seed=3)
     assert resumed.x.tolist() == [row for part in whole[5:13] for row in part]
     batches = list(packed_epoch(packed, 7))
-    assert sum(int((b.y != IGNORED).sum()) for b in batches) == sum(int(c[1:].sum()) for _, c in make_sequences(100))
+    assert sum(int((b.y != IGNORED).sum()) for b in batches) == sum(
+        int(c[1:].sum()) for _, c in make_sequences(100)
+    )
     assert {tuple(b.x.shape) for b in batches} == {(7, 32)}
-    assert len({b.cu_seqlens.shape for b in batches}) == 1  # one shape: a compiled model is not compiled again
+    # One shape: a compiled model is not compiled again.
+    assert len({b.cu_seqlens.shape for b in batches}) == 1
 
 
 def test_pairs_share_a_row_and_their_units_say_which_side():
@@ -132,10 +144,13 @@ def model():
     from fastlm.model import Transformer
 
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=64)
+    config = ModelConfig(
+        vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=64
+    )
     model = Transformer(config).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # the usual start has zeros, which would hide everything
+        # The usual start has zeros, which would hide everything.
+        torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -145,7 +160,7 @@ def packed_logits(model, batch):
 
 
 def make_pairs(count, seed=0):
-    """Pairs with a prompt in common, of 1 to 20 ids; answers sometimes begin alike, and some pairs share nothing."""
+    """Pairs that share a prompt of 1 to 20 ids; some answers begin alike, some pairs do not."""
     rng = random.Random(seed)
     made = []
     for _ in range(count):
@@ -164,7 +179,9 @@ def test_every_slot_knows_where_it_stands_among_the_keys():
     cu_seqlens_k, keys, places = batch.sharing
     seen = keys[: cu_seqlens_k[-1]].tolist()
     for slot, found in enumerate(places.tolist()):
-        assert sorted(place for place in found if place < len(keys) - 1) == [n for n, key in enumerate(seen) if key == slot]
+        assert sorted(place for place in found if place < len(keys) - 1) == [
+            n for n, key in enumerate(seen) if key == slot
+        ]
     assert len(keys) > cu_seqlens_k[-1] > batch.x.numel()  # some prompts are seen by both answers
 
 
@@ -177,7 +194,11 @@ def test_all_batches_of_a_run_have_one_shape_that_holds_the_fullest(count):
     room = max(segments for segments, _ in rooms), max(keys for _, keys in rooms)
     batches = [packed_batch(train, position, count, 0, room) for position in range(0, 60, count)]
     batches += packed_epoch(held_out, count, room)
-    assert {len(b.cu_seqlens) for b in batches} == {len(b.sharing[0]) for b in batches} == {room[0] + 1}
+    assert (
+        {len(b.cu_seqlens) for b in batches}
+        == {len(b.sharing[0]) for b in batches}
+        == {room[0] + 1}
+    )
     assert {len(b.sharing[1]) for b in batches} == {room[1]}
     most = max(len(b.cu_seqlens.unique()) - 1 for b in batches)
     assert most <= room[0] <= 2 * most
@@ -202,10 +223,14 @@ def test_a_shared_prompt_leaves_every_logprob_and_gradient_as_it_was(model):
         of_unit = {}
         for number, row in enumerate(packed.rows):
             units = batch.unit[number][batch.unit[number] >= 0].unique().tolist()
-            of_unit |= dict(zip([2 * e + side for e in row for side in range(2)], units, strict=True))
+            of_unit |= dict(
+                zip([2 * e + side for e in row for side in range(2)], units, strict=True)
+            )
         sums = torch.stack([logps[batch.unit == of_unit[n]].sum() for n in range(24)])
         upstream = torch.linspace(-1, 1, 24)
-        found.append((packed, sums, torch.autograd.grad((sums * upstream).sum(), list(model.parameters()))))
+        found.append(
+            (packed, sums, torch.autograd.grad((sums * upstream).sum(), list(model.parameters())))
+        )
     (plain, sums, grads), (shared, shared_sums, shared_grads) = found
     assert shared.real_slots < 0.8 * plain.real_slots
     torch.testing.assert_close(shared_sums, sums, rtol=1e-5, atol=1e-5)
@@ -218,7 +243,9 @@ def test_answers_that_share_a_prompt_cannot_see_each_other(model):
     batch = lay_out(packed, range(len(packed)))
     before = packed_logits(model, batch)
     chosen, rejected = ((batch.unit >= 0) & (batch.unit % 2 == side) for side in range(2))
-    after = packed_logits(model, batch._replace(x=torch.where(rejected, (batch.x + 1) % 100, batch.x)))
+    after = packed_logits(
+        model, batch._replace(x=torch.where(rejected, (batch.x + 1) % 100, batch.x))
+    )
     assert torch.equal(before[chosen], after[chosen])
     assert not torch.equal(before[rejected], after[rejected])
 
@@ -227,7 +254,12 @@ def test_packed_loss_equals_per_document_loss(model):
     sequences = make_sequences(30)
     packed = pack(sequences, 64)
     batch = lay_out(packed, range(len(packed)))
-    got = F.cross_entropy(packed_logits(model, batch).flatten(0, 1), batch.y.flatten(), ignore_index=IGNORED, reduction="none")
+    got = F.cross_entropy(
+        packed_logits(model, batch).flatten(0, 1),
+        batch.y.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
     alone = []
     for ids, counted in sequences:
         ids = torch.from_numpy(ids).long()
@@ -237,7 +269,9 @@ def test_packed_loss_equals_per_document_loss(model):
     alone = torch.cat(alone)
     assert (batch.y != IGNORED).sum() == len(alone)
     torch.testing.assert_close(got.sum(), alone.sum(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got[batch.y.flatten() != IGNORED].sort().values, alone.sort().values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got[batch.y.flatten() != IGNORED].sort().values, alone.sort().values, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_changing_one_packed_document_leaves_the_others_bitwise(model):
@@ -256,14 +290,20 @@ def test_changing_one_packed_document_leaves_the_others_bitwise(model):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the sibling folder shared/data is not here")
 def test_real_instructions_and_pairs_fill_their_rows():
     gpt2 = load_tokenizer("gpt2")
-    instructions = load_instructions(str(SHARED / "code_alpaca_2k.jsonl"), gpt2, 512, on_bad_row="skip")
+    instructions = load_instructions(
+        str(SHARED / "code_alpaca_2k.jsonl"), gpt2, 512, on_bad_row="skip"
+    )
     packed, validation = pack_examples(instructions, 512)
     assert instructions.report.read == 2017
-    assert instructions.report.kept + instructions.report.dropped + instructions.report.bad.count == 2017
+    assert (
+        instructions.report.kept + instructions.report.dropped + instructions.report.bad.count
+        == 2017
+    )
     assert packed.real_share >= 0.95
     assert validation is not None
     pairs = load_preferences(str(SHARED / "alpaca_eval_pairs.jsonl"), gpt2, 512)
-    packed, _ = pack_examples(pairs, 2048, group=2)  # rows of two pairs or more: 1,024 would leave 11% empty
+    # Rows of two pairs or more: 1,024 would leave 11% empty.
+    packed, _ = pack_examples(pairs, 2048, group=2)
     assert pairs.report.read == 802
     assert packed.real_share >= 0.95
     shared, _ = pack_examples(pairs, 2048, group=2, share=True)

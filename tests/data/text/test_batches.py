@@ -51,9 +51,8 @@ def test_an_epoch_has_every_target_once_and_targets_follow_inputs():
         assert (y - x == 1).all()
         targets = np.sort(y.numpy().ravel())
         assert len(np.unique(targets)) == n_rows * seq_len
-        assert (
-            targets[-1] - targets[0] == n_rows * seq_len - 1
-        )  # contiguous: nothing skipped inside
+        # Contiguous: nothing skipped inside.
+        assert targets[-1] - targets[0] == n_rows * seq_len - 1
 
 
 def test_order_is_the_same_for_any_ranks_micro_batches_and_resume():

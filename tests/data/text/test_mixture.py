@@ -173,6 +173,7 @@ def test_isolated_documents_have_their_boundaries():
     assert cu_seqlens.dtype == torch.int32
     assert max_seqlen == 6
     assert y.tolist() == [[6, 0, IGNORED, 8, 9, 4], [0, IGNORED, IGNORED, 3, 0, IGNORED]]
+    # None is dropped.
     assert isolate_documents(x, y, 0, room=3)[2].tolist() == [
         0,
         3,
@@ -183,7 +184,7 @@ def test_isolated_documents_have_their_boundaries():
         12,
         12,
         12,
-    ]  # none is dropped
+    ]
 
 
 def test_no_batch_of_a_run_holds_more_documents_than_their_ends_tell():

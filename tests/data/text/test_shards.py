@@ -73,9 +73,8 @@ def test_a_long_text_keeps_its_ids_and_its_tail_is_validation(gpt2, tmp_path, mo
     file = tmp_path / "a.txt"
     file.write_text(words(20_000))
     data = prepare(str(file), gpt2, tmp_path / "cache")
-    ids = np.concatenate(
-        [data.train[:-1], data.validation[:]]
-    )  # training is closed with an end of its own
+    # Training is closed with an end of its own.
+    ids = np.concatenate([data.train[:-1], data.validation[:]])
     assert ids.tolist() == [*gpt2.encode(file.read_text()), gpt2.eos_id]
     assert data.train[-1] == gpt2.eos_id
     assert 2000 <= len(data.validation) <= 0.11 * len(ids)
@@ -127,9 +126,8 @@ def test_given_validation_files_are_the_validation_split(gpt2, tmp_path):
 
 
 def test_line_ends_of_every_kind_are_one(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "fastlm.data.text.documents.PIECE_CHARS", 7
-    )  # line ends fall between blocks too
+    # Line ends fall between blocks too.
+    monkeypatch.setattr("fastlm.data.text.documents.PIECE_CHARS", 7)
     text = "one line\nand the next\n\nand é one more\n" * 100
     for name, end in (("unix", "\n"), ("windows", "\r\n"), ("old", "\r")):
         (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())

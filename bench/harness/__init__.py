@@ -1,0 +1,1 @@
+"""How it is measured: timing, watched runs, profiles, the text, stand-ins for absent packages."""

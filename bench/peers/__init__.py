@@ -1,0 +1,1 @@
+"""The other side: what fastlm is measured against."""
