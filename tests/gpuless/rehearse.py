@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -126,11 +127,11 @@ def run(case: Case, python: str) -> tuple[int, str]:
     for option, value in itertools.pairwise(given):
         if option in ("--out", "--to"):  # of an earlier rehearsal
             shutil.rmtree(value, ignore_errors=True)
+    command = ["bash", str(FAKEGPU), "--device", case.device, python, *given]
     try:
         done = subprocess.run(
-            ["bash", str(FAKEGPU), python, *given], cwd=WORK, env=variables(), input=case.given,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            timeout=TIMEOUT,
+            command, cwd=WORK, env=variables(), input=case.given, text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         before = error.stdout.decode(errors="replace") if error.stdout else ""
@@ -247,9 +248,9 @@ class Outcome:
 
 
 def rehearse(cases: list[Case], python: str) -> list[Outcome]:
-    """Run a chain of cases, in order."""
+    """Run a chain of cases, in order; a run that no later one goes on from is removed."""
     outcomes = []
-    for case in cases:
+    for number, case in enumerate(cases):
         if case.needs and not installed(python, case.needs):
             print(f"{case.name}: left out, {case.needs} is not installed", flush=True)
             continue
@@ -264,6 +265,10 @@ def rehearse(cases: list[Case], python: str) -> list[Outcome]:
             shown = [case.command, *(f"| {line}" for line in output.splitlines()[-TAIL:])]
             lines += [f"    {line}" for line in shown]
         print("\n".join(lines), flush=True)
+        for run_name in re.findall(r"--out {runs}/([\w-]+)", case.command):
+            used = re.compile(rf"{{runs}}/{run_name}(?![\w-])")
+            if not any(used.search(later.command) for later in cases[number + 1 :]):
+                shutil.rmtree(WORK / "runs" / run_name, ignore_errors=True)
         outcomes.append(Outcome(case, row, wrong))
     return outcomes
 
