@@ -18,7 +18,7 @@ class Case:
     graphs: so many CUDA graphs a step. writes: it writes text, so that from the third on a token is
     one graph and one wait for its number. says: what its output must hold. given: its input.
     needs: a package without which the case is left out. measured: a row of the table, nothing
-    asserted.
+    asserted. device: what the stand-in is.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Case:
     given: str = ""
     needs: str = ""
     measured: bool = False
+    device: str = "h100"
 
 
 SHORT = "--validate-every 0 --checkpoint-every 0"
@@ -97,6 +98,26 @@ PRETRAIN = [
         says="validation",
     ),
     Case("pretrain, resumed", "fastlm pretrain --resume {runs}/rows --steps 16", trains=True),
+    Case(
+        "pretrain on an A100, compiled",
+        f"{ROWS} --compile --out {{runs}}/a100",
+        trains=True,
+        graphs=2,
+        device="a100",
+    ),
+    Case(
+        "pretrain on a T4, fp16, compiled",
+        f"{ROWS} --compile --out {{runs}}/t4",
+        trains=True,
+        graphs=2,
+        device="t4",
+    ),
+    Case(
+        "pretrain on a T4, isolated documents, eager",
+        f"{ROWS} --isolate-documents --out {{runs}}/t4-isolated",
+        trains=True,
+        device="t4",
+    ),
 ]
 
 TUNING = [
