@@ -1,9 +1,10 @@
 """`make gpu`: everything that a rented GPU is to settle, in five parts of at most 9 minutes each.
 
-    python bench/gpu.py [--part gate|train|kernels|tuning|tests] [--results FILE] [--seconds 540] [--only WORDS]
+    python bench/gpu.py [--part gate|train|kernels|tuning|tests] [--results FILE] [--seconds 540]
+                        [--only WORDS]
 
-gate      what this GPU reaches; compiled and eager gradients against fp32; no waits, no late compilation
-train     fastlm's own pretraining of modern-253m for 300 steps, by category of kernel, and A/B of 30 steps
+gate      what this GPU reaches; gradients against fp32; no waits and no late compilation in a step
+train     fastlm's own pretraining of modern-253m for 300 steps, by kind of kernel; A/B of 30 steps
 kernels   every operation and the head's loss against PyTorch, Inductor, Liger-Kernel and a copy
 tuning    SFT, DPO, evaluation and writing
 tests     the kernels' tests, without those that need no GPU
@@ -13,10 +14,10 @@ numpy, pytest and pytest-benchmark. fastlm is read from this folder, not install
 safetensors, which its training loop imports, have stand-ins where they are missing
 (bench/harness/stand_ins.py). A peer that is not installed is a row that says so.
 
-Each contender runs in a process of its own: what crashes the GPU's context or does not end loses its
-own figures only. Results are written after every case, and a later call with the same --results adds
-to them. What the time did not reach is a row "missing: not run". --only: processes whose name has
-these words.
+Each contender runs in a process of its own: what crashes the GPU's context or does not end loses
+its own figures only. Results are written after every case, and a later call with the same --results
+adds to them. What the time did not reach is a row "missing: not run". --only: cases whose name in
+pytest has these words.
 
 Exit code 1 where a row of ours is missing or failed, 2 where the file is not for these results.
 
@@ -66,7 +67,7 @@ REHEARSED_TESTS = ("test_swiglu.py",)
 SHARE = 0.5  # of the time that is left, for one process; the last one may have all of it
 LEAST = 20.0  # seconds; with fewer left a process is not begun
 GRACE = 15.0  # seconds that a process has to end the case it is in
-
+PYTEST_OPTIONS = ("-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet")
 
 Case = dict[str, str]  # name in pytest, group, case, peer
 
@@ -120,9 +121,9 @@ def begin(name: str, path: Path, about: dict[str, Any], seconds: float) -> Part:
 
 
 def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
-    """(exit code, output) of pytest in a process of its own; None where it was ended after so many seconds."""
+    """(exit code, output) of pytest in a process of its own; None: ended after so many seconds."""
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet", *arguments]
+    command = [sys.executable, "-m", "pytest", *PYTEST_OPTIONS, *arguments]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
         try:
             output = process.communicate(timeout=max(seconds, 1))[0]
@@ -151,11 +152,12 @@ def collect(part: Part, file: str) -> list[Case]:
 
 
 def processes(part: Part, only: str) -> list[list[Case]]:
-    """The cases by process: each has its own; those of one kernel, whose contenders take turns, share one.
+    """The cases by process: each has its own; those of one kernel share one.
 
     In a rehearsal all cases of a file share one, which saves most of its time.
     """
-    cases = [case for file in PARTS[part.name] for case in collect(part, file) if only in case["name"]]
+    found = [case for file in PARTS[part.name] for case in collect(part, file)]
+    cases = [case for case in found if only in case["name"]]
 
     def process(case: Case) -> str:
         name = case["name"]
@@ -167,7 +169,7 @@ def processes(part: Part, only: str) -> list[list[Case]]:
 
 
 def measure(part: Part, only: str) -> None:
-    """Run the part's cases; each that did not run, or ended with its process, becomes a row that says so."""
+    """Run the part's cases; one that did not run, or crashed, has a row that says so."""
     waiting = processes(part, only)
     for number, cases in enumerate(waiting):
         last = number == len(waiting) - 1
@@ -176,21 +178,23 @@ def measure(part: Part, only: str) -> None:
         why = {"missing": f"not run: {part.seconds:g} seconds were over"}
         if seconds >= LEAST:
             options = ["--seconds", f"{seconds - GRACE:.0f}", "--results", str(part.path)]
-            options += ["--stamp", json.dumps(part.stamp), *([] if rehearsing() else ["--benchmark"])]
+            options += ["--stamp", json.dumps(part.stamp)]
+            options += [] if rehearsing() else ["--benchmark"]
             code, output = run([*(case["name"] for case in cases), *options], seconds)
             print(output, flush=True)
             if code is None:
                 why = {"failed": f"did not end within {seconds:.0f} s"}
             else:
                 why = {"failed": f"exit code {code}, and no row: {last_words(output)}"}
-        for case in without_row(cases, part.rows(), ended=code in (0, 1)):  # 1: a case failed, its row says so
+        ended = code in (0, 1)  # 1: a case failed, and its row says so
+        for case in without_row(cases, part.rows(), ended):
             part.save(case | why)
         rows = results.with_ratios(results.read(part.path)["rows"])
         results.save(part.path, part.about, rows)
 
 
 def without_row(cases: list[Case], rows: list[dict[str, Any]], ended: bool) -> list[Case]:
-    """The cases that have left no row; where all have but the last one did not end, that one, if it is ours."""
+    """The cases that have left no row; or the last one, if it is ours and its process crashed."""
     keys = ("group", "case", "peer")
     wanted = [{key: case[key] for key in keys} for case in cases]
     kept = set()
@@ -207,7 +211,7 @@ def without_row(cases: list[Case], rows: list[dict[str, Any]], ended: bool) -> l
 
 
 def tested(file: Path, part: Part) -> dict[str, Any]:
-    """A row for one file of the kernels' tests: how many passed, failed and were skipped, or that it did not end."""
+    """A row for one file of the kernels' tests: how many passed, failed and were skipped."""
     row: dict[str, Any] = {"group": "correctness", "case": file.name, "peer": "ours"}
     seconds = part.left()
     if seconds < LEAST:
@@ -243,9 +247,9 @@ def failed(case: ElementTree.Element) -> bool:
 
 
 def run_tests(part: Part, only: str) -> None:
-    """The kernels' tests, a file a process, several at a time: most of their time is Triton's compiler on the host."""
-    files = [file for file in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if only in file.name]
-    files = [file for file in files if file.name not in NEED_NO_GPU]
+    """The kernels' tests, a file a process, several at a time: Triton's compiler takes the most."""
+    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    files = [file for file in files if only in file.name and file.name not in NEED_NO_GPU]
     if rehearsing():
         files = [file for file in files if file.name in REHEARSED_TESTS]
     with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
@@ -258,10 +262,11 @@ def run_tests(part: Part, only: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=PARTS, help="one part (default: all, one after the other)")
-    parser.add_argument("--results", help="where the results go (default: bench/results/<device>-<date>.json)")
+    parser.add_argument("--part", choices=PARTS, help="one part (default: all in a row)")
+    default = "bench/results/<device>-<date>.json"
+    parser.add_argument("--results", help=f"where the results go (default: {default})")
     parser.add_argument("--seconds", type=float, default=540, help="that a part may take")
-    parser.add_argument("--only", default="", help="only cases whose name in pytest has these words")
+    parser.add_argument("--only", default="", help="cases whose name in pytest has these words")
     args = parser.parse_args()
     about = results.machine() | ({"kind": "rehearsal"} if rehearsing() else {})
     path = Path(args.results).resolve() if args.results else results.default_path(about)
@@ -269,24 +274,26 @@ def main() -> int:
         print(f"gpu.py: {problem}; name another file with --results", file=sys.stderr)
         return 2
     if rehearsing():
-        print("A rehearsal: there is no GPU that computes. The lines run, small; figures mean nothing.")
+        print("A rehearsal: no GPU here computes. The lines run, small; figures mean nothing.")
     facts = about["hardware"] | about["versions"] | {"attention": attention_words()}
-    print(f"{about['device']}: {', '.join(f'{key} {value}' for key, value in facts.items())}", flush=True)
+    words = ", ".join(f"{key} {value}" for key, value in facts.items())
+    print(f"{about['device']}: {words}", flush=True)
     bad = 0
     for name in [args.part] if args.part else PARTS:
         part = begin(name, path, about, args.seconds)
         (run_tests if name == "tests" else measure)(part, args.only)
         rows = part.rows()
         wrong = wrong_rows(rows)
-        took = args.seconds - part.left()
+        took = f"{args.seconds - part.left():.0f} s"
         print(short_table(rows))
-        print(f"\n{name}: {len(rows)} rows in {path}, {len(wrong)} that must not be missing or failed; {took:.0f} s")
+        summary = f"{len(rows)} rows, {len(wrong)} wrongly missing or failed"
+        print(f"\n{name}: {took}, {summary}; {path}")
         bad += len(wrong) + (not rows and not args.only)
     return int(bad > 0)
 
 
 def wrong_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of ours that are missing or failed; in a rehearsal a peer that failed too, as that is a fault here."""
+    """Rows of ours that are missing or failed; in a rehearsal a peer that failed too."""
     found = [row for row in rows if results.ours(row) and ("missing" in row or "failed" in row)]
     if rehearsing():
         found += [row for row in rows if not results.ours(row) and "failed" in row]

@@ -1,13 +1,15 @@
 """Before anything is measured: what this GPU reaches, and whether the training step on it is right.
 
 ceilings   a copy, and the matmuls of modern-253m at 32 x 1024 tokens, bf16
-gradients  loss and every gradient of modern-253m, 4 x 1024 tokens: compiled and eager, bf16, against
-           plain PyTorch in fp32; for plain rows, packed documents and activation checkpointing
+gradients  loss and every gradient of modern-253m, 4 x 1024 tokens: compiled and eager, bf16,
+           against plain PyTorch in fp32; for plain rows, packed documents and activation
+           checkpointing
 steps      fastlm's own pretraining stage, 32 x 1024 tokens: no step may make the host wait for the
            GPU, and nothing may be compiled after the first one
 
-Tolerance of a gradient: |ours - fp32| / |fp32| (Euclidean norms) is at most 1.5 times that of plain
-PyTorch in bf16 plus 0.002; the loss differs from fp32 by at most 1.5 times its difference plus 0.001.
+Tolerance of a gradient: |ours - fp32| / |fp32| (Euclidean norms) is at most 1.5 times that of
+plain PyTorch in bf16 plus 0.002; the loss differs from fp32 by at most 1.5 times its difference
+plus 0.001.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ KINDS = ("rows", "packed", "checkpointed")
 
 
 def matmuls(c: ModelConfig, tokens: int) -> dict[str, tuple[int, int, int]]:
-    """name -> (m, k, n) of a product (m, k) x (k, n): forward passes, and the gradient of a weight."""
+    """name -> (m, k, n) of a product (m, k) x (k, n): forward passes, and gradients of weights."""
     heads = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
     chunk = min(tokens, 8448)  # rows of the head's logits
     return {
@@ -104,7 +106,10 @@ class Backward:
         return found
 
 
-def batch(kind: str, c: ModelConfig, rows: int, seq_len: int) -> tuple[list[Tensor], dict[str, Any]]:
+Batch = tuple[list[Tensor], dict[str, Any]]
+
+
+def batch(kind: str, c: ModelConfig, rows: int, seq_len: int) -> Batch:
     """ids and targets, every tenth not counted; and where the documents of packed rows lie."""
     generator = torch.Generator(device()).manual_seed(0)
     shape = (2, rows, seq_len)
@@ -136,7 +141,7 @@ def starting_model(c: ModelConfig, kind: str) -> Transformer:
 def run_backward(
     network: Transformer,
     loss: Callable[..., Tensor],
-    given: tuple[list[Tensor], dict[str, Any]],
+    given: Batch,
     dtype: torch.dtype,
 ) -> Backward:
     (ids, targets), layout = given
@@ -165,7 +170,7 @@ def problems(
     truth: Backward,
     worst: dict[str, float],
 ) -> list[str]:
-    """What of ours is further from the truth than plain PyTorch in the same dtype; the worst of it."""
+    """What of ours is further from the truth than plain PyTorch in the same dtype."""
     found = []
     allowed = FACTOR * abs(plain.loss - truth.loss) + LOSS_SLACK
     if not abs(ours.loss - truth.loss) <= allowed:
@@ -174,7 +179,8 @@ def problems(
     errors = ours.errors(truth)
     for parameter, error in errors.items():
         if not error <= FACTOR * theirs[parameter] + GRADIENT_SLACK:
-            found.append(f"{name}: {parameter} is off by {error:.4f}, plain {theirs[parameter]:.4f}")
+            plainly = theirs[parameter]
+            found.append(f"{name}: {parameter} is off by {error:.4f}, plain by {plainly:.4f}")
     worst[f"{name.replace(' ', '_')}_gradient_error"] = max(errors.values())
     worst[f"{name.replace(' ', '_')}_loss_error"] = abs(ours.loss - truth.loss)
     return found

@@ -1,7 +1,8 @@
-"""Each fused operation on a GPU: forward, backward and both, against eager PyTorch, torch.compile, Liger-Kernel and a copy.
+"""Each fused operation on a GPU: forward, backward and both, against all its peers and a copy.
 
-bf16, random inputs, cold caches (harness/gpu_timing.py). gb: what an operation must move at least, each operand once;
-gb_per_second and share_of_copy are by that count. Without a GPU every case runs once, small, with Triton's interpreter.
+bf16, random inputs, cold caches (harness/gpu_timing.py). gb: what an operation must move at least,
+each operand once; gb_per_second and share_of_copy are by that count. Without a GPU every case runs
+once, small, with Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ OPTIONS = {"dtype": torch.bfloat16}
 
 @cache
 def compiled(op: str):
-    """One compiled function for all parts and shapes of an operation; the rehearsal leaves the code generation out."""
-    return torch.compile(PLAIN[op], dynamic=False, fullgraph=True, backend="inductor" if on_gpu() else "eager")
+    """One compiled function for all parts and shapes of an operation; rehearsed without Inductor."""
+    backend = "inductor" if on_gpu() else "eager"
+    return torch.compile(PLAIN[op], dynamic=False, fullgraph=True, backend=backend)
 
 
 @pytest.mark.parametrize("part", ["forward", "backward", "both"])
@@ -72,8 +74,10 @@ def test_gpu_kernel(op, shape, part, measuring, record, benchmark, kernels_on_de
     times = {}
     benchmark.pedantic(lambda: times.update(in_turns(turns, 20, sets)))
     middle = {name: statistics.median(ms) for name, ms in times.items()}
-    figures = {name: {"gb": 2 * size / 1e9, "gb_per_second": 2 * size / 1e6 / ms} for name, ms in middle.items()}
+    figures = {}
     for name, ms in middle.items():
-        figures[name]["share_of_copy"] = middle["copy"] / ms
+        rate = 2 * size / 1e6 / ms
+        share = middle["copy"] / ms
+        figures[name] = {"gb": 2 * size / 1e9, "gb_per_second": rate, "share_of_copy": share}
     record(times, unit="ms", measures=figures, notes=methods)
     assert "ours" not in failed, "ours failed: its row says why"

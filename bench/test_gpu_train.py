@@ -1,10 +1,10 @@
-"""Pretraining modern-253m on a GPU by fastlm's own stage, 32 rows of 1,024 tokens of real text, bf16.
+"""Pretraining modern-253m on a GPU by fastlm's own stage, 32 x 1,024 tokens of real text, bf16.
 
 "ours" is the whole stage for 300 steps: Muon, clipping, monitor, prefetched batches, the last
 validation and checkpoint; its loss curve is kept. Each other contender is 30 steps of it with one
 thing changed, or a peer, in a process of its own (bench/gpu.py starts one for each). "plain PyTorch
-compiled" is the same loop with the fused operations written in plain PyTorch. Times are those between
-the starts of neighbouring steps on the GPU's clock, after ten steps.
+compiled" is the same loop with the fused operations written in plain PyTorch. Times are those
+between the starts of neighbouring steps on the GPU's clock, after ten steps.
 """
 
 from __future__ import annotations
@@ -92,6 +92,11 @@ def sdpa(s: Size, name: str) -> Seen:
         return few_steps(s, attention="torch")
 
 
+def other(s: Size, name: str) -> Seen:
+    """Attention from another package."""
+    return few_steps(s, attention=name)
+
+
 def plain(s: Size) -> Seen:
     with mock.patch.multiple(model.kernels, **plain_operations()):
         return few_steps(s)
@@ -122,7 +127,7 @@ ALL: dict[str, Callable[[Size], Seen]] = {
     "SwiGLU's product made again": nothing_kept,
     **{name: functools.partial(chunks, size=size) for name, size in CHUNKS.items()},
     **{name: functools.partial(sdpa, name=kernel) for name, kernel in SDPA.items()},
-    **{f"attention {name}": functools.partial(few_steps, attention=name) for name in OTHER_ATTENTION},
+    **{f"attention {name}": functools.partial(other, name=name) for name in OTHER_ATTENTION},
 }
 CONTENDERS = {name: contender for name, contender in ALL.items() if name not in ABSENT}
 

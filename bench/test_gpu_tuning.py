@@ -1,9 +1,9 @@
 """What comes after pretraining, on a GPU, with modern-253m: SFT, DPO, evaluation and writing.
 
-SFT and DPO are fastlm's own stages (bench/harness/gpu_stage.py) on the standard library's functions,
-packed into rows: 32 of 1,024 tokens, and 16 of 2,048. Evaluation is the perplexity of windows of
-1,024 tokens, writing is greedy, both in fp32 as their commands do. Each contender has a process of
-its own. transformers is measured where it is installed; TRL is measured on the CPU alone
+SFT and DPO are fastlm's own stages (bench/harness/gpu_stage.py) on the standard library's
+functions, packed into rows: 32 of 1,024 tokens, and 16 of 2,048. Evaluation is the perplexity of
+windows of 1,024 tokens, writing is greedy, both in fp32 as their commands do. Each contender has a
+process of its own. transformers is measured where it is installed; TRL is measured on the CPU alone
 (bench/test_alignment.py).
 """
 
@@ -185,6 +185,7 @@ def test_gpu_writing(contender, measuring, record, kernels_on_device):
             turn = WRITERS[contender](s, random_ids(s, prompts, PROMPT[real(measuring)]), tokens)
             turn()
             times = in_turns({contender: turn}, 3)
-        figures = {"tokens_per_second": 1e3 * prompts * tokens / statistics.median(times[contender])}
+        rate = 1e3 * prompts * tokens / statistics.median(times[contender])
         case = f"{prompts} prompts, {tokens} tokens each"
-        record(times, "ms", case=case, measures={contender: figures}, fields={"shape": s.case})
+        figures = {contender: {"tokens_per_second": rate}}
+        record(times, "ms", case=case, measures=figures, fields={"shape": s.case})

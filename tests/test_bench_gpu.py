@@ -285,17 +285,19 @@ def invented_steps(n: int) -> Iterator[tuple[list, int, dict]]:
         yield [], 4, {"tokens": 4}
 
 
-def test_the_steps_after_the_warm_up_are_timed_and_the_run_ends_after_the_last():
-    seen, done, actions = gpu_stage.Seen(), [], []
+def test_the_steps_after_the_warm_up_are_timed_and_the_run_ends_after_the_last(monkeypatch):
+    seen, done, actions, now = gpu_stage.Seen(), [], [], [0.0]
+    monkeypatch.setattr(gpu_stage, "on_gpu", lambda: False)
+    monkeypatch.setattr(gpu_stage, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     watched = gpu_stage.watched_steps(invented_steps(100), seen, 5, True, 2, {3: lambda: actions.append(len(done))})
     with contextlib.suppress(gpu_stage.Enough):
         for step in watched:
             done.append(step)
-            time.sleep(0.01 * len(done))
+            now[0] += 0.25 * len(done)
     assert len(done) == 5
     assert actions == [3], "before step number 3"
     assert seen.tokens == [4, 4, 4]
-    assert [round(ms / 10) for ms in seen.milliseconds] == [3, 4, 5]
+    assert seen.milliseconds == [750, 1000, 1250]
 
 
 def test_what_is_compiled_after_the_first_step_is_counted():

@@ -1,15 +1,16 @@
 """A training stage of fastlm, run as its command runs it, and watched from the outside.
 
-The stage's own function is called (pretrain, sft or dpo), with its loop, monitor, prefetched batches,
-clipping and optimizers. Its loop asks an iterator for each step's batches; here that iterator also
-notes the time, counts what was compiled and where the host waited for the GPU, and ends the run when
-enough steps were seen. Nothing else of the loop is touched.
+The stage's own function is called (pretrain, sft or dpo), with its loop, monitor, prefetched
+batches, clipping and optimizers. Its loop asks an iterator for each step's batches; here that
+iterator also notes the time, counts what was compiled and where the host waited for the GPU, and
+ends the run when enough steps were seen. Nothing else of the loop is touched.
 
-Text: the standard library's sources through fastlm's data path, by the word tokenizer of words.py in
-GPT-2's place, which needs a package that a rented GPU may not have.
+Text: the standard library's sources through fastlm's data path, by the word tokenizer of words.py
+in GPT-2's place, which needs a package that a rented GPU may not have.
 
-Three sizes: the real one on a GPU; on the stand-in for a GPU and on a CPU a small one, as a rehearsal.
-On a CPU the kernels run in Triton's interpreter and torch.compile leaves the code generation out.
+Three sizes: the real one on a GPU; on the stand-in for a GPU and on a CPU a small one, as a
+rehearsal. On a CPU the kernels run in Triton's interpreter and torch.compile leaves the code
+generation out.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ from fastlm.train.pretrain import pretrain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu"  # tokenised text
-FIRST_QUIET = 2  # the steps before it may compile and warm up; from it on nothing may make the host wait
+FIRST_QUIET = (
+    2  # the steps before it may compile and warm up; from it on nothing may make the host wait
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def size(measuring: bool) -> Size:
     data = (small_text(), small_examples())
     if on_gpu():
         return Size("tiny", PRESETS["tiny"], 4, 128, 20, 10, 6, *data)
-    model = ModelConfig(vocab_size=320, dim=32, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=64, max_seq_len=32)
+    model = ModelConfig(
+        vocab_size=320, dim=32, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=64, max_seq_len=32
+    )
     return Size("one small layer", model, 2, 16, 6, 5, 3, *data)
 
 
@@ -109,7 +114,7 @@ def small_text() -> str:
 
 
 def small_examples() -> str:
-    """A file of instructions and preferences: what follows a line of a module, and something else."""
+    """A file of instructions and preferences: what follows a line of a module, or does not."""
     lines = [line for line in inspect.getsource(statistics).splitlines() if line.strip()]
     records = []
     for at in range(0, 200, 5):
@@ -121,7 +126,7 @@ def small_examples() -> str:
 
 
 def pretrain_config(s: Size, run: Path, **options: Any) -> PretrainConfig:
-    """The stage's options: those of the recipe modern-253m, in so few steps, without validations on the way."""
+    """The recipe modern-253m in so few steps, without validations and checkpoints on the way."""
     defaults: dict[str, Any] = {
         "recipe": "modern-253m",
         "preset": s.name,
@@ -136,19 +141,27 @@ def pretrain_config(s: Size, run: Path, **options: Any) -> PretrainConfig:
         "validation_tokens": 4 * s.tokens,
         "cache": str(CACHE),
         "out": str(run),
-        "optim": OptimConfig(lr=0.002, embedding_lr=0.002, weight_decay=0.1, warmup_steps=s.warmup, decay_fraction=0.4),
+        "optim": OptimConfig(
+            lr=0.002,
+            embedding_lr=0.002,
+            weight_decay=0.1,
+            warmup_steps=s.warmup,
+            decay_fraction=0.4,
+        ),
     }
     return PretrainConfig(**(defaults | options))
 
 
 @dataclass
 class Seen:
-    """What was seen of a run. Times are those between the starts of neighbouring steps, without the warm-up."""
+    """What was seen of a run. Times lie between the starts of neighbouring steps."""
 
     milliseconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # of each timed step
     pairs: list[int] = field(default_factory=list)
-    waits: Counter[str] = field(default_factory=Counter)  # file:line where the host waited for the GPU
+    waits: Counter[str] = field(
+        default_factory=Counter
+    )  # file:line where the host waited for the GPU
     compiled_late: int = 0  # graphs compiled after the first step
     peak_gib: float = 0.0
     joules: float | None = None  # of the timed steps
@@ -200,8 +213,8 @@ def graphs_compiled() -> int:
 def noting_waits(waits: Counter[str]) -> Iterator[None]:
     """Count where the host waits for the GPU inside.
 
-    PyTorch can end the program at the first such place (set_sync_debug_mode("error")). Here it warns,
-    so that one run on a rented GPU names them all.
+    PyTorch can end the program at the first such place (set_sync_debug_mode("error")). Here it
+    warns, so that one run on a rented GPU names them all.
     """
     if not on_gpu():
         yield
@@ -297,14 +310,14 @@ read_later = monitor.read_later
 
 
 def zeros_later(tensors: dict[str, Tensor], where: torch.device) -> Callable[[], dict[str, float]]:
-    """On the stand-in for a GPU any value may be left over, and a loss that is NaN would end the run."""
+    """On the stand-in for a GPU any value may be left over, and a loss of NaN would end the run."""
     read = read_later(tensors, where)
     return lambda: dict.fromkeys(read(), 0.0)
 
 
 @contextlib.contextmanager
 def on_this_machine(s: Size) -> Iterator[None]:
-    """Inside, "gpt2" is the word tokenizer; on a CPU kernels are interpreted and code generation is left out."""
+    """Inside, "gpt2" is the word tokenizer; on a CPU kernels are interpreted, none is generated."""
     words = word_tokenizer(read_text(s.text), s.model.vocab_size, "gpt2")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("fastlm.tokenizer._load_gpt2", return_value=words))
@@ -328,9 +341,9 @@ def watch(
 ) -> Seen:
     """Run the stage and watch it.
 
-    limit: end it after so many steps; without one it goes on to its own end, with the last validation
-    and checkpoint. actions: what to do before a step, by its number. prepare: called with the
-    arguments of the loop before it begins.
+    limit: end it after so many steps; without one it goes on to its own end, with the last
+    validation and checkpoint. actions: what to do before a step, by its number. prepare: called
+    with the arguments of the loop before it begins.
     """
     seen = Seen()
     run_steps = loop.train
@@ -338,7 +351,9 @@ def watch(
 
     def train(*arguments: Any, **named: Any) -> int:
         given = inspect.signature(run_steps).bind(*arguments, **named)
-        steps = watched_steps(given.arguments["batches"], seen, last, limit is not None, s.warmup, actions or {})
+        steps = watched_steps(
+            given.arguments["batches"], seen, last, limit is not None, s.warmup, actions or {}
+        )
         given.arguments["batches"] = steps
         seen.attention = given.arguments["run"].state["attention"]
         prepare(given.arguments)

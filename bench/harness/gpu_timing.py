@@ -1,9 +1,10 @@
-"""Times on a GPU: calls recorded in a CUDA graph over rotating buffers, events around its replays, contenders in turns.
+"""Times on a GPU: calls recorded in a CUDA graph over rotating buffers, events around its replays.
 
-A graph takes the launches' cost on the host out of the measurement. Each contender's calls go over as many sets of buffers as
-fill a hundredth of the GPU's memory, many times its L2 cache, and what they return is kept until the recording ends: every
-call reads and writes memory that no cache holds. Without a GPU the same lines run once on the CPU, as a rehearsal, with
-Triton's interpreter in the kernels' place.
+Contenders take turns. A graph takes the launches' cost on the host out of the measurement. Each
+contender's calls go over as many sets of buffers as fill a hundredth of the GPU's memory, many
+times its L2 cache, and what they return is kept until the recording ends: every call reads and
+writes memory that no cache holds. Without a GPU the same lines run once on the CPU, as a rehearsal,
+with Triton's interpreter in the kernels' place.
 """
 
 from __future__ import annotations
@@ -17,11 +18,21 @@ import torch
 
 Call = Callable[[], object]
 
-# What a contender may raise when it is built, compiled or run: its case notes it and goes on with the others.
+# What a contender may raise when it is built, compiled or run: its case notes it and goes on.
 FAILURES: tuple[type[Exception], ...] = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-NOT_INTERPRETED: tuple[type[Exception], ...] = ()  # a peer that Triton's interpreter cannot run: no failure, without a GPU
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+NOT_INTERPRETED: tuple[
+    type[Exception], ...
+] = ()  # a peer that Triton's interpreter cannot run: no failure, without a GPU
 try:
     from triton.errors import TritonError
     from triton.runtime.errors import InterpreterError
@@ -37,7 +48,7 @@ def on_gpu() -> bool:
 
 
 def rehearsing() -> bool:
-    """Whether there is no GPU that computes: none at all, or the stand-in of tests that need none."""
+    """Whether there is no GPU that computes: none at all, or the stand-in for one."""
     return not on_gpu() or hasattr(torch, "fakegpu_counts")
 
 
@@ -47,7 +58,7 @@ def device() -> torch.device:
 
 @cache
 def stream() -> torch.cuda.Stream:
-    """One stream for building, recording and replaying: autograd runs a backward where its forward ran."""
+    """One stream for building, recording, replaying: a backward runs where its forward ran."""
     return torch.cuda.Stream()
 
 
@@ -62,14 +73,17 @@ def say(error: Exception) -> str:
 
 
 def copies(call_bytes: int) -> int:
-    """Sets of buffers to rotate over: together a hundredth of the GPU's memory (0.8 GB of 80), at most 64 sets."""
+    """Sets of buffers to rotate over: together a hundredth of the GPU's memory, at most 64 sets."""
     if rehearsing():
         return 1
     return max(1, min(64, torch.cuda.get_device_properties(0).total_memory // 100 // call_bytes))
 
 
 def recorded(build: Callable[[], Call], sets: int) -> tuple[Call, str]:
-    """(a turn, how it runs): build() makes a set of buffers and returns the call on them; the turn calls each set's once."""
+    """(a turn, how it runs): build() makes a set of buffers and returns the call on them.
+
+    The turn makes each set's call once.
+    """
     if not on_gpu():
         one = build()
         one()
@@ -105,9 +119,13 @@ def in_turns(turns: dict[str, Call], rounds: int, per_turn: int = 1) -> dict[str
             turn()
             times[name] = [1e3 * (time.perf_counter() - start)]
         return times
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in turns}
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
+        name: [] for name in turns
+    }
     with on_stream():
-        for round_ in range(rounds + 1):  # the first is a warm-up; nothing waits in between, so the GPU is never idle
+        for round_ in range(
+            rounds + 1
+        ):  # the first is a warm-up; nothing waits in between, so the GPU is never idle
             for name, turn in turns.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
@@ -116,11 +134,14 @@ def in_turns(turns: dict[str, Call], rounds: int, per_turn: int = 1) -> dict[str
                 if round_:
                     events[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: [start.elapsed_time(end) / per_turn for start, end in pairs] for name, pairs in events.items()}
+    return {
+        name: [start.elapsed_time(end) / per_turn for start, end in pairs]
+        for name, pairs in events.items()
+    }
 
 
 def peak_bytes(turn: Call) -> int:
-    """Most bytes that a turn allocates beside what was there before it; 0 without a GPU, and no turn."""
+    """Most bytes that a turn allocates beside what was there before; 0 without a GPU."""
     if not on_gpu():
         return 0
     torch.cuda.synchronize()
@@ -133,7 +154,7 @@ def peak_bytes(turn: Call) -> int:
 
 
 def energy_meter() -> Callable[[], float] | None:
-    """A function that reads the GPU's own meter, joules; None where there is no NVML or no meter."""
+    """A function that reads the GPU's own meter, joules; None without NVML or a meter."""
     try:
         import pynvml
     except ImportError:

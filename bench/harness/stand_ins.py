@@ -1,10 +1,10 @@
 """Stand-ins for rich and safetensors, on machines that have neither. For benchmarks only.
 
-fastlm's training loop imports rich for what it prints and safetensors for its checkpoints. A rented
-GPU has torch, triton, numpy, pytest and pytest-benchmark, and no network. There these modules are put
-in the place of a package that is missing: text is printed plainly, progress bars are not drawn, and
-checkpoints are written by torch.save. None of it is on the path of a step between two checkpoints.
-Rows say which packages had a stand-in.
+fastlm's training loop imports rich for what it prints and safetensors for its checkpoints. A
+rented GPU has torch, triton, numpy, pytest and pytest-benchmark, and no network. There these
+modules are put in the place of a package that is missing: text is printed plainly, progress bars
+are not drawn, and checkpoints are written by torch.save. None of it is on the path of a step
+between two checkpoints. Rows say which packages had a stand-in.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def save_file(tensors: dict[str, torch.Tensor], path: Any, metadata: Any = None)
 
 
 def load_file(path: Any) -> dict[str, torch.Tensor]:
-    with open(path, "rb") as file:  # of the path's ending torch.load would make a call of safetensors
+    with open(
+        path, "rb"
+    ) as file:  # of the path's ending torch.load would make a call of safetensors
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -99,7 +101,8 @@ MODULES: dict[str, dict[str, dict[str, Any]]] = {
     "rich": {
         "rich": {},
         "rich.console": {"Console": Console},
-        "rich.progress": {name: Nothing for name in COLUMNS} | {"Progress": Progress, "track": track},
+        "rich.progress": {name: Nothing for name in COLUMNS}
+        | {"Progress": Progress, "track": track},
         "rich.table": {"Table": Nothing},
     },
     "safetensors": {

@@ -1,9 +1,10 @@
 """A tokenizer made on the spot from the text that is trained on, for machines without tiktoken.
 
-The ids: the 256 bytes, then the most frequent words, then end-of-text. A word is a run of letters and
-digits or a run of signs, either with one space before it, or a run of white space; one that has no id
-is spelled in bytes. The ids are spread as a real tokenizer's are (Zipf's law), which the speed of an
-embedding's gradient depends on; the loss is that of this vocabulary and comparable to no other.
+The ids: the 256 bytes, then the most frequent words, then end-of-text. A word is a run of letters
+and digits or a run of signs, either with one space before it, or a run of white space; one that has
+no id is spelled in bytes. The ids are spread as a real tokenizer's are (Zipf's law), which the
+speed of an embedding's gradient depends on; the loss is that of this vocabulary and comparable to
+no other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Peers of the GPU benchmarks, each built only when its package is there; otherwise the reason why it is missing."""
+"""Peers of the GPU benchmarks, each built when its package is there, else why it is missing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,21 @@ def liger(op: str, given: Inputs) -> tuple[Callable, Inputs]:
         return ops.LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
 
     def rope(q, k, cos, sin):
-        q, k = ops.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)  # it works on (1, H, T, Dh)
+        q, k = ops.LigerRopeFunction.apply(
+            q.transpose(1, 2), k.transpose(1, 2), cos, sin
+        )  # it works on (1, H, T, Dh)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    def cross_entropy(logits, targets):  # where the logits get a gradient, it overwrites them by it in the forward
+    def cross_entropy(
+        logits, targets
+    ):  # where the logits get a gradient, it overwrites them by it in the forward
         return ops.LigerCrossEntropyFunction.apply(logits, targets, None)[0]
 
     if op == "rope":
-        given = given[0], [torch.cat((t, t), -1).unsqueeze(0).to(given[0][0].dtype) for t in given[1]]
+        given = (
+            given[0],
+            [torch.cat((t, t), -1).unsqueeze(0).to(given[0][0].dtype) for t in given[1]],
+        )
     return {f.__name__: f for f in (rms_norm, add_rms_norm, swiglu, rope, cross_entropy)}[op], given
 
 
@@ -58,6 +65,10 @@ def cut_head(h, weight, targets):
     return linear_cross_entropy(h, weight, targets)
 
 
+def torch_head(h, weight, targets):
+    return F.linear_cross_entropy(h, weight, targets)
+
+
 def torch_head_in_chunks(h, weight, targets):
     return F.linear_cross_entropy(h, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
 
@@ -69,14 +80,15 @@ def plain_logprobs(h, weight, targets):
 def heads() -> dict[str, tuple[Callable, str]]:
     """name -> (loss of (h, weight, targets), why it is missing or "")."""
     old = f"torch {torch.__version__} has no linear_cross_entropy"
+    has_head = hasattr(F, "linear_cross_entropy")
+    has_chunks = hasattr(torch.nn, "LinearCrossEntropyOptions")
     return {
         "eager": (plain_head, ""),
-        "torch linear_cross_entropy": (
-            getattr(F, "linear_cross_entropy", plain_head), "" if hasattr(F, "linear_cross_entropy") else old
-        ),
+        "torch linear_cross_entropy": (torch_head, "" if has_head else old),
         "torch linear_cross_entropy in chunks": (
-            torch_head_in_chunks, "" if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"{old} in chunks"
+            torch_head_in_chunks,
+            "" if has_chunks else f"{old} in chunks",
         ),
         "liger": (liger_head, absent("liger-kernel", "liger_kernel")),
         "cut-cross-entropy": (cut_head, absent("cut-cross-entropy", "cut_cross_entropy")),
-    }  # fmt: skip
+    }

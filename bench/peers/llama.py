@@ -1,4 +1,4 @@
-"""Hugging Face's Llama of the same shape, trained as its user would: torch.compile, bf16 autocast, fused AdamW."""
+"""Hugging Face's Llama of the same shape, as its user trains it: compiled, bf16, fused AdamW."""
 
 from __future__ import annotations
 
