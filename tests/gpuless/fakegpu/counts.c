@@ -1,4 +1,4 @@
-// Counts of what the host asked of the device; Python reads them with ctypes (fakegpu.py).
+// Counts of what the host asked of the device; python/sitecustomize.py reads them.
 #include "standin.h"
 
 static long counts[N_COUNTS];

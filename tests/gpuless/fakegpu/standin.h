@@ -39,6 +39,7 @@ enum place place_of(const void *pointer);
 // A recorded graph: how many kernels, matmuls, copies and memsets a replay runs.
 struct graph {
   long nodes;
+  int ended;  // its capture
 };
 
 // A stream or an event belongs to the graph that is being captured, or to none.
@@ -58,8 +59,8 @@ void enqueue(enum count what, void *stream);
 struct device {
   const char *key, *name;
   int major, minor, multiprocessors, threads_per_multiprocessor, blocks_per_multiprocessor;
-  int shared_per_block_optin, shared_per_multiprocessor, l2_bytes, bus_bits, clock_khz,
-      memory_clock_khz;
+  int shared_per_block_optin, shared_per_multiprocessor;
+  int l2_bytes, bus_bits, clock_khz, memory_clock_khz;
   size_t memory_bytes;
 };
 const struct device *standin(void);

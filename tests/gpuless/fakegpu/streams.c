@@ -64,7 +64,9 @@ int cudaEventRecordWithFlags(struct event *event, void *stream, unsigned flags) 
   return cudaEventRecord(event, stream);
 }
 int cudaStreamWaitEvent(void *stream, struct event *event, unsigned flags) {
-  if (event->graph && of(stream) != &default_stream) of(stream)->graph = event->graph;
+  if (!event->graph) return SUCCESS;
+  if (event->graph->ended || of(stream) == &default_stream) return INVALID_VALUE;
+  of(stream)->graph = event->graph;
   return SUCCESS;
 }
 int cudaEventQuery(struct event *event) { return event->graph ? CAPTURE_FORBIDS_IT : SUCCESS; }
@@ -91,6 +93,7 @@ int cudaStreamEndCapture(void *stream, struct graph **found) {
   for (struct stream *s = streams; s; s = s->next)
     if (s->graph == graph) s->graph = NULL;
   pthread_mutex_unlock(&lock);
+  graph->ended = 1;
   __atomic_fetch_add(&captures, -1, __ATOMIC_RELAXED);
   *found = graph;
   return SUCCESS;
