@@ -41,6 +41,7 @@ FULL = (
     "fastlm pretrain --recipe modern-253m --data python-stdlib --steps 4 "
     f"--validation-tokens 2000 {SHORT}"
 )
+ORDERED = "--deterministic --steps 6"
 EVAL = "--data python-stdlib --max-documents 3"
 SHORT_PIPELINE = "--pretrain.steps 4 --sft.steps 4 --dpo.steps 4"
 
@@ -83,6 +84,7 @@ PRETRAIN = [
     *eager_and_compiled(
         "pretrain, accumulated", f"{ROWS} --micro-batch-rows 1", "accumulated", graphs=8
     ),
+    *eager_and_compiled("pretrain, deterministic", f"{ROWS} {ORDERED}", "ordered"),
     Case(
         "pretrain, prepared data",
         f"{ROWS} --data {{data}}/stdlib --out {{runs}}/prepared",
@@ -102,8 +104,10 @@ TUNING = [
     *eager_and_compiled(
         "SFT, accumulated", f"{SFT} --micro-batch-rows 1", "sft-accumulated", graphs=8
     ),
+    *eager_and_compiled("SFT, deterministic", f"{SFT} {ORDERED}", "sft-ordered"),
     Case("SFT, resumed", "fastlm sft --resume {runs}/sft --steps 56", trains=True),
     *eager_and_compiled("DPO", DPO, "dpo"),
+    *eager_and_compiled("DPO, deterministic", f"{DPO} {ORDERED}", "dpo-ordered"),
     *eager_and_compiled("DPO, prompts apart", f"{DPO} --no-share-prompt", "dpo-apart"),
     *eager_and_compiled("SimPO", f"{DPO} --loss simpo --beta 2", "simpo"),
     Case("DPO, resumed", "fastlm dpo --resume {runs}/dpo --steps 56", trains=True),
@@ -112,6 +116,7 @@ TUNING = [
 USE = [
     Case("eval", f"fastlm eval {{runs}}/rows {{runs}}/sft {EVAL}", says="window"),
     Case("eval, compiled", f"fastlm eval {{runs}}/rows {EVAL} --compile", says="window"),
+    Case("eval, TF32", f"fastlm eval {{runs}}/rows {EVAL} --tf32", says="matmuls in TF32"),
     Case(
         "generate",
         "fastlm generate {runs}/rows --prompt def --tokens 24",
