@@ -20,7 +20,7 @@ Row = dict[str, Any]
 CEILINGS = ("copy", "matmul")
 UNITS = {
     "tokens_per_second": "tokens/s", "gb_per_second": "GB/s", "tflop_per_second": "TFLOP/s", "gflops": "GFLOP/s",
-    "mfu": "MFU", "joules_per_token": "J/token", "mb_per_s": "MB/s",
+    "gb": "GB", "mfu": "MFU", "joules_per_token": "J/token", "mb_per_s": "MB/s",
     "saved_gb": "GB saved", "state_gb": "GB state", "peak_gib": "GiB peak",
 }  # fmt: skip
 SHOWN = ("tokens_per_second", "mfu", "gb_per_second", "tflop_per_second")  # in the short table

@@ -67,8 +67,8 @@ def save(folder: Path, model: nn.Module, optimizer: dict[str, Tensor], state: di
 def check_finite(model: nn.Module, when: str, mend: str) -> None:
     """Raise UserError where a parameter holds NaN or infinity: such weights are never saved and never trained on."""
     named = list(model.named_parameters())
-    finite = torch.stack([p.detach().isfinite().all() for _, p in named]).tolist()
-    bad = [name for (name, _), ok in zip(named, finite, strict=True) if not ok]
+    broken = torch.stack([p.detach().isfinite().logical_not().any() for _, p in named]).tolist()
+    bad = [name for (name, _), is_broken in zip(named, broken, strict=True) if is_broken]
     check(not bad, f"{when} the weights are not finite ({bad[0] if bad else ''}): training has diverged; {mend}")
 
 

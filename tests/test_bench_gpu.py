@@ -134,6 +134,14 @@ def test_ours_must_be_there_and_peers_may_be_missing():
     assert not any(results.ours({"peer": peer}) for peer in ("liger", "plain PyTorch compiled", "copy", "ourselves"))
 
 
+def test_a_peer_that_fails_fails_a_rehearsal_alone(monkeypatch):
+    rows = [{"peer": "liger", "failed": "a bug here"}, {"peer": "trl", "missing": "not installed"}, row("ours", 1.0)]
+    monkeypatch.setattr(gpu, "rehearsing", lambda: True)
+    assert gpu.wrong_rows(rows) == rows[:1]
+    monkeypatch.setattr(gpu, "rehearsing", lambda: False)
+    assert not gpu.wrong_rows(rows)
+
+
 def test_a_rehearsal_does_not_go_into_the_results_nor_another_device_into_a_file(tmp_path):
     about = {"device": "a GPU", "kind": "rehearsal"}
     assert "a rehearsal is no result" in gpu.unfit(results.FOLDER / "gpu.json", about)
@@ -213,7 +221,7 @@ def bare_python(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_fastlm_s_own_loop_with_nothing_but_torch_triton_numpy_and_pytest(tmp_path):
-    """Part train in a Python that has no other package: the stage to its end, and what is missing is said."""
+    """Pretraining to its end, its checkpoint and SFT from it, in a Python without any other package."""
     out = tmp_path / "gpu.json"
     bare = bare_python(tmp_path / "bare")
     done = python("bench/gpu.py", "--part", "train", "--only", "[ours]", "--results", out, cwd=ROOT, executable=bare)
@@ -228,6 +236,9 @@ def test_fastlm_s_own_loop_with_nothing_but_torch_triton_numpy_and_pytest(tmp_pa
     assert rows["ours"]["validation_loss"] > 0
     assert rows["Hugging Face Llama compiled"]["missing"] == "transformers is not installed"
     assert rows["attention flash"]["missing"] == "flash needs a GPU"
+    tuning = ("bench/gpu.py", "--part", "tuning", "--only", "[sft-plain", "--results", out)
+    done = python(*tuning, cwd=ROOT, executable=bare)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -324,6 +335,9 @@ def test_a_wrong_gradient_does_not_pass_the_gate(gradient, wrong):
 # ---------------------------------------------------------------- the profile, the text, the stand-ins
 
 
+SDPA_KERNEL = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma"
+
+
 def trace() -> dict[str, Any]:
     """Two steps as torch.profiler writes them: launches on the host at ts, kernels on the device much later."""
     events: list[dict[str, Any]] = []
@@ -340,7 +354,7 @@ def trace() -> dict[str, Any]:
         span("cpu_op", "fastlm::linear_cross_entropy", step, 20)
         kernel("_rows", step + 1, 30)
         kernel("nvjet_sm90_tst_128x256", step + 5, 500)
-        kernel("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", step + 25, 200)
+        kernel(SDPA_KERNEL, step + 25, 200)
         kernel("triton_poi_fused_add_0", step + 27, 20)
         kernel("Memcpy DtoD (Device -> Device)", step + 28, 10, cat="gpu_memcpy")
         kernel("_rows", step + 3, 30, tid=2)  # at the time of our op, but from another thread
@@ -357,6 +371,7 @@ def test_a_profile_is_added_up_by_what_launched_a_kernel_and_by_its_name():
         "matmul": 0.5, "attention": 0.2, "ours": 0.03, "optimizer": 0.08, "generated": 0.02, "copies": 0.01, "other": 0.03,
     }  # fmt: skip
     assert all(found["kernels"] == 1 for found in table.values())
+    assert gpu_profile.longest(trace(), 2, 2) == [["nvjet_sm90_tst_128x256", 0.5], [SDPA_KERNEL, 0.2]]
 
 
 def test_any_text_survives_the_word_tokenizer_and_no_id_is_beyond_the_vocabulary():
@@ -379,8 +394,8 @@ def test_stand_ins_take_no_place_of_a_package_that_is_there():
 
 def test_a_stand_in_checkpoint_comes_back(tmp_path):
     tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
-    stand_ins.save_file(tensors, tmp_path / "x")
-    found = stand_ins.load_file(tmp_path / "x")
+    stand_ins.save_file(tensors, tmp_path / "model.safetensors")
+    found = stand_ins.load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 

@@ -131,7 +131,7 @@ MISTAKES = [
     ("pretrain fast", "unexpected argument 'fast'; options are written --name value"),
     ("pretrain -x", "unexpected argument '-x'; options are written --name value"),
     ("sft", "sft needs MODEL: Run, checkpoint or Hugging Face folder to start from; for example:"),
-    ("sft runs/x", "sft needs --data: Rows: a .jsonl, .json or .parquet file or folder"),
+    ("sft runs/x", "sft needs --data: Examples: a .jsonl, .json or .parquet file or folder"),
     ("sft a b --data f", "unexpected argument 'b'; the model is 'a' already"),
     ("sft a --model b --data f", "--model is given twice, and as 'a'; give it once"),
     ("sft no/such/run --data f", "no/such/run does not exist; give a run folder"),

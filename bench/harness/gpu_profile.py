@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from harness.gpu_timing import on_gpu, rehearsing
 
 OPTIMIZER = "optimizer"  # the name of the range around an optimizer's step
@@ -82,6 +83,15 @@ def categories(trace: dict[str, Any], steps: int) -> dict[str, dict[str, float]]
     return found
 
 
+def longest(trace: dict[str, Any], steps: int, count: int = 20) -> list[list[Any]]:
+    """[name, milliseconds a step] of the kernels that take the most time."""
+    total: Counter[str] = Counter()
+    for event in trace["traceEvents"]:
+        if event.get("cat") in KERNELS:
+            total[event["name"]] += event["dur"] / 1e3 / steps
+    return [[name[:120], milliseconds] for name, milliseconds in total.most_common(count)]
+
+
 def mark_steps(optimizers: Iterable[Any]) -> None:
     """Make each optimizer's step a named range of the profile."""
 
@@ -126,5 +136,5 @@ class Profile:
         else:
             self.file.write_text('{"traceEvents": []}', encoding="utf-8")
 
-    def table(self, steps: int) -> dict[str, dict[str, float]]:
-        return categories(json.loads(self.file.read_text(encoding="utf-8")), steps)
+    def trace(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text(encoding="utf-8"))

@@ -44,7 +44,6 @@ STOOD_IN = stand_in()  # before fastlm's loop is imported, which wants these pac
 from fastlm import monitor  # noqa: E402
 from fastlm.config import PRESETS, ModelConfig, OptimConfig, PretrainConfig  # noqa: E402
 from fastlm.data.catalogue import open_source  # noqa: E402
-from fastlm.data.functions import cut_functions, make_rows  # noqa: E402
 from fastlm.data.text.documents import SEPARATOR, read_pieces  # noqa: E402
 from fastlm.kernels.common import triton_on_cpu  # noqa: E402
 from fastlm.runtime import ceiling  # noqa: E402
@@ -110,11 +109,15 @@ def small_text() -> str:
 
 
 def small_examples() -> str:
-    """A file with the functions of two modules, as instructions and as preferences."""
-    sources = (inspect.getsource(module) for module in (statistics, tempfile))
-    functions = [function for source in sources for function in cut_functions(source)]
-    rows = make_rows(functions)
-    return kept("small.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    """A file of instructions and preferences: what follows a line of a module, and something else."""
+    lines = [line for line in inspect.getsource(statistics).splitlines() if line.strip()]
+    records = []
+    for at in range(0, 200, 5):
+        prompt, *answer = lines[at : at + 4]
+        right = "\n".join(answer)
+        wrong = f"{answer[-1]}?"
+        records.append({"prompt": prompt, "completion": right, "chosen": right, "rejected": wrong})
+    return kept("small.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
 def pretrain_config(s: Size, run: Path, **options: Any) -> PretrainConfig:
@@ -173,6 +176,8 @@ class Seen:
         found: dict[str, Any] = {"attention": self.attention, "shape": s.case}
         if STOOD_IN:
             found["stand_ins"] = list(STOOD_IN)
+        if on_gpu() and self.joules is None:
+            found["note"] = "energy not measured: no NVML, or no meter"
         if self.waits:
             found["waits"] = dict(self.waits)
         return found

@@ -87,7 +87,8 @@ def save_file(tensors: dict[str, torch.Tensor], path: Any, metadata: Any = None)
 
 
 def load_file(path: Any) -> dict[str, torch.Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:  # of the path's ending torch.load would make a call of safetensors
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def safe_open(*path: object, **options: object) -> None:

@@ -40,7 +40,7 @@ def train(s: Size, steps: int) -> Seen:
     """So many steps on the same text, by a plain loop: forward, backward, clip, AdamW."""
     seen = Seen(attention="sdpa")
     with on_this_machine(s):
-        tokens = prepare(s.source, load_tokenizer("gpt2"), CACHE).train
+        tokens = prepare(s.text, load_tokenizer("gpt2"), CACHE).train
         model = llama(s.model)
         compiled = torch.compile(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)

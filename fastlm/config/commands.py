@@ -96,7 +96,7 @@ class EvalConfig:
     data: str = "wikitext-2"
     """Text: python-stdlib, a local file or folder, or a hub data set."""
     split: str = ""
-    """Which split of the text (default: validation where the text has one, else all of it)."""
+    """Which split of the text (default: validation, else test, else all of it)."""
     protocols: str = ""
     """Default: all that apply. window: 1024 tokens side by side; stride: 1024 every 512; line: 100
     lines; word: as lm-eval."""

@@ -138,7 +138,7 @@ class PretrainConfig(StageConfig):
     """Model shape; single fields can be overridden with --model.FIELD."""
     data: str = "python-stdlib"
     """Text: python-stdlib, a .txt/.jsonl/.parquet file or folder, a hub data set (wikitext-103,
-    org/name), or a mixture."""
+    org/name), or a mixture. A folder's train/, validation/ and test/ are splits; test is not read."""
     tokenizer: str = "gpt2"
     """gpt2, or a Hugging Face tokenizer.json (or the folder that holds one)."""
     seq_len: int = 256
@@ -175,8 +175,8 @@ class TuningConfig(StageConfig):
     model: str = ""
     """Run, checkpoint or Hugging Face folder to start from."""
     data: str = ""
-    """Rows: a .jsonl, .json or .parquet file or folder, a hub data set (alpaca, hh-rlhf, org/name),
-    or python-functions."""
+    """Examples: a .jsonl, .json or .parquet file or folder, a hub data set (alpaca, hh-rlhf,
+    org/name), or python-functions."""
     recipe: str = ""
     """Where the defaults come from: a shipped recipe or a .toml file (default: none)."""
     tokenizer: str = ""
@@ -194,7 +194,8 @@ class TuningConfig(StageConfig):
     row_len: int = 0
     """Tokens per row, into which examples are packed (0: max_len; for pairs 4 max_len)."""
     held_out: float = 0.05
-    """Share of the examples held out for validation, where the data has no validation split."""
+    """Share of the examples held out for validation, where the data has no validation split (a test
+    split is never used)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

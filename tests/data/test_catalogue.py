@@ -184,3 +184,25 @@ def test_what_is_not_there_is_refused_without_asking_the_hub(name, kind, monkeyp
     with pytest.raises(UserError, match="expected a path") as error:
         open_source(name, kind)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("splits", "chosen"),
+    [
+        (["train", "test", "validation"], "validation"),
+        (["train", "test"], "test"),
+        (["train"], "train"),
+        (["test"], "test"),
+    ],
+)
+def test_an_evaluation_takes_held_out_text_where_there_is_some(splits, chosen, tmp_path):
+    from fastlm.evaluation.evaluate import read_documents as read_for_evaluation
+
+    for split in splits:
+        write(tmp_path / split / "a.jsonl", split, 3)
+    documents, _ = read_for_evaluation(str(tmp_path), "", 0)
+    assert [text.split()[0] for text in documents] == [chosen] * 3
+    named, _ = read_for_evaluation(str(tmp_path), splits[-1], 1)
+    assert [text.split()[0] for text in named] == [splits[-1]]
+    with pytest.raises(UserError, match="has no split 'other'; choose among"):
+        read_for_evaluation(str(tmp_path), "other", 0)

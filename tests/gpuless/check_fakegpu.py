@@ -83,6 +83,19 @@ def test_a_graph_is_one_launch_and_may_not_wait():
         y.sum().item()
 
 
+def test_attention_is_cudnn_s_and_lies_as_on_a_gpu():
+    """(B, T, H, D) in memory, as the inputs do; on a CPU the result lies as (B, H, T, D)."""
+    shape = (2, 128, 4, 64)
+    q, k, v = (torch.zeros(shape, device="cuda").bfloat16().requires_grad_() for _ in range(3))
+    before = torch.fakegpu_launches().get("cudnn_graph", 0)
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True)
+    assert out.transpose(1, 2).is_contiguous()
+    out.sum().backward()
+    assert torch.fakegpu_launches()["cudnn_graph"] == before + 2
+    assert q.grad.shape == shape
+
+
 def test_pinned_memory_is_told_from_other():
     assert torch.ones(3).pin_memory().is_pinned()
     assert not torch.ones(3).is_pinned()

@@ -4,13 +4,15 @@
 
 FILE gets a JSON object: "exit", the command's exit code; "marks", one object for each training step
 and each written token: the stand-in's counts so far, the graphs that torch.compile has made so far
-and the allocator's peak; "end", the same at the end. The marks are set from outside, around
-functions of fastlm that run once a step: fastlm itself knows nothing of this.
+and the allocator's peak; "kernels", the launches of each kernel, by name, in the last step. The
+marks are set from outside, around functions of fastlm that run once a step: fastlm itself knows
+nothing of this.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,50 +27,46 @@ from torch._dynamo.utils import counters
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import fastlm.checkpoint  # noqa: E402
 import fastlm.generate  # noqa: E402
-import fastlm.monitor  # noqa: E402
 from fastlm.cli import main  # noqa: E402
-from fastlm.monitor import Monitor, read_later  # noqa: E402
+from fastlm.monitor import Monitor  # noqa: E402
 
 # Called once in every training step, after the optimizer; and once for every token written.
 ONCE_A_STEP = ((Monitor, "step"), (fastlm.generate, "read_later"))
+ATTENTION = re.compile("flash|fmha|cudnn")  # in the names of PyTorch's attention kernels
 
 
 def so_far() -> dict[str, Any]:
     """What the GPU was asked for until now, graphs compiled, and the most memory in use."""
+    launches = torch.fakegpu_launches().items()
     return {
         **torch.fakegpu_counts(),
+        "attention launches": sum(n for name, n in launches if ATTENTION.search(name)),
         "compiled graphs": counters["stats"]["unique_graphs"],
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
     }
 
 
-def noting(function: Callable[..., Any], name: str, marks: list[dict]) -> Callable[..., Any]:
-    """The function, which first adds a mark."""
+def noting(
+    function: Callable[..., Any], name: str, marks: list[dict], kernels: list[dict]
+) -> Callable[..., Any]:
+    """The function, which first adds a mark, and keeps the kernels' launches until now."""
 
     def noted(*args: Any, **options: Any) -> Any:
         marks.append({"at": name, **so_far()})
+        kernels[:] = [*kernels[-1:], torch.fakegpu_launches()]
         return function(*args, **options)
 
     return noted
 
 
-def zeros(*args: Any) -> Callable[[], dict[str, float]]:
-    """A step's figures, read as ever, but 0."""
-    read = read_later(*args)
-    return lambda: dict.fromkeys(read(), 0.0)
-
-
 def run(argv: list[str]) -> dict[str, Any]:
     """The command's exit code and its marks; an error nobody caught is 1, and its traceback."""
     marks: list[dict[str, Any]] = []
+    kernels: list[dict[str, int]] = []  # at the last two marks
     with ExitStack() as stack:
-        # nothing is computed here: weights and figures are what was left in memory, NaN at times
-        stack.enter_context(mock.patch.object(fastlm.checkpoint, "check_finite"))
-        stack.enter_context(mock.patch.object(fastlm.monitor, "read_later", zeros))
         for owner, name in ONCE_A_STEP:
-            noted = noting(getattr(owner, name), name, marks)
+            noted = noting(getattr(owner, name), name, marks, kernels)
             stack.enter_context(mock.patch.object(owner, name, noted))
         try:
             code = main(argv)
@@ -77,7 +75,16 @@ def run(argv: list[str]) -> dict[str, Any]:
         except Exception:
             traceback.print_exc()
             code = 1
-    return {"exit": code, "marks": marks, "end": so_far()}
+    return {"exit": code, "marks": marks, "kernels": in_last_step(kernels)}
+
+
+def in_last_step(kernels: list[dict[str, int]]) -> dict[str, int]:
+    """Launches between the last two marks, the most frequent kernel first."""
+    if len(kernels) < 2:
+        return {}
+    before, after = kernels
+    found = {name: n - before.get(name, 0) for name, n in after.items()}
+    return {name: n for name, n in sorted(found.items(), key=lambda row: -row[1]) if n}
 
 
 if __name__ == "__main__":

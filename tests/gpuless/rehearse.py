@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,9 +42,11 @@ PACKAGES = (
 TIMEOUT = 600.0  # seconds; the longest case takes about 60 on two cores
 TAIL = 15  # lines of a failed case's output that are shown
 KERNELS = ("ATen launches", "Triton launches", "memsets")  # all that is launched but matmuls
+ATTENTION = "attention launches"  # of ATen's
 COLUMNS = {
     "launches a step": "{launches:,}",
     "of them Triton": "{triton:,}",
+    "attention": "{attention:,}",
     "matmuls": "{matmuls:,}",
     "graphs": "{graphs}",
     "host syncs": "{syncs}",
@@ -65,7 +68,8 @@ def environment(python: str) -> str:
     if not complete.is_file() or complete.read_text(encoding="utf-8") != wanted:
         print(f"making {folder}: the CUDA build of PyTorch, 5 GB, about 2 minutes", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run(["bash", FAKEGPU, "setup", folder, *PACKAGES], check=True)
+        command = ["bash", FAKEGPU, "setup", folder, *PACKAGES]
+        subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, check=True)
         complete.write_text(wanted, encoding="utf-8")
     return str(folder / "bin" / "python")
 
@@ -120,19 +124,26 @@ def run(case: Case, python: str) -> tuple[int, str]:
     """Exit code and output of a case on the stand-in GPU; 124 where its time was over."""
     given = arguments(case)
     counts_file(case).unlink(missing_ok=True)
-    for option, value in itertools.pairwise(given):
-        if option in ("--out", "--to"):  # of an earlier rehearsal
-            shutil.rmtree(value, ignore_errors=True)
+    pairs = itertools.pairwise(given)
+    written = [folder for option, folder in pairs if option in ("--out", "--to")]
+    remove(written)  # of an earlier rehearsal
+    command = ["bash", str(FAKEGPU), "--device", case.device, python, *given]
     try:
         done = subprocess.run(
-            ["bash", str(FAKEGPU), python, *given], cwd=WORK, env=variables(), input=case.given,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            timeout=TIMEOUT,
+            command, cwd=WORK, env=variables(), input=case.given, text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         before = error.stdout.decode(errors="replace") if error.stdout else ""
         return 124, f"{before}\ndid not end within {TIMEOUT:.0f} s"
+    if case.name.startswith("modern-253m"):  # 3 GB each, and nothing goes on from them
+        remove(written)
     return done.returncode, done.stdout
+
+
+def remove(folders: list[str]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_marks(file: Path) -> list[dict]:
@@ -160,8 +171,9 @@ def summary(marks: list[dict]) -> dict | None:
     most = {name: max(step[name] for step in asked[1:]) for name in asked[0]}
     late = ("compiled graphs", "modules loaded")
     return {
-        "launches": max(sum(step[name] for name in KERNELS) for step in asked[1:]),
+        "launches": max(map(launches, asked[1:])),
         "triton": most["Triton launches"],
+        "attention": most[ATTENTION],
         "matmuls": most["GEMMs"],
         "graphs": most["graph launches"],
         "syncs": most["stream syncs"] + most["device syncs"],
@@ -169,6 +181,11 @@ def summary(marks: list[dict]) -> dict | None:
         "recompiles": max(sum(step[name] for step in asked) for name in late),
         "peak_gib": [mark for mark in marks if mark["at"] == "step"][-1]["peak GiB"],
     }
+
+
+def launches(step: dict) -> int:
+    """Kernels of a step that are neither matmuls nor attention."""
+    return sum(step[name] for name in KERNELS) - step[ATTENTION]
 
 
 def token_faults(marks: list[dict]) -> list[str]:
@@ -238,9 +255,9 @@ class Outcome:
 
 
 def rehearse(cases: list[Case], python: str) -> list[Outcome]:
-    """Run a chain of cases, in order."""
+    """Run a chain of cases, in order; a run that no later one goes on from is removed."""
     outcomes = []
-    for case in cases:
+    for number, case in enumerate(cases):
         if case.needs and not installed(python, case.needs):
             print(f"{case.name}: left out, {case.needs} is not installed", flush=True)
             continue
@@ -255,6 +272,10 @@ def rehearse(cases: list[Case], python: str) -> list[Outcome]:
             shown = [case.command, *(f"| {line}" for line in output.splitlines()[-TAIL:])]
             lines += [f"    {line}" for line in shown]
         print("\n".join(lines), flush=True)
+        for run_name in re.findall(r"--out {runs}/([\w-]+)", case.command):
+            used = re.compile(rf"{{runs}}/{run_name}(?![\w-])")
+            if not any(used.search(later.command) for later in cases[number + 1 :]):
+                shutil.rmtree(WORK / "runs" / run_name, ignore_errors=True)
         outcomes.append(Outcome(case, row, wrong))
     return outcomes
 

@@ -42,6 +42,14 @@ static int launch(const void *key, enum count what, void *stream) {
   return SUCCESS;
 }
 
+int launch_named(const void *key, const char *name, enum count what, void *stream) {
+  pthread_mutex_lock(&lock);
+  int known = room && slot(key)->key;
+  pthread_mutex_unlock(&lock);
+  if (!known) add_kernel(key, name);
+  return launch(key, what, stream);
+}
+
 // Name and launches of the kernel in slot `at` or the next one that was launched; -1 after the
 // last, else where to go on.
 long fakegpu_kernel(long at, const char **name, long *launches) {

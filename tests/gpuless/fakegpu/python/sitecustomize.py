@@ -43,7 +43,6 @@ def launches() -> dict[str, int]:
 def prepare(torch: ModuleType) -> None:
     torch.fakegpu_counts = counts
     torch.fakegpu_launches = launches
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not stood in for
     if os.environ.get("FAKEGPU_PROCESS") == str(os.getpid()):  # not in its children
         atexit.register(lambda: print("fakegpu:", counts(), file=sys.stderr))
 
