@@ -37,10 +37,10 @@ PEAKS = {
     "A10G": 70e12,  # NVIDIA A10G, as Amazon lets it
     "L4": 121e12,  # NVIDIA L4 data sheet
     "L40S": 362e12,  # NVIDIA L40S data sheet
-    "RTX A6000": 155e12,  # NVIDIA Ampere GA102 white paper, appendix B
-    "RTX 3090": 71e12,  # the same, appendix A
-    "RTX 4090": 165e12,  # NVIDIA Ada white paper, appendix A
-    "RTX 5090": 209.5e12,  # NVIDIA RTX Blackwell white paper, appendix A
+    "RTX A6000": 155e12,  # NVIDIA RTX A6000 data sheet
+    "RTX 3090": 71e12,  # NVIDIA Ampere GA102 white paper
+    "RTX 4090": 165e12,  # NVIDIA Ada white paper
+    "RTX 5090": 209.5e12,  # NVIDIA RTX Blackwell white paper
     "MI250X": 191.5e12,  # AMD Instinct MI250X data sheet: 383 for two devices
     "MI300X": 1307e12,  # AMD Instinct MI300X data sheet
 }
