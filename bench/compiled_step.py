@@ -184,7 +184,7 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
     def unavailable(*tensors: torch.Tensor) -> bool:  # the native kernels: a GPU takes PyTorch's attention
         return False
 
-    swapped = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
+    swapped = mock.patch.multiple(fastlm.kernels, **plain_operations()) if plain else contextlib.nullcontext()
     with swapped, mock.patch("fastlm.attention.cpu.available", unavailable):
         report = compile_for_gpu(step, build)
     generated = sum(g.generated_bytes for g in report.graphs)

@@ -211,18 +211,18 @@ def names(c: ModelConfig) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     for i in range(c.n_layers):
         a, b = f"blocks.{i}.", f"model.layers.{i}."
         attention = [(b + "self_attn.q_proj.", q), (b + "self_attn.k_proj.", kv), (b + "self_attn.v_proj.", kv)]
-        yield a + "attention_norm", [(b + "input_layernorm.weight", c.dim)]
+        yield a + "attention_norm.weight", [(b + "input_layernorm.weight", c.dim)]
         yield a + "qkv.weight", [(name + "weight", rows) for name, rows in attention]
         if c.qkv_bias:
             yield a + "qkv.bias", [(name + "bias", rows) for name, rows in attention]
         if c.qk_norm:
-            yield a + "q_norm", [(b + "self_attn.q_norm.weight", c.head_dim)]
-            yield a + "k_norm", [(b + "self_attn.k_norm.weight", c.head_dim)]
+            yield a + "q_norm.weight", [(b + "self_attn.q_norm.weight", c.head_dim)]
+            yield a + "k_norm.weight", [(b + "self_attn.k_norm.weight", c.head_dim)]
         yield a + "out.weight", [(b + "self_attn.o_proj.weight", c.dim)]
-        yield a + "ffn_norm", [(b + "post_attention_layernorm.weight", c.dim)]
+        yield a + "ffn_norm.weight", [(b + "post_attention_layernorm.weight", c.dim)]
         yield a + "gate_up.weight", [(b + "mlp.gate_proj.weight", c.ffn_dim), (b + "mlp.up_proj.weight", c.ffn_dim)]
         yield a + "down.weight", [(b + "mlp.down_proj.weight", c.dim)]
-    yield "norm", [("model.norm.weight", c.dim)]
+    yield "norm.weight", [("model.norm.weight", c.dim)]
     if not c.tie_embeddings:
         yield "head", [("lm_head.weight", c.vocab_size)]
 
@@ -263,7 +263,7 @@ def check_shapes(c: ModelConfig, where: dict[str, Path], handles: dict[Path, Any
     Done before the model is made: a config.json that asks for far more than the files hold takes no memory.
     """
     for ours, parts in names(c):
-        columns = [] if ours.endswith(("norm", "bias")) else [columns_of(c, ours)]
+        columns = [] if ours.endswith(("norm.weight", "bias")) else [columns_of(c, ours)]
         for name, rows in parts:
             check(name in where, f"{folder}: tensor {name} is missing from its safetensors files; {MEND}")
             try:

@@ -192,7 +192,12 @@ def test_numbered_parameters_are_found_by_name():
     state, old = named_state(model, optimizers), checkpoint.tensors(path / "optimizer.safetensors")
     for number, name in {"0.0": "blocks.0.qkv.weight", "0.5": "blocks.1.out.weight", "0.7": "blocks.1.down.weight"}.items():
         assert torch.equal(state[f"{name}.momentum"], old[f"{number}.momentum"])
-    vectors = {"1.2": "norm", "1.3": "blocks.0.attention_norm", "1.7": "blocks.0.qkv.bias", "1.11": "blocks.1.ffn_norm"}
+    vectors = {
+        "1.2": "norm.weight",
+        "1.3": "blocks.0.attention_norm.weight",
+        "1.7": "blocks.0.qkv.bias",
+        "1.11": "blocks.1.ffn_norm.weight",
+    }
     for number, name in ({"1.0": "embedding", "1.1": "head"} | vectors).items():
         for kind in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(state[f"{name}.{kind}"], old[f"{number}.{kind}"])

@@ -70,7 +70,7 @@ def as_hugging_face(model: Transformer, gradients: bool = False) -> dict[str, Te
     """Parameters (or their gradients) under Hugging Face's names."""
     c = model.config
     mine = {n: (p.grad if gradients else p.detach()) for n, p in model.named_parameters()}
-    out = {"model.embed_tokens.weight": mine["embedding"][: c.vocab_size], "model.norm.weight": mine["norm"]}
+    out = {"model.embed_tokens.weight": mine["embedding"][: c.vocab_size], "model.norm.weight": mine["norm.weight"]}
     if not c.tie_embeddings:
         out["lm_head.weight"] = mine["head"][: c.vocab_size]
     heads = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
@@ -82,11 +82,14 @@ def as_hugging_face(model: Transformer, gradients: bool = False) -> dict[str, Te
             b + "self_attn.q_proj.weight": q, b + "self_attn.k_proj.weight": k, b + "self_attn.v_proj.weight": v,
             b + "self_attn.o_proj.weight": mine[a + "out.weight"], b + "mlp.gate_proj.weight": gate,
             b + "mlp.up_proj.weight": up, b + "mlp.down_proj.weight": mine[a + "down.weight"],
-            b + "input_layernorm.weight": mine[a + "attention_norm"],
-            b + "post_attention_layernorm.weight": mine[a + "ffn_norm"],
+            b + "input_layernorm.weight": mine[a + "attention_norm.weight"],
+            b + "post_attention_layernorm.weight": mine[a + "ffn_norm.weight"],
         }  # fmt: skip
         if c.qk_norm:
-            out |= {b + "self_attn.q_norm.weight": mine[a + "q_norm"], b + "self_attn.k_norm.weight": mine[a + "k_norm"]}
+            out |= {
+                b + "self_attn.q_norm.weight": mine[a + "q_norm.weight"],
+                b + "self_attn.k_norm.weight": mine[a + "k_norm.weight"],
+            }
     return out
 
 
@@ -218,7 +221,7 @@ def test_what_is_kept_for_the_backward_changes_nothing():
     twin = copy.deepcopy(model)
     tokens, targets = batch(SMALL)
     keep_what_fits(twin, tokens.numel(), 80 << 30, 4)
-    assert twin.blocks[0].keep_product
+    assert twin.blocks[0].down.keep_product
     for m in (model, twin):
         (m.loss(tokens, targets) + m.logprobs(tokens, targets).square().sum()).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -233,7 +236,7 @@ def test_more_is_kept_only_where_half_of_the_gpu_has_room(rows, gib, recompute, 
     with torch.device("meta"):
         model = Transformer(PRESETS["modern-253m"], checkpoint_activations=recompute)
     keep_what_fits(model, rows * 1024, gib << 30, 2)
-    assert [block.keep_product for block in model.blocks] == [keeps] * 12
+    assert [block.down.keep_product for block in model.blocks] == [keeps] * 12
     assert (model.keep_logits_bytes > 0) == (keeps or recompute)
 
 
