@@ -14,10 +14,19 @@ from torch import Tensor
 
 from fastlm.config import PRESETS, ModelConfig
 from fastlm.errors import UserError
-from fastlm.model import Transformer, build, count_parameters, initialise, keep_what_fits, training_flops_per_token
+from fastlm.model import (
+    Transformer,
+    build,
+    count_parameters,
+    initialise,
+    keep_what_fits,
+    training_flops_per_token,
+)
 
 CPU = torch.device("cpu")
-SMALL = ModelConfig(vocab_size=501, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=64)
+SMALL = ModelConfig(
+    vocab_size=501, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=64
+)
 SHAPES = {
     "multi-head": replace(SMALL, n_kv_heads=4),
     "grouped-query": SMALL,
@@ -33,7 +42,10 @@ def randomised(config: ModelConfig, seed: int = 0) -> Transformer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 1 else p.shape[-1] ** -0.5))
+            p.copy_(
+                torch.randn(p.shape, generator=generator)
+                * (0.3 if p.dim() == 1 else p.shape[-1] ** -0.5)
+            )
             if p.dim() == 1:
                 p += 1
             if name in ("embedding", "head"):
@@ -70,7 +82,10 @@ def as_hugging_face(model: Transformer, gradients: bool = False) -> dict[str, Te
     """Parameters (or their gradients) under Hugging Face's names."""
     c = model.config
     mine = {n: (p.grad if gradients else p.detach()) for n, p in model.named_parameters()}
-    out = {"model.embed_tokens.weight": mine["embedding"][: c.vocab_size], "model.norm.weight": mine["norm.weight"]}
+    out = {
+        "model.embed_tokens.weight": mine["embedding"][: c.vocab_size],
+        "model.norm.weight": mine["norm.weight"],
+    }
     if not c.tie_embeddings:
         out["lm_head.weight"] = mine["head"][: c.vocab_size]
     heads = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
@@ -100,7 +115,9 @@ def test_logits_loss_and_gradients_equal_hugging_face(name):
     tokens, targets = batch(model.config)
     expected = theirs(tokens).logits
     torch.testing.assert_close(model.logits(tokens), expected, rtol=1e-5, atol=1e-5)
-    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum")
+    expected_loss = torch.nn.functional.cross_entropy(
+        expected.flatten(0, 1), targets.flatten(), reduction="sum"
+    )
     loss = model.loss(tokens, targets)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     loss.backward()
@@ -114,7 +131,9 @@ def test_logits_loss_and_gradients_equal_hugging_face(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameter_count_is_that_of_hugging_face(name):
     model = build(SHAPES[name], 0, CPU)
-    assert count_parameters(SHAPES[name]) == sum(p.numel() for p in hugging_face(model).parameters())
+    assert count_parameters(SHAPES[name]) == sum(
+        p.numel() for p in hugging_face(model).parameters()
+    )
 
 
 def test_modern_253m_has_252_8_million_parameters():
@@ -125,7 +144,9 @@ def test_modern_253m_has_252_8_million_parameters():
 
 def test_modern_253m_takes_1_592_gigaflop_per_token():
     weights = 12 * (4 * 1024**2 + 3 * 1024 * 4096) + 50257 * 1024
-    attention = 12 * 3 * 2 * 2 * (1024 // 2) * 1024  # layers, forward + backward, products, mul + add, mean span, width
+    attention = (
+        12 * 3 * 2 * 2 * (1024 // 2) * 1024
+    )  # layers, forward + backward, products, mul + add, mean span, width
     assert training_flops_per_token(PRESETS["modern-253m"], 1024) == 6 * weights + attention
     assert round((6 * weights + attention) / 1e9, 3) == 1.592
 
@@ -140,8 +161,12 @@ def test_matmul_flops_equal_those_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         model.logits(tokens).sum().backward()
     seen = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    attention = config.n_layers * 6 * 64 * config.n_heads * config.head_dim  # PyTorch does not count the CPU's operator
-    assert sum(n for op, n in seen.items() if "attention" not in op) == 64 * (training_flops_per_token(config, 64) - attention)
+    attention = (
+        config.n_layers * 6 * 64 * config.n_heads * config.head_dim
+    )  # PyTorch does not count the CPU's operator
+    assert sum(n for op, n in seen.items() if "attention" not in op) == 64 * (
+        training_flops_per_token(config, 64) - attention
+    )
 
 
 def test_padding_rows_are_invisible_and_stay_zero():
@@ -230,7 +255,13 @@ def test_what_is_kept_for_the_backward_changes_nothing():
 
 @pytest.mark.parametrize(
     ("rows", "gib", "recompute", "keeps"),
-    [(32, 80, False, True), (128, 80, False, False), (32, 12, False, False), (1, 12, False, True), (32, 80, True, False)],
+    [
+        (32, 80, False, True),
+        (128, 80, False, False),
+        (32, 12, False, False),
+        (1, 12, False, True),
+        (32, 80, True, False),
+    ],
 )
 def test_more_is_kept_only_where_half_of_the_gpu_has_room(rows, gib, recompute, keeps):
     with torch.device("meta"):
