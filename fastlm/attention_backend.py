@@ -20,7 +20,7 @@ from importlib import import_module
 
 import torch
 
-from fastlm.attention import HALF
+from fastlm.kernels.attention import HALF
 from fastlm.config import ModelConfig
 from fastlm.errors import check
 from fastlm.kernels import cpu

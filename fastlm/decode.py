@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import kernels
-from fastlm.attention import Documents, attention, takes_mask
+from fastlm.kernels.attention import Documents, attention, takes_mask
 from fastlm.kernels import cpu
 from fastlm.model import Block, Transformer, add_norm
 

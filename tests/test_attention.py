@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm import attention as module
-from fastlm.attention import Documents, attention, prepare
+from fastlm.kernels.attention import Documents, attention, prepare
 
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, document: Tensor, prompt: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from fastlm.attention import HALF, Documents, attention, prepare, varlen  # noqa: E402
+from fastlm.kernels.attention import HALF, Documents, attention, prepare, varlen  # noqa: E402
 from fastlm.attention_backend import choose  # noqa: E402
 from fastlm.config import PRESETS  # noqa: E402
 
