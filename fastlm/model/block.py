@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastlm import kernels
-from fastlm.attention import Documents, attention
 from fastlm.config import ModelConfig
+from fastlm.kernels.attention import Documents, attention
 from fastlm.model.layers import AddRMSNorm, Linear, RMSNorm, SplitLinear, SwiGLULinear
 
 # attend(layer, q, k, v): attention of q (B, T, H, Dh) over what the caller keeps of k and v

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlm import kernels
-from fastlm.attention import Documents, prepare
 from fastlm.config import ModelConfig
+from fastlm.kernels.attention import Documents, prepare
 from fastlm.model.block import Block, Layout
 from fastlm.model.layers import AddRMSNorm
 from fastlm.model.memory import keep_attention
@@ -100,7 +100,9 @@ class Transformer(nn.Module):
         documents = None
         if cu_seqlens is not None:
             if max_seqlen is None:
-                raise ValueError("cu_seqlens needs max_seqlen, the length of the longest document in tokens")
+                raise ValueError(
+                    "cu_seqlens needs max_seqlen, the length of the longest document in tokens"
+                )
             documents = Documents(cu_seqlens, max_seqlen, sharing)
             documents = prepare(documents, x, self.attention_backend)
         return Layout(cos, sin, positions, documents, self.attention_backend)
@@ -110,7 +112,9 @@ class Transformer(nn.Module):
         update, x = embedded, None
         for block in cast(Iterable[Block], self.blocks):
             if self.checkpoint_activations and self.training:
-                update, x = checkpoint(block, update, x, layout, use_reentrant=False, context_fn=keep_attention)
+                update, x = checkpoint(
+                    block, update, x, layout, use_reentrant=False, context_fn=keep_attention
+                )
             else:
                 update, x = block(update, x, layout)
         return self.norm(update, x)[0]

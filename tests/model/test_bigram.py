@@ -1,4 +1,4 @@
-"""The start from statistics: with enough channels the untrained model is the smoothed bigram model, counted by hand."""
+"""With enough channels the untrained model is the smoothed bigram model, counted by hand."""
 
 from __future__ import annotations
 

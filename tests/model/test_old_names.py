@@ -1,6 +1,6 @@
-"""Checkpoints written before parameters were saved by name, and before norms were modules, are still read.
+"""Checkpoints from before parameters were saved by name and norms were modules are still read.
 
-old_checkpoints/NAME holds what the code of then wrote after 3 and after 6 steps with optimizer NAME.
+old_checkpoints/NAME: what the code of then wrote after 3 and after 6 steps with optimizer NAME.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from fastlm import checkpoint
 from fastlm.config import ModelConfig, OptimConfig
-from fastlm.model import Transformer, build
+from fastlm.model import build
 from fastlm.model.old_names import current_name, old_names
 from fastlm.train.optim import make_optimizers, named_state
 from fastlm.train.packed import model_hash
@@ -26,7 +26,7 @@ OLD = Path(__file__).parent / "old_checkpoints"
 
 
 def old_model(folder: Path):
-    """An untrained model of the folder's shape, and its optimizers; {OLD}/NAME is of training with optimizer NAME."""
+    """An untrained model of the folder's shape, and its optimizers."""
     config = ModelConfig(**json.loads((folder / "state.json").read_text())["model"])
     model = build(config, 0, CPU)
     return model, make_optimizers(model, replace(OptimConfig(), name=folder.parent.name))
@@ -34,7 +34,7 @@ def old_model(folder: Path):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_training_goes_on_from_a_checkpoint_that_numbers_parameters(optimizer):
-    """step-000006 is where the code that wrote step-000003 went from there; a swapped momentum is far from it."""
+    """step-000006 is where the code of then went; a swapped momentum is far off."""
     start, end = (OLD / optimizer / f"step-00000{n}" for n in (3, 6))
     model, optimizers = old_model(start)
     checkpoint.load(start, model, named_state(model, optimizers))
@@ -53,7 +53,7 @@ def test_training_goes_on_from_a_checkpoint_that_numbers_parameters(optimizer):
 
 
 def test_numbered_parameters_are_found_by_name():
-    """By hand: Muon has the blocks' matrices; AdamW the embedding, the head, then the vectors, the last norm first."""
+    """By hand: Muon has the matrices; AdamW embedding, head, then vectors, the last norm first."""
     path = OLD / "muon" / "step-000003"
     model, optimizers = old_model(path)
     checkpoint.load(path, model, named_state(model, optimizers))
@@ -77,7 +77,7 @@ def test_numbered_parameters_are_found_by_name():
 
 
 def test_a_model_is_loaded_and_keeps_its_loss_and_its_hash():
-    """Both computed by the code that wrote the checkpoints: runs note the hash of the model that they started from."""
+    """By the code of then; runs note the hash of the model that they started from."""
     known = {"muon": ("dadaf76306b5f6f2", 59.147194), "adamw": ("802a61a1ebc6c13d", 59.209148)}
     for optimizer, (digest, nats) in known.items():
         model, _ = checkpoint.load_model(OLD / optimizer / "step-000003", CPU)
@@ -87,12 +87,9 @@ def test_a_model_is_loaded_and_keeps_its_loss_and_its_hash():
 
 
 def test_names_change_once():
-    names = dict(
-        Transformer(
-            ModelConfig(**json.loads((OLD / "muon/step-000003/state.json").read_text())["model"])
-        ).named_parameters()
-    )
-    assert [current_name(name) for name in names] == list(names)
+    model, _ = old_model(OLD / "muon" / "step-000003")
+    names = [name for name, _ in model.named_parameters()]
+    assert [current_name(name) for name in names] == names
     assert {old: current_name(old) for old in old_names(names)} == old_names(names)
     assert current_name("blocks.1.q_norm.exp_avg") == "blocks.1.q_norm.weight.exp_avg"
     assert current_name("blocks.1.q_norm.weight.exp_avg") == "blocks.1.q_norm.weight.exp_avg"

@@ -1,4 +1,4 @@
-"""The model against Hugging Face's Llama and Qwen3, counts against arithmetic done by hand, and what must not change."""
+"""The model against Hugging Face's Llama and Qwen3, and counts against arithmetic done by hand."""
 
 from __future__ import annotations
 
@@ -62,15 +62,23 @@ def batch(config: ModelConfig, rows: int = 3, length: int = 17) -> tuple[Tensor,
 
 
 def hugging_face(model: Transformer):
-    """The same weights in transformers' own classes, and the name of each of its parameters' source here."""
+    """The same weights in transformers' own classes."""
     transformers = pytest.importorskip("transformers")
     c = model.config
     shape = {
-        "vocab_size": c.vocab_size, "hidden_size": c.dim, "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim,
-        "max_position_embeddings": c.max_seq_len, "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "attention_bias": False,
-    }  # fmt: skip
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "intermediate_size": c.ffn_dim,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_seq_len,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "attention_bias": False,
+    }
     kind = ("Qwen3Config", "Qwen3ForCausalLM") if c.qk_norm else ("LlamaConfig", "LlamaForCausalLM")
     theirs = getattr(transformers, kind[1])(getattr(transformers, kind[0])(**shape))
     theirs.load_state_dict(as_hugging_face(model), strict=not c.tie_embeddings)
@@ -94,12 +102,16 @@ def as_hugging_face(model: Transformer, gradients: bool = False) -> dict[str, Te
         q, k, v = mine[a + "qkv.weight"].split(heads)
         gate, up = mine[a + "gate_up.weight"].chunk(2)
         out |= {
-            b + "self_attn.q_proj.weight": q, b + "self_attn.k_proj.weight": k, b + "self_attn.v_proj.weight": v,
-            b + "self_attn.o_proj.weight": mine[a + "out.weight"], b + "mlp.gate_proj.weight": gate,
-            b + "mlp.up_proj.weight": up, b + "mlp.down_proj.weight": mine[a + "down.weight"],
+            b + "self_attn.q_proj.weight": q,
+            b + "self_attn.k_proj.weight": k,
+            b + "self_attn.v_proj.weight": v,
+            b + "self_attn.o_proj.weight": mine[a + "out.weight"],
+            b + "mlp.gate_proj.weight": gate,
+            b + "mlp.up_proj.weight": up,
+            b + "mlp.down_proj.weight": mine[a + "down.weight"],
             b + "input_layernorm.weight": mine[a + "attention_norm.weight"],
             b + "post_attention_layernorm.weight": mine[a + "ffn_norm.weight"],
-        }  # fmt: skip
+        }
         if c.qk_norm:
             out |= {
                 b + "self_attn.q_norm.weight": mine[a + "q_norm.weight"],
