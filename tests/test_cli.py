@@ -186,12 +186,6 @@ MISTAKES = [
     ("kernels --targets sm_91", "no target 'sm_91'; expected some of sm_80"),
     ("kernels --against ligr", "--against is 'ligr'; did you mean liger?"),
     ("kernels sm_90", "unexpected argument 'sm_90'; options are written --name value"),
-    ("bench", "bench is followed by report; see fastlm bench --help"),
-    ("bench repot", "bench is followed by report; got 'repot'"),
-    (
-        "bench report --results {full}",
-        "no results in {full}; write some: pytest bench/ --benchmark",
-    ),
     ("doctor me", "unexpected argument 'me'; it takes no arguments"),
     ("doctor --json", "unknown option --json; see --help"),
 ]
