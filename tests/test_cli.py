@@ -15,7 +15,6 @@ from fastlm.cli import COMMANDS, main
 from fastlm.config.command_line import flags
 
 
-
 def last_line(code: str) -> str:
     """The last line that the code prints in a Python of its own."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,7 +20,7 @@ import torch
 from bench.harness import results
 from bench.peers.contenders import training_step
 from fastlm.config import ModelConfig, OptimConfig
-from fastlm.kernels.cpu import keep_large_blocks
+from fastlm.kernels.native import keep_large_blocks
 from fastlm.model import build, count_parameters, training_flops_per_token
 from fastlm.runtime import process_peak_gib
 from fastlm.train.optim import make_optimizers
