@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from fastlm.model.transformer import Transformer
 
 
-def recompute_all_but_attention(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+def recompute_all_but_attention(
+    context: Any, op: Any, *args: Any, **options: Any
+) -> CheckpointPolicy:
     """Attention is kept: it costs the most to repeat for what it takes, one (B, T, D) a layer."""
     kept = any(word in str(op) for word in ("attention", "attn", "packed_documents"))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

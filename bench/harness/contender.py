@@ -1,4 +1,4 @@
-"""What benchmarks measure with: contenders in processes of their own, ratios round by round."""
+"""Contenders in processes of their own, which take turns, and ratios round by round."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ratio(others: list[float], ours: list[float]) -> float:
@@ -21,16 +23,18 @@ class Contender:
     def __init__(self, name: str, small: bool):
         self.process = None
         if small:
-            from contenders import CONTENDERS
-
+            from bench.peers.contenders import CONTENDERS
             from fastlm.runtime import process_peak_gib
 
             self.turn = CONTENDERS[name]("small")
             self.ready = {"peak_gib": process_peak_gib()}
             return
-        script = Path(__file__).with_name("contenders.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(script), name, "full"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bench.peers.contenders", name, "full"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.ready = self.answer()
 
@@ -53,3 +57,27 @@ class Contender:
         if self.process:
             self.process.stdin.close()
             self.process.wait()
+
+
+def rounds_of(players: dict, rounds: int, benchmark) -> dict[str, list[dict]]:
+    """What each player says after each of its turns.
+
+    The first turn of "ours" goes through pytest-benchmark.
+    """
+    turns: dict[str, list[dict]] = {name: [] for name in players}
+    for round_number in range(rounds):
+        for name, player in players.items():
+            first = name == "ours" and round_number == 0
+            turns[name].append(benchmark.pedantic(player) if first else player())
+    return turns
+
+
+def each(
+    turns: dict[str, list[dict]], quantity: str, start: dict[str, float] | None = None
+) -> dict[str, list[float]]:
+    """One quantity of all turns, by player, above what it was at the start."""
+    start = start or {}
+    return {
+        name: [turn[quantity] - start.get(name, 0) for turn in of_player]
+        for name, of_player in turns.items()
+    }

@@ -6,7 +6,7 @@ A row is one quantity of one contender in one case; an earlier row of the same g
     {"group", "case", "peer", "missing": why}       a contender that is not installed: never a pass
     {"group", "case", "peer", "failed": why}
 
-Rows of a GPU (bench/gpu.py) also have "part", "device", "attention", "torch", "triton" and "run", the time that it began.
+Rows of a GPU (bench/scripts/gpu.py) also have "part", "device", "attention", "torch", "triton" and "run", the time that it began.
 Their peers are often measured in processes of their own; the ratio is then that of the medians, from the worst to the best
 tenth. "note" says in words what a figure cannot, such as "not checked: rehearsal".
 
@@ -26,15 +26,29 @@ import statistics
 import subprocess
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 CEILINGS = ("copy", "matmul")
 NOISE = 0.15  # medians of ratios move by a tenth from run to run on two busy cores; wider spreads are seen in the rounds
-PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "lm-eval", "datasets")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "lm-eval",
+    "datasets",
+)
 
 
 def summary(values: list[float]) -> dict[str, float]:
     """Median and the tenth and ninetieth percentile."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
+    tenths = (
+        statistics.quantiles(values, n=10, method="inclusive")
+        if len(values) > 1
+        else [values[0]] * 9
+    )
     return {"median": statistics.median(values), "q10": tenths[0], "q90": tenths[-1]}
 
 
@@ -42,9 +56,18 @@ def timed_rows(group: str, case: str, unit: str, values: dict[str, list[float]])
     """Rows of contenders that took turns: values by name, one a round; the ratio to "ours" round by round."""
     rows = []
     for peer, series in values.items():
-        row = {"group": group, "case": case, "peer": peer, "unit": unit, **summary(series), "rounds": len(series)}
+        row = {
+            "group": group,
+            "case": case,
+            "peer": peer,
+            "unit": unit,
+            **summary(series),
+            "rounds": len(series),
+        }
         if peer != "ours" and "ours" in values:
-            row["ratio"] = summary([theirs / ours for theirs, ours in zip(series, values["ours"], strict=True)])
+            row["ratio"] = summary(
+                [theirs / ours for theirs, ours in zip(series, values["ours"], strict=True)]
+            )
         rows.append(row)
     return rows
 
@@ -56,11 +79,20 @@ def ours(row: dict) -> bool:
 
 def with_ratios(rows: list[dict]) -> list[dict]:
     """The rows with a ratio where ours was measured in another process: medians, and the tenths furthest apart."""
-    mine = {key(row)[:2] + key(row)[3:]: row for row in rows if row["peer"] == "ours" and "median" in row}
+    mine = {
+        key(row)[:2] + key(row)[3:]: row
+        for row in rows
+        if row["peer"] == "ours" and "median" in row
+    }
     found = []
     for row in rows:
         base = mine.get(key(row)[:2] + key(row)[3:])
-        if base and row["peer"] != "ours" and "median" in row and ("ratio" not in row or "between processes" in row):
+        if (
+            base
+            and row["peer"] != "ours"
+            and "median" in row
+            and ("ratio" not in row or "between processes" in row)
+        ):
             pairs = {"median": "median", "q10": "q90", "q90": "q10"}
             ratio = {name: row[name] / base[other] for name, other in pairs.items()}
             row = row | {"ratio": ratio, "between processes": True}
@@ -88,7 +120,9 @@ def line(row: dict) -> str:
     if "ratio" in row:
         what = "ours reaches {:.3f} of it" if row["peer"] in CEILINGS else "{:.3f} times ours"
         words.append(what.format(row["ratio"]["median"]))
-    return ", ".join(words + [f"{name} {value:.4g}" for name, value in row.get("measures", {}).items()])
+    return ", ".join(
+        words + [f"{name} {value:.4g}" for name, value in row.get("measures", {}).items()]
+    )
 
 
 def key(row: dict) -> tuple:
@@ -97,8 +131,12 @@ def key(row: dict) -> tuple:
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
     """Old rows and new ones; a measurement also replaces what was missing or failed, and the other way round."""
-    replaced = {key(row)[:3] for row in new if "missing" in row or "failed" in row} | {(*key(row)[:3], "") for row in new}
-    kept = {key(row): row for row in old if key(row)[:3] not in replaced and key(row) not in replaced}
+    replaced = {key(row)[:3] for row in new if "missing" in row or "failed" in row} | {
+        (*key(row)[:3], "") for row in new
+    }
+    kept = {
+        key(row): row for row in old if key(row)[:3] not in replaced and key(row) not in replaced
+    }
     return list((kept | {key(row): row for row in new}).values())
 
 
@@ -111,7 +149,10 @@ def save(path: Path, about: dict, rows: list[dict]) -> None:
     old = read(path)["rows"] if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({**about, "rows": merged(old, rows)}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps({**about, "rows": merged(old, rows)}, indent=1, allow_nan=False) + "\n",
+        encoding="utf-8",
+    )
     partial.replace(path)
 
 
@@ -131,7 +172,9 @@ def falls(old: list[dict], new: list[dict], band: float = NOISE) -> list[str]:
         elif "ratio" in row and "ratio" in earlier:
             was, now = earlier["ratio"]["median"], row["ratio"]["median"]
             if now < (1 - band) * was and row["ratio"]["q90"] < earlier["ratio"]["q10"]:
-                found.append(f"{name}, {row['unit']}: the ratio fell from {was:.2f} to {now:.2f}, by more than {band:.0%}")
+                found.append(
+                    f"{name}, {row['unit']}: the ratio fell from {was:.2f} to {now:.2f}, by more than {band:.0%}"
+                )
     return found
 
 
@@ -173,7 +216,11 @@ def commit() -> str:
 def gpu_driver() -> str:
     """The version of NVIDIA's kernel driver, as Linux tells it."""
     info = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Module\s+([\d.]+)", info.read_text(encoding="utf-8")) if info.is_file() else None
+    found = (
+        re.search(r"Module\s+([\d.]+)", info.read_text(encoding="utf-8"))
+        if info.is_file()
+        else None
+    )
     return found.group(1) if found else "unknown"
 
 
@@ -199,13 +246,24 @@ def machine() -> dict:
     versions["fastlm"] = commit()
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     kind = "measured"
-    if hasattr(torch, "fakegpu_counts"):  # the stand-in of tests that need no GPU: it computes nothing
+    if hasattr(
+        torch, "fakegpu_counts"
+    ):  # the stand-in of tests that need no GPU: it computes nothing
         kind, device = "rehearsal", f"a stand-in for {device}"
-    return {"kind": kind, "device": device, "date": date, "hardware": hardware, "versions": versions}
+    return {
+        "kind": kind,
+        "device": device,
+        "date": date,
+        "hardware": hardware,
+        "versions": versions,
+    }
 
 
 def default_path(about: dict) -> Path:
     """bench/results/<device>-<date>.json; a rehearsal is no result."""
     if about["kind"] == "rehearsal":
         return FOLDER.parent.parent / "build" / "rehearsal.json"
-    return FOLDER / f"{re.sub('[^a-z0-9]+', '-', about['device'].lower()).strip('-')}-{about['date']}.json"
+    return (
+        FOLDER
+        / f"{re.sub('[^a-z0-9]+', '-', about['device'].lower()).strip('-')}-{about['date']}.json"
+    )

@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TOKENS = {"full": 8192, "small": 300}  # scored; a window that slides by half of it sees half of them, in as many passes
+TOKENS = {
+    "full": 8192,
+    "small": 300,
+}  # scored; a window that slides by half of it sees half of them, in as many passes
 WINDOW = {"full": 1024, "small": 32}
 CHARACTERS = {"full": 8000, "small": 200}  # of each of four documents
-PROMPT, NEW = {"full": 32, "small": 3}, {"full": 64, "small": 4}  # tokens to go on from, tokens to write
+PROMPT, NEW = (
+    {"full": 32, "small": 3},
+    {"full": 64, "small": 4},
+)  # tokens to go on from, tokens to write
 
 
 def shape(size: str, vocab_size: int = 0):
@@ -28,7 +34,9 @@ def shape(size: str, vocab_size: int = 0):
 
 
 def text(size: str, tokens: int) -> Tensor:
-    return torch.randint(shape(size).vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        shape(size).vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def our_model(size: str, vocab_size: int = 0):
@@ -77,7 +85,9 @@ def their_windows(size: str, rows: int) -> Callable[[], None]:
         total = 0.0
         for batch in ids:
             logits = model(batch, use_cache=False).logits
-            total += F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+            total += F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+            ).item()
         return total
 
     return turn
@@ -101,7 +111,9 @@ def their_stride(size: str) -> Callable[[], None]:
 
     @torch.no_grad()
     def turn() -> float:
-        return sum(model(x, labels=y, use_cache=False).loss.item() for x, y in sliding(ids, WINDOW[size]))
+        return sum(
+            model(x, labels=y, use_cache=False).loss.item() for x, y in sliding(ids, WINDOW[size])
+        )
 
     return turn
 
@@ -110,7 +122,10 @@ GPT2 = 50257  # tokens of its vocabulary
 
 
 def documents(size: str) -> list[str]:
-    return [Path(m.__file__).read_text(encoding="utf-8")[: CHARACTERS[size]] for m in (argparse, inspect, tarfile, typing)]
+    return [
+        Path(m.__file__).read_text(encoding="utf-8")[: CHARACTERS[size]]
+        for m in (argparse, inspect, tarfile, typing)
+    ]
 
 
 def our_word(size: str) -> Callable[[], None]:
@@ -120,7 +135,9 @@ def our_word(size: str) -> Callable[[], None]:
     from fastlm.tokenizer import load_tokenizer
 
     model, tokenizer, texts = our_model(size, GPT2), load_tokenizer("gpt2"), documents(size)
-    return lambda: segment_nats(model, word_segments(texts, tokenizer, WINDOW[size]), torch.device("cpu"))
+    return lambda: segment_nats(
+        model, word_segments(texts, tokenizer, WINDOW[size]), torch.device("cpu")
+    )
 
 
 def lm_eval_word(size: str) -> Callable[[], None]:
@@ -134,9 +151,20 @@ def lm_eval_word(size: str) -> Callable[[], None]:
     from fastlm.tokenizer import gpt2_json
 
     end = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(gpt2_json()), eos_token=end, pad_token=end)
-    model = HFLM(their_model(size, GPT2), tokenizer=tokenizer, device="cpu", batch_size=8, max_length=WINDOW[size])
-    asked = [Instance("loglikelihood_rolling", {}, (detokenise(text),), i) for i, text in enumerate(documents(size))]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(gpt2_json()), eos_token=end, pad_token=end
+    )
+    model = HFLM(
+        their_model(size, GPT2),
+        tokenizer=tokenizer,
+        device="cpu",
+        batch_size=8,
+        max_length=WINDOW[size],
+    )
+    asked = [
+        Instance("loglikelihood_rolling", {}, (detokenise(text),), i)
+        for i, text in enumerate(documents(size))
+    ]
     return lambda: model.loglikelihood_rolling(asked, disable_tqdm=True)
 
 
@@ -151,7 +179,9 @@ def our_generate(size: str, rows: int) -> Callable[[], None]:
 def their_generate(size: str, rows: int) -> Callable[[], None]:
     model, prompts = their_model(size), text(size, rows * PROMPT[size]).view(rows, -1)
     mask = torch.ones_like(prompts)
-    return lambda: model.generate(prompts, attention_mask=mask, max_new_tokens=NEW[size], do_sample=False)
+    return lambda: model.generate(
+        prompts, attention_mask=mask, max_new_tokens=NEW[size], do_sample=False
+    )
 
 
 LANGUAGE_MODELS: dict[str, Callable[[str], Callable[[], None]]] = {

@@ -68,21 +68,45 @@ class Counting(TorchDispatchMode):
         out = function(*args, **kwargs)
         name = function._schema.name.removeprefix("aten::")
         packet = function.overloadpacket
-        if function.is_view or function.namespace == "prim" or name.startswith(("empty", "new_empty", "detach", "_unsafe")):
+        if (
+            function.is_view
+            or function.namespace == "prim"
+            or name.startswith(("empty", "new_empty", "detach", "_unsafe"))
+        ):
             return out
         given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
-        written = [a.name for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        read = [key for key in given if key not in written or (key != "out" and name not in WRITTEN_ONLY)]
+        written = [
+            a.name
+            for a in function._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+        read = [
+            key
+            for key in given
+            if key not in written or (key != "out" and name not in WRITTEN_ONLY)
+        ]
         made = [given[key] for key in written if key in given] or out
         size = size_of([given[key] for key in read]) + size_of(made)
         if packet in flop_registry:
-            flops = flop_registry[packet](*args, **{k: v for k, v in kwargs.items() if k != "out"}, out_val=out)
+            flops = flop_registry[packet](
+                *args, **{k: v for k, v in kwargs.items() if k != "out"}, out_val=out
+            )
             if name in ("baddbmm", "addmm") and kwargs.get("beta", 1) != 0:
-                self.part.count(2 * size_of(args[0]))  # PyTorch copies what is added to where the result will be
+                self.part.count(
+                    2 * size_of(args[0])
+                )  # PyTorch copies what is added to where the result will be
             self.part.count_matmul(size, flops)
         else:
-            lists = [value for value in args if isinstance(value, list) and value and isinstance(value[0], Tensor)]
-            blocks = sum(-(-t.numel() // 65536) for t in lists[0]) if lists and name.startswith(("_foreach", "_fused")) else 1
+            lists = [
+                value
+                for value in args
+                if isinstance(value, list) and value and isinstance(value[0], Tensor)
+            ]
+            blocks = (
+                sum(-(-t.numel() // 65536) for t in lists[0])
+                if lists and name.startswith(("_foreach", "_fused"))
+                else 1
+            )
             self.part.count(size, -(-blocks // 320))
         return out
 
@@ -98,10 +122,18 @@ def own_kernels(part: Part) -> Iterator[None]:
 
     class Clip:
         def __getitem__(self, grid):
-            return lambda partials, found, *rest, **options: part.count(partials.nbytes + found.nbytes)
+            return lambda partials, found, *rest, **options: part.count(
+                partials.nbytes + found.nbytes
+            )
 
-    nothing = mock.patch.object(updates, "_on_device", lambda values, dtype, device: torch.empty(len(values), device=device))
-    with nothing, mock.patch.object(updates, "_launch", launch), mock.patch.object(updates, "_clip_kernel", Clip()):
+    nothing = mock.patch.object(
+        updates, "_on_device", lambda values, dtype, device: torch.empty(len(values), device=device)
+    )
+    with (
+        nothing,
+        mock.patch.object(updates, "_launch", launch),
+        mock.patch.object(updates, "_clip_kernel", Clip()),
+    ):
         yield
 
 
@@ -118,10 +150,14 @@ def count(config) -> dict[str, Part]:
         shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
     parts: dict[str, Part] = {}
     with FakeTensorMode():
-        parameters = {name: nn.Parameter(torch.empty(shape, device="cuda")) for name, shape in shapes.items()}
+        parameters = {
+            name: nn.Parameter(torch.empty(shape, device="cuda")) for name, shape in shapes.items()
+        }
         for p in parameters.values():
             p.grad = torch.empty(p.shape, device="cuda")
-        model: Any = types.SimpleNamespace(named_parameters=parameters.items, parameters=parameters.values)
+        model: Any = types.SimpleNamespace(
+            named_parameters=parameters.items, parameters=parameters.values
+        )
         optimizers = make_optimizers(model, OptimConfig())
         part = parts["clip"] = Part()
         with own_kernels(part), Counting(part):
@@ -134,10 +170,6 @@ def count(config) -> dict[str, Part]:
 
 
 if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from fastlm.config import PRESETS
 
     for name, part in count(PRESETS["modern-253m"]).items():

@@ -1,6 +1,6 @@
 """What the compiled GPU programs cost, counted without a GPU, into bench/results: so that a change that costs the GPU shows.
 
-    python bench/gpu_program.py [steps] [kernels] [scale] [trainer] [--only WORDS] [--results FILE]
+    python -m bench.counted.gpu_program [steps] [kernels] [scale] [trainer] [--only WORDS] [--results FILE]
 
 steps: the pretrain, SFT and DPO step of three models, beside the same models in plain PyTorch under torch.compile
 (compiled_step.py). kernels: the kernels' PTX executed in a simulator, beside Liger-Kernel's where it is installed
@@ -18,19 +18,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import compiled_step
-import results
-import simulated_kernels
-
+from bench.counted import compiled_step, simulated_kernels
+from bench.harness import results
 from fastlm.config import PRESETS
 from fastlm.model import count_parameters
 
 SMALL = compiled_step.models()["30m"]
 BASE = replace(PRESETS["modern-253m"], max_seq_len=4096)
 LARGE = compiled_step.models()["1b"]
-MODELS = {"tiny": (PRESETS["tiny"], 32, 256), "30m": (SMALL, 32, 1024), "modern-253m": (PRESETS["modern-253m"], 32, 1024)}
+MODELS = {
+    "tiny": (PRESETS["tiny"], 32, 256),
+    "30m": (SMALL, 32, 1024),
+    "modern-253m": (PRESETS["modern-253m"], 32, 1024),
+}
 PEERS = {"ours": False, "plain PyTorch": True}
-FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def steps(only: str) -> Iterator[list[dict]]:
@@ -40,13 +41,18 @@ def steps(only: str) -> Iterator[list[dict]]:
             case = f"{name}, {stage}, {rows} x {length}"
             if only not in case:
                 continue
-            found = {peer: compiled_step.measure(config, rows, length, plain, stage) for peer, plain in PEERS.items()}
+            found = {
+                peer: compiled_step.measure(config, rows, length, plain, stage)
+                for peer, plain in PEERS.items()
+            }
             for counts in found.values():
                 counts["ms"] = counts["projected_ms"] + counts["attention_ms"]
             units = {"traffic_gb": "GB through kernels that are not matmuls", "launches": "launches of them",
                      "saved_gb": "GB saved for the backward", "ms": "ms, projected"}  # fmt: skip
             for key, unit in units.items():
-                yield results.timed_rows("compiled step", case, unit, {peer: [f[key]] for peer, f in found.items()})
+                yield results.timed_rows(
+                    "compiled step", case, unit, {peer: [f[key]] for peer, f in found.items()}
+                )
 
 
 def kernels(only: str) -> Iterator[list[dict]]:
@@ -82,8 +88,15 @@ def scale(only: str) -> Iterator[list[dict]]:
             continue
         config = replace(config, max_seq_len=max(length, config.max_seq_len))
         key = (config, rows, length)
-        found = known[key] if key in known else known.setdefault(key, compiled_step.measure(config, rows, length))
-        tokens, state = found["tokens"], 16 * count_parameters(config) / 1e9  # weight, gradient, two moments in fp32
+        found = (
+            known[key]
+            if key in known
+            else known.setdefault(key, compiled_step.measure(config, rows, length))
+        )
+        tokens, state = (
+            found["tokens"],
+            16 * count_parameters(config) / 1e9,
+        )  # weight, gradient, two moments in fp32
         where = {
             "group": "scale projected",
             "case": f"{axis} {at:,}",
@@ -106,7 +119,10 @@ def trainer(only: str) -> Iterator[list[dict]]:
         case = f"{name}, 32 x 1024"
         if only not in case:
             continue
-        totals = {"ours": compiled_step.trainer_step(compiled_step.models()[name], 32, 1024)[-1], "before": before[-1]}
+        totals = {
+            "ours": compiled_step.trainer_step(compiled_step.models()[name], 32, 1024)[-1],
+            "before": before[-1],
+        }
         units = {"gb": "GB through kernels that are not matmuls", "launches": "launches of them",
                  "bound_ms": "ms, lower bound", "expected_ms": "ms, expected"}  # fmt: skip
         for field, unit in units.items():
@@ -119,9 +135,11 @@ PARTS = {"steps": steps, "kernels": kernels, "scale": scale, "trainer": trainer}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=[], help="steps, kernels, scale, trainer (default: all)")
+    parser.add_argument(
+        "parts", nargs="*", default=[], help="steps, kernels, scale, trainer (default: all)"
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--results", type=Path, default=FOLDER / "h100-projected.json")
+    parser.add_argument("--results", type=Path, default=results.FOLDER / "h100-projected.json")
     args = parser.parse_args()
     machine = results.machine()
     about = {
@@ -129,7 +147,7 @@ def main() -> None:
         "hardware": {"memory": "3.0 TB/s", "bf16 matmuls": "700 TFLOP/s"}, "versions": machine["versions"],
     }  # fmt: skip
     for part in args.parts or PARTS:
-        stamp = {"command": f"python bench/gpu_program.py {part}", "date": about["date"]}
+        stamp = {"command": f"python -m bench.counted.gpu_program {part}", "date": about["date"]}
         for rows in PARTS[part](args.only):
             results.save(args.results, about, [row | stamp for row in rows])
             for row in rows:

@@ -1,6 +1,6 @@
 """`make gpu`: everything that a rented GPU is to settle, in five parts of at most 9 minutes each.
 
-    python bench/gpu.py [--part gate|train|kernels|tuning|tests] [--results FILE] [--seconds 540]
+    python -m bench.scripts.gpu [--part gate|train|kernels|tuning|tests] [--results FILE] [--seconds 540]
                         [--only WORDS]
 
 gate      what this GPU reaches; gradients against fp32; no waits and no late compilation in a step
@@ -45,16 +45,13 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from bench.harness import results
+from bench.harness.gpu_timing import rehearsing
+from bench.harness.tables import short_table
+from fastlm.attention_backend import choose
+from fastlm.config import PRESETS
 
-import results  # noqa: E402
-from harness.gpu_timing import rehearsing  # noqa: E402
-
-from fastlm.attention_backend import choose  # noqa: E402
-from fastlm.bench_report import short_table  # noqa: E402
-from fastlm.config import PRESETS  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     "gate": ("bench/test_gpu_gate.py",),
     "train": ("bench/test_gpu_train.py",),
@@ -111,7 +108,7 @@ def begin(name: str, path: Path, about: dict[str, Any], seconds: float) -> Part:
         "attention": attention_words(),
         "torch": about["versions"]["torch"],
         "triton": about["versions"].get("triton", "none"),
-        "command": f"python bench/gpu.py --part {name}",
+        "command": f"python -m bench.scripts.gpu --part {name}",
         "date": about["date"],
     }
     return Part(name, path, about, stamp, seconds, time.monotonic() + seconds)

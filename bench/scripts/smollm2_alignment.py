@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct through the command line: SFT, DPO, perplexity around them, export, and transformers' generate.
 
-    python bench/smollm2_alignment.py FOLDER [--steps 20] [--rows 2] [--max-len 256] [--tokens 4096] [--keep DIR]
+    python -m bench.scripts.smollm2_alignment FOLDER [--steps 20] [--rows 2] [--max-len 256] [--tokens 4096] [--keep DIR]
 
 FOLDER is the model as a Hugging Face folder; data come from the folder shared/data beside the project (--data). The table has
 the held-out loss before and after each stage and the perplexity of the first tokens of WikiText-2 (raw, test split, windows
@@ -20,8 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the source tree, installed or not
+ROOT = Path(__file__).parents[2]
 PROMPT = "Write a Python function that returns the sum of two numbers."
 
 
@@ -29,7 +28,9 @@ def fastlm(*arguments: str | Path) -> str:
     """A fastlm command in a process of its own; its output. It is printed first, so that it can be run by hand."""
     words = [str(a) for a in arguments]
     print(f"$ fastlm {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "fastlm", *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlm", *words], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout
@@ -46,7 +47,9 @@ def excerpt(text: Path, model: Path, tokens: int, to: Path) -> Path:
 
 
 def perplexity(model: Path, text: Path) -> float:
-    found = json.loads(fastlm("eval", model, "--data", text, "--protocols", "window", "--device", "cpu", "--json"))
+    found = json.loads(
+        fastlm("eval", model, "--data", text, "--protocols", "window", "--device", "cpu", "--json")
+    )
     score = found["results"][0]
     return math.exp(score["nats"] / score["tokens"])
 
@@ -62,9 +65,15 @@ def generated(folder: Path) -> str:
     """What transformers writes with the exported folder, greedily."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": PROMPT}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     out = model.generate(**ids, max_new_tokens=48, do_sample=False)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -76,12 +85,21 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=2, help="rows per step")
-    parser.add_argument("--max-len", type=int, default=256, help="longest example; a row of pairs has twice as much")
+    parser.add_argument(
+        "--max-len", type=int, default=256, help="longest example; a row of pairs has twice as much"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of WikiText-2")
     parser.add_argument("--sft-lr", default="2e-5")
     parser.add_argument("--dpo-lr", default="5e-6")
-    parser.add_argument("--tolerance", type=float, default=0.15, help="growth of perplexity from one stage to the next")
-    parser.add_argument("--keep", type=Path, help="folder for the runs and the export (default: removed in the end)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.15,
+        help="growth of perplexity from one stage to the next",
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the runs and the export (default: removed in the end)"
+    )
     return parser.parse_args()
 
 
@@ -93,7 +111,9 @@ def main() -> int:
 
 def stages(args: argparse.Namespace, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    text = excerpt(args.data / "wikitext-2-raw-test.txt", args.model, args.tokens, folder / "text.txt")
+    text = excerpt(
+        args.data / "wikitext-2-raw-test.txt", args.model, args.tokens, folder / "text.txt"
+    )
     table = [("start", None, None, perplexity(args.model, text), 0.0)]
     model = args.model
     for stage, data, row_len, lr in (
@@ -119,7 +139,9 @@ def stages(args: argparse.Namespace, folder: Path) -> int:
         print(f"{stage:8}{loss:>26}{ppl:12.2f}{seconds:9.0f}")
     print(f"\n{PROMPT}\n-> {answer}")
     fell = all(last < first for _, first, last, *_ in table[1:])
-    steady = all(after[3] <= before[3] * (1 + args.tolerance) for before, after in itertools.pairwise(table))
+    steady = all(
+        after[3] <= before[3] * (1 + args.tolerance) for before, after in itertools.pairwise(table)
+    )
     print(f"\nlosses fall: {fell}; perplexity stays within {args.tolerance:.0%} of the stage before: {steady}; "
           f"transformers generates: {bool(answer.strip())}")  # fmt: skip
     return 0 if fell and steady and answer.strip() else 1

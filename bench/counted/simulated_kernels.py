@@ -1,6 +1,6 @@
 """Our kernels' and Liger-Kernel's compiled for an H100 and executed on the CPU: sectors, requests, conflicts, lower bounds.
 
-    python bench/simulated_kernels.py [--liger]
+    python -m bench.counted.simulated_kernels [--liger]
 
 Executed by tests/gpuless/ptxsim; --liger needs the package liger-kernel. Columns: bytes a row, sector bytes per byte
 asked for and bytes a request on the streamed operands, shared-memory bank conflicts per thousand instructions, and the issue
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpuless")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "gpuless"))
 
 
 def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -36,7 +36,9 @@ def counts(case) -> dict[str, float]:
     asked = sum(t.load_bytes + t.store_bytes for t in streamed)
     sectors = 32 * sum(t.load_sectors + t.store_sectors for t in streamed)
     requests = sum(t.load_requests + t.store_requests for t in streamed)
-    conflicts = sum(s.bank_conflicts for _, s in record) / sum(s.instructions.total() for _, s in record)
+    conflicts = sum(s.bank_conflicts for _, s in record) / sum(
+        s.instructions.total() for _, s in record
+    )
     return {
         "bytes a row": asked / rows, "sector bytes / byte": sectors / asked, "bytes / request": asked / requests,
         "conflicts / 1000": 1e3 * conflicts, "issue / memory": issue / memory, "special / memory": mufu / memory,

@@ -1,4 +1,4 @@
-"""SFT and DPO by fastlm and by TRL, one run a process: `python alignment_contenders.py NAME MODEL DATA full|small`.
+"""SFT and DPO by fastlm and by TRL, one run a process: `python -m bench.peers.alignment NAME MODEL DATA full|small`.
 
 The last line printed is JSON: units per second of each step after the first (real tokens for SFT, pairs for DPO, the
 reference's pass included) and the peak memory of the process. fastlm runs through its stage functions and is read from
@@ -14,8 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed or not
 
 from fastlm.runtime import process_peak_gib
 
@@ -35,7 +33,14 @@ def make_model(to: Path, size: str) -> Path:
     from fastlm.tokenizer import gpt2_json
 
     dim, layers, heads, ffn = (256, 4, 4, 704) if size == "full" else (32, 1, 2, 64)
-    shape = ModelConfig(dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=heads, ffn_dim=ffn, max_seq_len=LENGTH[size])
+    shape = ModelConfig(
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=heads,
+        ffn_dim=ffn,
+        max_seq_len=LENGTH[size],
+    )
     write_folder(build(shape, 0, torch.device("cpu")), {"tokenizer.json": gpt2_json()}, 50256, to)
     return to
 
@@ -60,9 +65,16 @@ def ours(stage: str, model: Path, data: Path, size: str, folder: Path) -> list[f
         return found
 
     with mock.patch.object(dpo, "reference_logprobs", timed):
-        code = sft.sft(SftConfig(**options, batch_rows=ROWS)) if stage == "sft" else dpo.dpo(DpoConfig(**options, batch_rows=1))
+        code = (
+            sft.sft(SftConfig(**options, batch_rows=ROWS))
+            if stage == "sft"
+            else dpo.dpo(DpoConfig(**options, batch_rows=1))
+        )
     assert code == 0
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     steps = [row for row in rows if "seconds" in row]
     if stage == "sft":
         return [row["tokens_per_s"] for row in steps[1:]]
@@ -93,7 +105,9 @@ def trl(stage: str, model: Path, data: Path, size: str, folder: Path) -> list[fl
                 self.tokens.append(float(logs["num_tokens"]))
 
     clock, end = Clock(), "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"), eos_token=end, pad_token=end)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(model / "tokenizer.json"), eos_token=end, pad_token=end
+    )
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     lines = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
     options = {
@@ -104,9 +118,13 @@ def trl(stage: str, model: Path, data: Path, size: str, folder: Path) -> list[fl
     common = {"processing_class": tokenizer, "callbacks": [clock]}
     if stage == "sft":
         examples = Dataset.from_list([alpaca(line) for line in lines if line["output"]])
-        trainer = SFTTrainer(model=policy, args=SFTConfig(**options, packing=True), train_dataset=examples, **common)
+        trainer = SFTTrainer(
+            model=policy, args=SFTConfig(**options, packing=True), train_dataset=examples, **common
+        )
         trainer.train()
-        tokens = [after - before for before, after in zip(clock.tokens, clock.tokens[1:], strict=False)]
+        tokens = [
+            after - before for before, after in zip(clock.tokens, clock.tokens[1:], strict=False)
+        ]
         return [n / seconds for n, seconds in zip(tokens[1:], clock.seconds[1:], strict=True)]
     pairs = [{key: line[key] for key in ("prompt", "chosen", "rejected")} for line in lines]
     pairs = Dataset.from_list([pair for pair in pairs if all(pair.values())])
@@ -118,7 +136,9 @@ def alpaca(line: dict[str, str]) -> dict[str, str]:
     """The prompt and completion that fastlm's template gives."""
     more = ", paired with an input that provides further context" if line["input"] else ""
     given = f"### Input:\n{line['input']}\n\n" if line["input"] else ""
-    prompt = f"{ALPACA.format(more)}### Instruction:\n{line['instruction']}\n\n{given}### Response:\n"
+    prompt = (
+        f"{ALPACA.format(more)}### Instruction:\n{line['instruction']}\n\n{given}### Response:\n"
+    )
     return {"prompt": prompt, "completion": line["output"]}
 
 
@@ -131,4 +151,6 @@ def turn(name: str, model: Path, data: Path, size: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(turn(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])), flush=True)
+    print(
+        json.dumps(turn(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])), flush=True
+    )

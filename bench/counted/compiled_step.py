@@ -1,7 +1,7 @@
 """The GPU program of a whole compiled training step, counted without a GPU: bytes, launches, memory, and a projected time.
 
-    python bench/compiled_step.py [--preset modern-253m] [--rows 32] [--seq-len 1024] [--stage pretrain] [--plain] [--json]
-    python bench/compiled_step.py --trainer [--before] [--preset modern-253m] [--rows 32] [--seq-len 1024]
+    python -m bench.counted.compiled_step [--preset modern-253m] [--rows 32] [--seq-len 1024] [--stage pretrain] [--plain] [--json]
+    python -m bench.counted.compiled_step --trainer [--before] [--preset modern-253m] [--rows 32] [--seq-len 1024]
 
 Counted with tests/gpuless/gpucompile.py. The fused ops are counted with their own traffic: what they take in and give out, and
 what they move inside (norms' partial sums; for the head's loss two passes over the logits, since their second read
@@ -26,9 +26,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "tests" / "gpuless"))  # last: a module there has the name of bench/peers
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "gpuless"))
 
 
 H100 = 79 << 30, 132  # bytes of memory, multiprocessors
@@ -36,7 +35,13 @@ H100 = 79 << 30, 132  # bytes of memory, multiprocessors
 
 def plain_logprobs(h, weight, targets, *, vocab_size, max_counted, keep_bytes):
     """log_softmax and a gather, 0 where the target is not counted."""
-    logps = (h @ weight.T)[:, :vocab_size].float().log_softmax(-1).gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1)
+    logps = (
+        (h @ weight.T)[:, :vocab_size]
+        .float()
+        .log_softmax(-1)
+        .gather(1, targets.clamp_min(0).unsqueeze(1))
+        .squeeze(1)
+    )
     return logps.where(targets >= 0, 0.0)
 
 
@@ -65,7 +70,9 @@ def plain_operations():
         return F.silu(gate) * up
 
     def loss(h, weight, targets, *, bias, reduction, z_loss, vocab_size, max_counted):
-        return F.cross_entropy(F.linear(h, weight, bias)[:, :vocab_size].float(), targets, reduction=reduction)
+        return F.cross_entropy(
+            F.linear(h, weight, bias)[:, :vocab_size].float(), targets, reduction=reduction
+        )
 
     return {
         "rms_norm": norm,
@@ -74,9 +81,14 @@ def plain_operations():
         "swiglu": swiglu,
         "linear_cross_entropy": loss,
         "linear_logprobs": plain_logprobs,
-        "linear": lambda x, w, sizes=None: F.linear(x, w) if sizes is None else F.linear(x, w).split(sizes, -1),
+        "linear": lambda x, w, sizes=None: (
+            F.linear(x, w) if sizes is None else F.linear(x, w).split(sizes, -1)
+        ),
         "rms_norm_linear": lambda x, w, eps, weight: F.linear(norm(x, w, eps), weight),
-        "add_rms_norm_linear": lambda x, r, w, eps, weight: (F.linear(add_norm(x, r, w, eps)[0], weight), x + r),
+        "add_rms_norm_linear": lambda x, r, w, eps, weight: (
+            F.linear(add_norm(x, r, w, eps)[0], weight),
+            x + r,
+        ),
         "swiglu_linear": lambda gate_up, weight, keep_product: F.linear(swiglu(gate_up), weight),
     }
 
@@ -86,13 +98,19 @@ def inside(name: str, config, tokens: int, counted: int) -> tuple[int, int]:
     from fastlm.kernels.rms_norm import _partials
 
     if "rms_norm_backward" in name:
-        return 2 * 4 * _partials(tokens, config.dim) * config.dim, 2  # partial sums written and read
+        return 2 * 4 * _partials(
+            tokens, config.dim
+        ) * config.dim, 2  # partial sums written and read
     if head_op(name):
         vocab = config.padded_vocab_size
         chunks = head_chunks(config, counted)
-        passes = 1 if name.endswith("linear_nll.default") else 2  # of the rows kernel over the logits
+        passes = (
+            1 if name.endswith("linear_nll.default") else 2
+        )  # of the rows kernel over the logits
         cast = (4 + 2) * vocab * config.dim  # W read in fp32, written in bf16
-        picked = 3 * 2 * counted * config.dim if counted < tokens else 0  # h's counted rows, and dh spread over all rows
+        picked = (
+            3 * 2 * counted * config.dim if counted < tokens else 0
+        )  # h's counted rows, and dh spread over all rows
         return passes * 2 * counted * vocab + cast + picked, chunks + 2
     return 0, 1
 
@@ -174,29 +192,43 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
         model = fastlm.model.Transformer(config)
         fastlm.model.keep_what_fits(model, tokens, H100[0], 2)
         box["step"], shapes, box["counted"] = STEPS[stage](model, config, rows, seq_len)
-        box["kept"] = min(1.0, model.keep_logits_bytes / (2 * config.padded_vocab_size * box["counted"]))
+        box["kept"] = min(
+            1.0, model.keep_logits_bytes / (2 * config.padded_vocab_size * box["counted"])
+        )
         return tuple(torch.empty(shape, dtype=dtype) for dtype, *shape in shapes)
 
     def step(*batch):
         with torch.autocast(DEVICE.type, torch.bfloat16):
             return box["step"](*batch)
 
-    def unavailable(*tensors: torch.Tensor) -> bool:  # the native kernels: a GPU takes PyTorch's attention
+    def unavailable(
+        *tensors: torch.Tensor,
+    ) -> bool:  # the native kernels: a GPU takes PyTorch's attention
         return False
 
-    swapped = mock.patch.multiple(fastlm.kernels, **plain_operations()) if plain else contextlib.nullcontext()
+    swapped = (
+        mock.patch.multiple(fastlm.kernels, **plain_operations())
+        if plain
+        else contextlib.nullcontext()
+    )
     with swapped, mock.patch("fastlm.kernels.native.available", unavailable):
         report = compile_for_gpu(step, build)
     generated = sum(g.generated_bytes for g in report.graphs)
     # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does
-    attention = sum(n for g in report.graphs for k, n in g.launches.items() if "attention_for_cpu" in k)
+    attention = sum(
+        n for g in report.graphs for k, n in g.launches.items() if "attention_for_cpu" in k
+    )
     launches = sum(sum(g.launches.values()) for g in report.graphs) - attention
     matmul_s, fused, head_s = 0.0, {}, 0.0
     for g in report.graphs:
         for name, given, made, flops in g.nodes:
-            if name.startswith("aten") and "attention" in name:  # a CUDA build knows its FLOPs: they are attention_ms
+            if (
+                name.startswith("aten") and "attention" in name
+            ):  # a CUDA build knows its FLOPs: they are attention_ms
                 continue
-            if flops or not name.startswith("fastlm.") or "packed_documents" in name:  # a matmul, or attention
+            if (
+                flops or not name.startswith("fastlm.") or "packed_documents" in name
+            ):  # a matmul, or attention
                 matmul_s += max((given + made) / 3.0e12, flops / 700e12)
                 continue
             extra, calls = inside(name, config, tokens, box["counted"])
@@ -204,8 +236,16 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
             row = fused.setdefault(name, [0, 0, 0.0])
             row[0], row[1], row[2] = row[0] + 1, row[1] + calls, row[2] + size / 1e9
             if head_op(name):
-                matmuls = 1 if name.endswith("linear_nll.default") else 3 - box["kept"] if "backward" in name else 3
-                head_s += 2 * matmuls * box["counted"] * config.padded_vocab_size * config.dim / 700e12
+                matmuls = (
+                    1
+                    if name.endswith("linear_nll.default")
+                    else 3 - box["kept"]
+                    if "backward" in name
+                    else 3
+                )
+                head_s += (
+                    2 * matmuls * box["counted"] * config.padded_vocab_size * config.dim / 700e12
+                )
     traffic = generated / 1e9 + sum(row[2] for row in fused.values())
     seconds = matmul_s + head_s + traffic / 3000
     return {
@@ -247,8 +287,22 @@ def models() -> dict:
     """The presets, and one shape on each side of them."""
     from fastlm.config import PRESETS, ModelConfig
 
-    large = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim": 8192, "max_seq_len": 4096}
-    small = {"dim": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "ffn_dim": 1024, "max_seq_len": 4096}
+    large = {
+        "dim": 2048,
+        "n_layers": 16,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "ffn_dim": 8192,
+        "max_seq_len": 4096,
+    }
+    small = {
+        "dim": 384,
+        "n_layers": 6,
+        "n_heads": 6,
+        "n_kv_heads": 6,
+        "ffn_dim": 1024,
+        "max_seq_len": 4096,
+    }
     return {"30m": ModelConfig(**small), **PRESETS, "1b": ModelConfig(**large)}
 
 
@@ -257,7 +311,7 @@ def trainer_step(config, rows: int, seq_len: int) -> list[Part]:
 
     Not in it: batches, which are copied beside the step before (0.5 MB for 32,768 tokens), and gaps between launches.
     """
-    import optimizer_step
+    from bench.counted import optimizer_step
 
     def part(name: str, gb: float, launches: int, matmul_ms: float) -> Part:
         expected = gb / (3.0 * KERNELS_REACH) + matmul_ms / MATMULS_REACH
@@ -284,7 +338,9 @@ def trainer_steps_before() -> dict[str, list[Part]]:
 def print_trainer_step(config, rows: int, seq_len: int, parts: list[Part]) -> None:
     from fastlm.model import training_flops_per_token
 
-    print(f"{'projected, not measured':34} {'GB':>6} {'launches':>8} {'bound, ms':>9} {'expected, ms':>12}")
+    print(
+        f"{'projected, not measured':34} {'GB':>6} {'launches':>8} {'bound, ms':>9} {'expected, ms':>12}"
+    )
     for p in parts:
         print(f"{p.name:34} {p.gb:6.2f} {p.launches:8} {p.bound_ms:9.2f} {p.expected_ms:12.2f}")
     flops = training_flops_per_token(config, seq_len)
@@ -323,7 +379,9 @@ def main() -> None:
         if isinstance(value, dict):
             print(f"{key}:")
             for name, row in value.items():
-                print(f"    {name}: {row if isinstance(row, int) else f'{row[0]} calls, {row[1]} launches, {row[2]:.2f} GB'}")
+                print(
+                    f"    {name}: {row if isinstance(row, int) else f'{row[0]} calls, {row[1]} launches, {row[2]:.2f} GB'}"
+                )
         else:
             print(f"{key}: {value:,.1f}" if isinstance(value, float) else f"{key}: {value}")
 

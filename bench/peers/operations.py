@@ -12,7 +12,13 @@ from fastlm import kernels
 
 EPS = 1e-5
 OPS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy")
-MOVED = {"rms_norm": (2, 3), "add_rms_norm": (4, 4), "swiglu": (3, 5), "rope": (4, 4), "cross_entropy": (1, 2)}
+MOVED = {
+    "rms_norm": (2, 3),
+    "add_rms_norm": (4, 4),
+    "swiglu": (3, 5),
+    "rope": (4, 4),
+    "cross_entropy": (1, 2),
+}
 
 
 def moved(op: str, rows: int, width: int, part: str) -> int:
@@ -25,7 +31,10 @@ def inputs(op: str, rows: int, width: int, **options) -> tuple[list[Tensor], lis
     """Random tensors: those that get a gradient, and those that get none. options: dtype and device."""
     if op == "rope":
         angles = torch.rand(rows, 32, device=options.get("device")) * 6.3
-        return [torch.randn(1, rows, width // 64, 64, **options) for _ in range(2)], [angles.cos(), angles.sin()]
+        return [torch.randn(1, rows, width // 64, 64, **options) for _ in range(2)], [
+            angles.cos(),
+            angles.sin(),
+        ]
     if op == "swiglu":
         return [torch.randn(rows, 2 * width, **options)], []
     x = torch.randn(rows, width, **options)
@@ -62,7 +71,9 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets)
 
 
-PLAIN: dict[str, Callable] = {f.__name__: f for f in (rms_norm, add_rms_norm, swiglu, rope, cross_entropy)}
+PLAIN: dict[str, Callable] = {
+    f.__name__: f for f in (rms_norm, add_rms_norm, swiglu, rope, cross_entropy)
+}
 OURS: dict[str, Callable] = {
     "rms_norm": lambda x, w: kernels.rms_norm(x, w, EPS),
     "add_rms_norm": lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS),
@@ -72,7 +83,9 @@ OURS: dict[str, Callable] = {
 }
 
 
-def part_of(function: Callable, given: tuple[list[Tensor], list[Tensor]], part: str) -> Callable[[], object]:
+def part_of(
+    function: Callable, given: tuple[list[Tensor], list[Tensor]], part: str
+) -> Callable[[], object]:
     """A call of the function's forward on inputs without gradients, of its backward alone (the graph kept), or of both."""
     leaves, rest = [x.detach().requires_grad_(part != "forward") for x in given[0]], given[1]
 

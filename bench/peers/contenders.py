@@ -1,4 +1,4 @@
-"""Contenders that need a process of their own: `python contenders.py NAME full|small`, then one turn per line of stdin.
+"""Contenders that need a process of their own: `python -m bench.peers.contenders NAME full|small`, then one turn per line of stdin.
 
 A process of its own gives each its own peak memory and its own allocator settings: fastlm keeps large blocks, as its
 command line does; the others run as their users run them.
@@ -10,15 +10,11 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed or not
-
-from language_models import LANGUAGE_MODELS
-
+from bench.peers.language_models import LANGUAGE_MODELS
 from fastlm.runtime import process_peak_gib
 
 SHAPE = {"full": (50257, 384, 6, 6, 1024, 8, 256), "small": (512, 64, 2, 4, 128, 2, 32)}
@@ -26,7 +22,9 @@ BACKEND = {"full": "inductor", "small": "eager"}  # the smoke test leaves the co
 HEAD = {"full": (4096, 384, 50257), "small": (64, 32, 512)}
 
 
-def training_step(model: torch.nn.Module, optimizer, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def training_step(
+    model: torch.nn.Module, optimizer, loss: Callable[[], torch.Tensor]
+) -> Callable[[], None]:
     """A training step of any contender: backward, clip, fused AdamW."""
 
     def step() -> None:
@@ -52,12 +50,22 @@ def ours(size: str, compiled: bool) -> Callable[[], None]:
     keep_large_blocks()
     vocab, dim, layers, heads, ffn, batch, length = SHAPE[size]
     config = ModelConfig(
-        vocab_size=vocab, dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=heads, ffn_dim=ffn, max_seq_len=length
+        vocab_size=vocab,
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=heads,
+        ffn_dim=ffn,
+        max_seq_len=length,
     )
     model, x = build(config, 0, torch.device("cpu")), tokens(size)
     y = x.roll(-1, 1)
     y[:, -1] = -100
-    loss = torch.compile(model.loss, fullgraph=True, dynamic=False, backend=BACKEND[size]) if compiled else model.loss
+    loss = (
+        torch.compile(model.loss, fullgraph=True, dynamic=False, backend=BACKEND[size])
+        if compiled
+        else model.loss
+    )
     (adamw,) = make_optimizers(model, OptimConfig(name="adamw"))
     return training_step(model, adamw, lambda: loss(x, y) / (batch * (length - 1)))
 
@@ -79,9 +87,15 @@ def hugging_face(size: str, compiled: bool) -> Callable[[], None]:
 def head(size: str, loss: Callable) -> Callable[[], None]:
     """Forward and backward of the loss behind the head's matmul."""
     rows, dim, vocab = HEAD[size]
-    h, w = torch.randn(rows, dim, requires_grad=True), torch.randn(vocab, dim).mul_(0.02).requires_grad_()
+    h, w = (
+        torch.randn(rows, dim, requires_grad=True),
+        torch.randn(vocab, dim).mul_(0.02).requires_grad_(),
+    )
     targets = torch.randint(vocab, (rows,))
-    h.grad, w.grad = torch.ones_like(h), torch.ones_like(w)  # a training step needs these whatever the loss
+    h.grad, w.grad = (
+        torch.ones_like(h),
+        torch.ones_like(w),
+    )  # a training step needs these whatever the loss
 
     def turn() -> None:
         loss(h, w, targets).backward()
@@ -126,7 +140,10 @@ def main() -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         turn()
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": process_peak_gib()}), flush=True)
+        print(
+            json.dumps({"seconds": time.perf_counter() - start, "peak_gib": process_peak_gib()}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
