@@ -1,4 +1,4 @@
-"""A Llama-style decoder: blocks and the transformer around them, its first weights, and what it costs."""
+"""A Llama-style decoder: layers, block, transformer; its first weights, and what it costs."""
 
 from fastlm.model.block import Block, Layout
 from fastlm.model.counts import count_parameters, training_flops_per_token

@@ -57,7 +57,7 @@ def build(
     text: Tensor | None = None,
     **options: Any,
 ) -> Transformer:
-    """A freshly initialised model on the device; text as in initialise(), options as in Transformer."""
+    """A freshly initialised model: text as in initialise(), options as in Transformer."""
     model = Transformer(config, **options)
     initialise(model, seed, text)
     return model.to(device)

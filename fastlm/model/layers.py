@@ -51,7 +51,7 @@ class Linear(nn.Linear):
 
 
 class SplitLinear(nn.Module):
-    """Several linear layers of one input as one matrix: z_i = x W_i^T + b_i, the W_i below each other.
+    """Linear layers of one input as one matrix: z_i = x W_i^T + b_i, the W_i below each other.
 
     x (..., D); returns a z_i (..., sizes[i]) for each of the sizes.
     """
