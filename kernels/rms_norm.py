@@ -301,6 +301,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     shape that does not fit. Source: Zhang and Sennrich 2019, equation 4.
     """
     check_norm(x, weight)
+    if native.direct(x):
+        return native.rms_norm(x, None, weight, eps)[0]
     return _rms_norm(x, weight, eps)[0]
 
 
@@ -311,5 +313,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     TypeError on shapes or dtypes that do not fit.
     """
     check_norm(x, weight, residual)
+    if native.direct(x):
+        return native.rms_norm(x, residual, weight, eps)[:2]
     y, total, _ = _add_rms_norm(x, residual, weight, eps)
     return y, total

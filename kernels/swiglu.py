@@ -158,4 +158,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up has an odd last dimension, {gate_up.shape[-1]}; expected 2F, gate first")
-    return _swiglu(gate_up)
+    return native.swiglu(gate_up) if native.direct(gate_up) else _swiglu(gate_up)
