@@ -72,6 +72,14 @@ COMMANDS = {
         required=("models",),
         large_blocks=True,
     ),
+    "report": Command(
+        "ReportConfig",
+        "fastlm.report.command:report",
+        "runs as one page: curves, samples and figures, for a browser",
+        example="fastlm report runs/pretrain-demo",
+        argument="runs...",
+        required=("runs",),
+    ),
     "lm-eval": Command(
         "LmEvalConfig",
         "fastlm.harness:run_lm_eval",

@@ -13,6 +13,7 @@ from fastlm.config.commands import (
     KernelsConfig,
     LmEvalConfig,
     PipelineConfig,
+    ReportConfig,
     Sampling,
 )
 from fastlm.config.model import PRESETS, ModelConfig
@@ -43,6 +44,7 @@ __all__ = [
     "OptimConfig",
     "PipelineConfig",
     "PretrainConfig",
+    "ReportConfig",
     "Sampling",
     "SftConfig",
     "StageConfig",

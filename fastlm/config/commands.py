@@ -220,6 +220,23 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Write runs as one page: curves, samples and figures, for a browser."""
+
+    runs: tuple[str, ...] = ()
+    """Folders of runs, or of a pipeline; several are laid over one another."""
+    out: str = ""
+    """The page (default: report.html in the folder, of several runs here); the same in Markdown is
+    written beside it."""
+    data: str = ""
+    """Text to score the models on (default: that of the first run, else python-stdlib)."""
+    scores: bool = True
+    """Load each model, score it on the beginning of held-out text, and write samples."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """Pretrain, SFT, DPO, and the evaluation of each.
 
