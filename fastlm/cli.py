@@ -82,7 +82,7 @@ COMMANDS = {
     ),
     "lm-eval": Command(
         "LmEvalConfig",
-        "fastlm.harness:run_lm_eval",
+        "fastlm.evaluation.lm_eval_model:run_lm_eval",
         "lm-eval's tasks with a model; its own options follow",
         example="fastlm lm-eval runs/sft-demo --tasks TASK,...",
         argument="model",
@@ -110,7 +110,7 @@ COMMANDS = {
     ),
     "export": Command(
         "ExportConfig",
-        "fastlm.exchange:export_run",
+        "fastlm.interop.exporting:export_run",
         "write a model as a Hugging Face folder",
         example="fastlm export runs/pretrain-demo --to DIR",
         argument="model",
@@ -118,7 +118,7 @@ COMMANDS = {
     ),
     "import": Command(
         "ImportConfig",
-        "fastlm.exchange:import_folder",
+        "fastlm.interop.importing:import_folder",
         "make a Hugging Face folder of the Llama family a run",
         example="fastlm import DIR --to runs/NAME",
         argument="model",
