@@ -80,6 +80,14 @@ COMMANDS = {
         argument="runs...",
         required=("runs",),
     ),
+    "watch": Command(
+        "WatchConfig",
+        "fastlm.report.watch:watch",
+        "follow runs in a browser while they train",
+        example="fastlm watch runs/pretrain-demo",
+        argument="runs...",
+        required=("runs",),
+    ),
     "lm-eval": Command(
         "LmEvalConfig",
         "fastlm.evaluation.lm_eval_model:run_lm_eval",

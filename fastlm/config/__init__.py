@@ -15,6 +15,7 @@ from fastlm.config.commands import (
     PipelineConfig,
     ReportConfig,
     Sampling,
+    WatchConfig,
 )
 from fastlm.config.model import PRESETS, ModelConfig
 from fastlm.config.training import (
@@ -49,4 +50,5 @@ __all__ = [
     "SftConfig",
     "StageConfig",
     "TuningConfig",
+    "WatchConfig",
 ]

@@ -237,6 +237,21 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Follow runs in a browser: their report without samples, made anew as they go on."""
+
+    runs: tuple[str, ...] = ()
+    """Folders of runs, or of a pipeline; several are laid over one another."""
+    port: int = 8642
+    """Port of the page."""
+    host: str = "127.0.0.1"
+    """Address of this machine that the page is served at; any but the default lets others see it."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.port < 65536, f"port is {self.port}; it must lie in [0, 65535]")
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """Pretrain, SFT, DPO, and the evaluation of each.
 

@@ -144,7 +144,9 @@ def profile(
     curves = []
     for name, score in scores.items():
         ranges = by_doubling(values(score), score.nats)
-        text = [f"{a} to {b}: {n:,} tokens" if b > a else f"{a}: {n:,} tokens" for a, b, _, n in ranges]
+        text = [
+            f"{a} to {b}: {n:,} tokens" if b > a else f"{a}: {n:,} tokens" for a, b, _, n in ranges
+        ]
         curves.append(
             {
                 "name": name,

@@ -37,8 +37,8 @@ def write_report(
 ) -> None:
     """Write the page on the runs to `out`, and the same in Markdown beside it.
 
-    data: the text to score the models on ("": that of the first run). scored: whether the models are
-    loaded at all. Raises UserError where a place is no run.
+    data: the text to score the models on ("": that of the first run). scored: whether the models
+    are loaded at all. Raises UserError where a place is no run.
     """
     records, table, settings = read_runs(places)
     scores: dict[str, Scores] = {}
@@ -68,4 +68,10 @@ def scores_of(
     """Every run's model on the same text."""
     with console.status("reading text") as status:
         text = held_out_text(name)
-        return {r.name: score(r.folder, text, device, status.update) for r in records}
+        taught = [record.settings for record in records if record.stage == "sft"]
+        return {
+            record.name: score(
+                record.folder, text, taught[0] if taught else {}, device, status.update
+            )
+            for record in records
+        }

@@ -62,6 +62,25 @@ function draw() {
   });
 }
 
+// Of a page that follows runs: what has changed since is fetched and put in place.
+async function refresh() {
+  const footer = document.getElementById("footer");
+  try {
+    const answer = await fetch("/");
+    if (!answer.ok) throw new Error(answer.statusText);
+    const next = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const found = JSON.parse(next.getElementById("data").textContent);
+    if (found.charts.length !== data.charts.length) return location.reload();
+    data = found;
+    document.getElementById("runs").replaceWith(next.getElementById("runs"));
+    draw();
+    footer.textContent = "As of " + new Date().toLocaleTimeString() + ".";
+  } catch (error) {
+    footer.textContent = "No longer updated: " + error.message + ".";
+  }
+}
+
 document.querySelectorAll("input[name=axis]").forEach((input) => input.addEventListener("change", draw));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 draw();
+if (data.live) setInterval(refresh, 5000);

@@ -52,42 +52,47 @@ Table = tuple[list[str], list[list[str]]]  # head, rows
 
 
 def runs_table(report: Report) -> Table:
-    """A row for each run: its size, how far it came, what it reached and what it took."""
-    head = [
-        "run",
-        "stage",
-        "parameters",
-        "steps",
-        "tokens trained",
-        "held-out loss, first to last",
-        "held-out perplexity",
-        "tokens a second",
-        "hours",
-        "peak GiB",
-    ]
-    if report.scores:
-        head.append("perplexity of the scored text")
-    rows = []
-    for record in report.records:
-        losses = [row["validation_loss"] for row in record.validations]
-        last = record.steps[-1] if record.steps else {}
-        planned = record.settings.get("steps") or record.state.get("steps")
-        cells = [
-            record.name,
-            STAGE_WORDS[record.stage],
-            number(record.parameters, ",d"),
-            f"{last.get('step', 0):,}" + (f" of {planned:,}" if planned else ""),
-            number(last.get("tokens"), ",d"),
-            f"{losses[0]:.4f} to {losses[-1]:.4f}" if losses else "",
-            number(last_validation(record, "perplexity"), ",.2f"),
-            number(usual(record, "tokens_per_s"), ",.0f"),
-            number(sum(row["seconds"] for row in record.steps) / 3600, ".2f"),
-            number(last.get("peak_gib"), ".1f"),
-        ]
-        if report.scores:
-            cells.append(number(report.scores[record.name].perplexity, ",.2f"))
-        rows.append(cells)
-    return head, rows
+    """A column for each run: its size, how far it came, what it reached and what it took."""
+    rows = {
+        "stage": [STAGE_WORDS[record.stage] for record in report.records],
+        "parameters": [number(record.parameters, ",d") for record in report.records],
+        "steps": [progress(record) for record in report.records],
+        "tokens trained": [number(last(record, "tokens"), ",d") for record in report.records],
+        "held-out loss, first to last": [losses(record) for record in report.records],
+        "held-out perplexity": [
+            number(last_validation(record, "perplexity"), ",.2f") for record in report.records
+        ],
+        "tokens a second": [
+            number(usual(record, "tokens_per_s"), ",.0f") for record in report.records
+        ],
+        "hours": [
+            number(sum(row["seconds"] for row in record.steps) / 3600, ".2f")
+            for record in report.records
+        ],
+        "peak memory, GiB": [number(last(record, "peak_gib"), ".1f") for record in report.records],
+        "perplexity of the scored text": [
+            number(score.perplexity, ",.2f") for score in report.scores.values()
+        ],
+    }
+    head = ["run", *(record.name for record in report.records)]
+    return head, [[name, *cells] for name, cells in rows.items() if any(cells)]
+
+
+def progress(record: Record) -> str:
+    """Steps done, and how many there are to be."""
+    planned = record.state.get("steps") or record.settings.get("steps")
+    return f"{last(record, 'step') or 0:,}" + (f" of {planned:,}" if planned else "")
+
+
+def losses(record: Record) -> str:
+    """The held-out loss at the first validation and at the last."""
+    found = [row["validation_loss"] for row in record.validations]
+    return f"{found[0]:.4f} to {found[-1]:.4f}" if found else ""
+
+
+def last(record: Record, name: str) -> Any:
+    """A figure of the last step; None before the first one."""
+    return record.steps[-1].get(name) if record.steps else None
 
 
 def last_validation(record: Record, name: str) -> float | None:
@@ -105,7 +110,11 @@ def pipeline_table(report: Report) -> Table:
     protocols = list(report.table[0]["perplexity"])
     first = report.table[0]
     head = ["model", "parameters", *(f"perplexity, {name}" for name in protocols)]
-    head += [f"against {first['model']}", "held-out answers, perplexity", "prefers the chosen answer"]
+    head += [
+        f"against {first['model']}",
+        "held-out answers, perplexity",
+        "prefers the chosen answer",
+    ]
     rows = []
     for row in report.table:
         values = [row["perplexity"].get(name, {}).get("perplexity") for name in protocols]
@@ -149,9 +158,9 @@ def scored_note(report: Report) -> str:
 
 
 MEASURED_NOTE = (
-    "Speed, memory and power are what the run itself logged, step by step; the speed in the table is"
-    " the median of all steps but the first. Hours are those of training steps: compiling counts,"
-    " validating and saving do not."
+    "Speed, memory and power are what the run itself logged, step by step; the speed in the table"
+    " is the median of all steps but the first. Hours are those of training steps: compiling"
+    " counts, validating and saving do not."
 )
 
 
@@ -180,7 +189,9 @@ def markdown(report: Report) -> str:
 def markdown_table(table: Table) -> str:
     head, rows = table
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def fenced(text: str) -> str:
@@ -194,12 +205,19 @@ def fenced(text: str) -> str:
 # -------------------------------------------------------------------------------------- HTML
 
 
-def page(report: Report) -> str:
-    """The whole page: style, script and the charting library are inside."""
+def page(report: Report, library: str = "") -> str:
+    """The whole page: style, script and the charting library are inside.
+
+    library: the path that the charting library is served at instead; such a page updates itself.
+    """
     from plotly.offline import get_plotlyjs
 
     made = charts(report.records, report.scores)
-    data = {"runs": [record.name for record in report.records], "charts": made}
+    names = [record.name for record in report.records]
+    data = {"runs": names, "charts": made, "live": bool(library)}
+    plotly = (
+        f'<script src="{library}"></script>' if library else f"<script>{get_plotlyjs()}</script>"
+    )
     resources = files("fastlm.report")
     style = (resources / "page.css").read_text(encoding="utf-8")
     script = (resources / "page.js").read_text(encoding="utf-8")
@@ -230,9 +248,9 @@ def page(report: Report) -> str:
 <body>
 <header><h1>{html.escape(report.title)}</h1><nav>{links}</nav></header>
 <main>{body}</main>
-<footer>Written by fastlm report.</footer>
+<footer id="footer">Written by fastlm report.</footer>
 <script type="application/json" id="data">{in_script(data)}</script>
-<script>{get_plotlyjs()}</script>
+{plotly}
 <script>
 {script}</script>
 </body>

@@ -16,6 +16,9 @@ from fastlm.model import count_parameters
 from fastlm.monitor import parsed
 
 STAGES = ("pretrain", "sft", "dpo")  # the folders of a pipeline
+# what each row of a pipeline's table has
+NAMED = {"model", "parameters", "text", "text_sha256", "perplexity", "answer_perplexity"}
+NAMED |= {"prefers_chosen"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,13 @@ class Record:
     @property
     def stage(self) -> str:
         """One of STAGES, told by the options that only it has."""
-        return "dpo" if "beta" in self.settings else "sft" if "max_len" in self.settings else "pretrain"
+        return (
+            "dpo"
+            if "beta" in self.settings
+            else "sft"
+            if "max_len" in self.settings
+            else "pretrain"
+        )
 
     @property
     def has_shortlist(self) -> bool:
@@ -109,7 +118,9 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text), text
     except (OSError, ValueError) as error:
-        raise UserError(f"could not read {path}: {error}; is {folder} the folder of a run?") from None
+        raise UserError(
+            f"could not read {path}: {error}; is {folder} the folder of a run?"
+        ) from None
 
 
 def read_table(folder: Path) -> list[dict[str, Any]]:
@@ -119,8 +130,10 @@ def read_table(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(rows, list) and all(isinstance(row["perplexity"], dict) for row in rows)
-    except (OSError, ValueError, AssertionError, KeyError, TypeError):
-        hint = "remove it, and run the pipeline's command again"
-        raise UserError(f"{path} is not a pipeline's table; {hint}") from None
+    except (OSError, ValueError):
+        rows = None
+    rows = rows if isinstance(rows, list) else [{}]
+    whole = all(isinstance(row, dict) and row.keys() >= NAMED for row in rows)
+    hint = "remove it, and run the pipeline's command again"
+    check(whole, f"{path} is not a pipeline's table; {hint}")
     return rows

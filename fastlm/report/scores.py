@@ -6,25 +6,30 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastlm.config import Sampling
 from fastlm.data.catalogue import open_source
+from fastlm.data.examples.load import load_instructions
+from fastlm.data.examples.truncate import response_start
 from fastlm.data.text.documents import read_documents
 from fastlm.errors import UserError
 from fastlm.evaluation.protocols import window_segments
 from fastlm.evaluation.score import layout, logps_of
 from fastlm.generate import write_texts
-from fastlm.places import open_model, stop_tokens
+from fastlm.interop.open_model import open_model, stop_tokens
+from fastlm.tokenizer import Tokenizer
 
 EMBEDDED = "python-stdlib"  # text that is always there
 SCORED_TOKENS = 16384
 WINDOW = 1024
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 64
-SAMPLES = 3
+SAMPLES = 2
+QUESTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,30 @@ def held_out_text(name: str) -> str:
     return "".join(pieces)
 
 
+def questions(settings: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
+    """The first held-out prompts of an SFT run's data, as it was taught them.
+
+    settings: the run's options.
+    """
+    longest = settings["max_len"] or WINDOW
+    found = load_instructions(
+        settings["data"], tokenizer, longest, settings["template"], "skip", settings["held_out"]
+    )
+    return [s.ids[: response_start(s)].tolist() for s in found.validation[:QUESTIONS]]
+
+
 @torch.inference_mode()
-def score(place: Path, text: str, device: torch.device, say: Callable[[str], None]) -> Scores:
-    """Load the model of a run's best checkpoint, score the text in windows, and write samples."""
+def score(
+    place: Path,
+    text: str,
+    taught: dict[str, Any],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Scores:
+    """Load the model of a run's best checkpoint, score the text in windows, and write samples.
+
+    taught: the options of an SFT run, whose held-out prompts are answered too; or empty.
+    """
     say(f"loading {place}")
     model, tokenizer = open_model(str(place), device)
     ids = tokenizer.encode(text)[:SCORED_TOKENS]
@@ -87,11 +113,11 @@ def score(place: Path, text: str, device: torch.device, say: Callable[[str], Non
     prompts = [ids[start : start + PROMPT_TOKENS] for start in starts]
     sampling = Sampling(temperature=0.8, top_p=0.95)
     stop = stop_tokens(str(place), tokenizer)
+    prompts += questions(taught, tokenizer) if taught else []
+    prompts = [prompt[-window // 2 :] for prompt in prompts]
     texts = write_texts(model, tokenizer, prompts, SAMPLE_TOKENS, sampling, stop=stop)
     samples = [(tokenizer.decode(p), t) for p, t in zip(prompts, texts, strict=True)]
-    return Scores(
-        np.concatenate(nats), np.concatenate(position), counts[inverse], window, samples
-    )
+    return Scores(np.concatenate(nats), np.concatenate(position), counts[inverse], window, samples)
 
 
 def by_doubling(values: np.ndarray, nats: np.ndarray) -> list[tuple[int, int, float, int]]:
