@@ -42,7 +42,7 @@ def make_model(to: Path, size: str) -> Path:
 
 def ours(stage: str, model: Path, data: Path, size: str, folder: Path) -> list[float]:
     from fastlm.config import DpoConfig, SftConfig
-    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.kernels.native import keep_large_blocks
     from fastlm.train import dpo, sft
 
     keep_large_blocks()  # as the command line does

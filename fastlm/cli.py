@@ -209,7 +209,7 @@ def run(words: list[str]) -> int:
     module, _, function = command.function.partition(":")
     start = getattr(importlib.import_module(module), function)
     if command.large_blocks:
-        from fastlm.kernels.cpu import keep_large_blocks
+        from fastlm.kernels.native import keep_large_blocks
 
         keep_large_blocks()
     return start(config)
