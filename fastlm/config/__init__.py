@@ -13,6 +13,7 @@ from fastlm.config.commands import (
     KernelsConfig,
     LmEvalConfig,
     PipelineConfig,
+    PlanConfig,
     Sampling,
 )
 from fastlm.config.model import PRESETS, ModelConfig
@@ -42,6 +43,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PipelineConfig",
+    "PlanConfig",
     "PretrainConfig",
     "Sampling",
     "SftConfig",

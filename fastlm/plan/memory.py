@@ -1,0 +1,139 @@
+"""Bytes in the memory of one GPU, by kind, at the moments of a step when most of it is in use.
+
+b = 2 bytes in bf16, N = tokens of a pass, D = dim, F = ffn_dim, H and K = query and key/value heads of h channels, V = the
+padded vocabulary, L = layers, P = parameters. Source of every term: what fastlm/model.py and its kernels save, and what
+fastlm/train/optim.py allocates. PyTorch's allocator is meant; a CUDA context and NCCL's buffers come on top.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlm.config import ModelConfig
+from fastlm.kernels.linear_cross_entropy import gpu_chunk_rows
+from fastlm.model import Transformer, keep_what_fits
+from fastlm.plan.cards import Card
+from fastlm.plan.work import FULL, ITEM, Layout, Work, hidden_parameters, matrices, stored_parameters
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
+CUBLAS = 2 * 32 << 20  # workspace of cuBLAS on sm_90, for the host's thread and autograd's (PyTorch's default)
+RESERVED_GIB = 2  # left free for the CUDA context, NCCL's buffers and gaps between blocks: an assumption
+
+Moment = dict[str, int]  # kind -> bytes
+
+
+def keeps_product(work: Work, memory_bytes: int) -> bool:
+    """Whether SwiGLU's product is saved on such a GPU: what a run decides, asked of a model without storage."""
+    with torch.device("meta"):
+        model = Transformer(work.config, checkpoint_activations=work.recompute)
+    keep_what_fits(model, work.tokens, memory_bytes, ITEM)
+    return any(block.keep_product for block in model.blocks)
+
+
+def block_bytes(c: ModelConfig, tokens: int, itemsize: int, keep_product: bool) -> int:
+    """What one block saves for its backward pass, without copies of its weights.
+
+    N b (4 D + (H + 2 K) h + H h + 2 F [+ F] [+ (H + K) h]) + 4 N (2 + H [+ H + K]): two residual sums and two norms' outputs,
+    q, k, v, attention's output, gate and up, SwiGLU's product where it is kept, the raw q and k under qk_norm; in fp32 the
+    norms' scales and attention's log-sum-exp.
+    """
+    heads = c.n_heads + c.n_kv_heads
+    numbers = 4 * c.dim + 2 * heads * c.head_dim + (3 if keep_product else 2) * c.ffn_dim
+    scales = 2 + c.n_heads
+    if c.qk_norm:
+        numbers += heads * c.head_dim
+        scales += heads
+    return tokens * (itemsize * numbers + FULL * scales)
+
+
+def saved_bytes(c: ModelConfig, tokens: int, itemsize: int = ITEM, keep_product: bool = False, recompute: bool = False) -> int:
+    """What a forward pass leaves in memory for the backward pass.
+
+    L blocks, a 16-bit copy of their matrices where the matmuls are 16-bit, the last norm's input and scale (N (b D + 4)), and
+    of the head's loss its two gradients, made in the forward pass: N b D and 4 V D. With recompute a block is its two inputs
+    (the first has one) and attention's output and log-sum-exp.
+    """
+    heads = c.n_heads * c.head_dim
+    if recompute:
+        streams = (2 * c.n_layers - 1) * c.dim
+        blocks = tokens * (itemsize * (streams + c.n_layers * heads) + FULL * c.n_layers * c.n_heads)
+    else:
+        blocks = c.n_layers * block_bytes(c, tokens, itemsize, keep_product) + cast_bytes(c, itemsize)
+    return blocks + tokens * (itemsize * c.dim + FULL) + tokens * itemsize * c.dim + FULL * c.padded_vocab_size * c.dim
+
+
+def cast_bytes(c: ModelConfig, itemsize: int) -> int:
+    """The matmuls' copies of the blocks' matrices; in fp32 they read the weights themselves."""
+    return itemsize * hidden_parameters(c) if itemsize < FULL else 0
+
+
+def optimizer_bytes(c: ModelConfig, name: str) -> int:
+    """AdamW's two moments of every number in fp32, or Muon's one of a block's matrices: 8 P, or 8 P - 4 hidden."""
+    return 2 * FULL * stored_parameters(c) - (FULL * hidden_parameters(c) if name == "muon" else 0)
+
+
+def muon_bytes(c: ModelConfig, gpus: int) -> int:
+    """What orthogonalising takes while it lasts: b (2 hidden + 7 sum of m^2), m a matrix's shorter side.
+
+    Momenta as one stack, the product beside it, and seven m x m stacks (polynomials() in fastlm/train/optim.py). Each GPU has
+    its share of every shape's matrices, and then gathers them all.
+    """
+    share = -(-c.n_layers // gpus)
+    squares = share * sum(min(shape) ** 2 for shape in matrices(c))
+    mine = share * sum(m * n for m, n in matrices(c))
+    gathered = hidden_parameters(c) if gpus > 1 else 0
+    return ITEM * (hidden_parameters(c) + max(mine + 7 * squares, gathered))
+
+
+def moments(work: Work, layout: Layout, card: Card) -> dict[str, Moment]:
+    """The moments at which memory is fullest, each with its bytes by kind: the peak is the largest sum.
+
+    loss: the last chunk of logits, before any activation is freed. last block: its backward pass, the first to run. backward:
+    its end, when every gradient is there. optimizer: Muon's work, or nothing beside the gradients. A shard of the weights
+    is 4 P / shards; where they are sharded, a block's 16-bit weights are there while it runs, and the next one's, its
+    gradient before that is shared out (6 bytes a number), and embedding, head and norms in 16 bits all the time.
+    """
+    c, tokens, shards = work.config, work.tokens, layout.shards
+    keep = keeps_product(work, card.memory_gib << 30)
+    stored, block = stored_parameters(c), hidden_parameters(c) // c.n_layers
+    casts, gathered, scattered = cast_bytes(c, ITEM), 0, 0
+    if shards > 1:  # the matmuls read what is gathered instead of copies
+        casts = 0
+        gathered = ITEM * (stored - hidden_parameters(c) + 2 * block)
+        scattered = (ITEM + FULL) * block
+    shard = -(-FULL * stored // shards)
+    state = {"weights": shard, "optimizer": -(-optimizer_bytes(c, work.optimizer) // shards)}
+    earlier = shard if work.passes > 1 else 0  # gradients of the passes before
+    head = FULL * c.padded_vocab_size * c.dim  # its gradient in fp32, made with the loss
+    activations = saved_bytes(c, tokens, ITEM, keep, work.recompute) - head
+    if not work.recompute:
+        activations += casts - cast_bytes(c, ITEM)
+    row = ITEM * c.padded_vocab_size
+    chunk = row * gpu_chunk_rows(tokens, row, c.dim, card.memory_gib << 30, card.multiprocessors)
+    stream = ITEM * tokens * c.dim  # the head's input, then the gradient that goes down the blocks
+    # SwiGLU's backward: the gradients of gate and up, the product's, and the product where it was not kept
+    swiglu = ITEM * tokens * (3 if keep else 4) * c.ffn_dim - stream
+    again = block_bytes(c, tokens, ITEM, keep) + casts // c.n_layers if work.recompute else 0
+    muon = muon_bytes(c, layout.gpus) if work.optimizer == "muon" else 0
+
+    def moment(gradients: int, activations: int, logits: int, workspace: int) -> Moment:
+        found = state | {"gradients": gradients, "activations": activations, "logits": logits}
+        return {kind: (found | {"workspace": workspace + CUBLAS})[kind] for kind in KINDS}
+
+    return {
+        "loss": moment(earlier + head, activations, chunk + (head // 2 if shards == 1 else 0), gathered + stream),
+        "last block": moment(earlier + head, activations, 0, gathered + scattered + swiglu + again),
+        "backward": moment(earlier + shard, 0, 0, gathered + scattered),
+        "optimizer": moment(shard, 0, 0, muon),
+    }
+
+
+def peak(work: Work, layout: Layout, card: Card) -> tuple[str, Moment]:
+    """The moment of the largest sum, and its bytes by kind."""
+    found = moments(work, layout, card)
+    name = max(found, key=lambda moment: sum(found[moment].values()))
+    return name, found[name]
+
+
+def fits(moment: Moment, card: Card) -> bool:
+    return sum(moment.values()) <= (card.memory_gib - RESERVED_GIB) << 30
