@@ -186,10 +186,47 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) ->
     if random is None:
         raise UserError(f"{checkpoint / FILES[1]} holds no random state; {MEND}")
     cuda = found.pop("random.cuda", None)
+    found = named_by_parameter(found, dict(model.named_parameters()))
     fill(optimizer, found, f"{checkpoint} holds another optimizer's state")
     torch.set_rng_state(random)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
+
+
+# The vectors and matrices of a block in the order in which the first checkpoints numbered them.
+NUMBERED = (
+    "attention_norm",
+    "q_norm",
+    "k_norm",
+    "ffn_norm",
+    "qkv.weight",
+    "qkv.bias",
+    "out.weight",
+    "gate_up.weight",
+    "down.weight",
+)
+
+
+def named_by_parameter(found: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """An optimizer's tensors by parameter and kind. The first checkpoints have two numbers instead: 0.12.momentum.
+
+    The optimizer's and the parameter's in it. Over all optimizers the order was: matrices of the blocks, embedding, head,
+    vectors.
+    """
+    if not any(name[0].isdecimal() for name in found):
+        return found
+
+    def place(name: str) -> tuple[int, int, int]:
+        group = 3 if parameters[name].dim() == 1 else {"embedding": 1, "head": 2}.get(name, 0)
+        if not name.startswith("blocks."):
+            return group, -1, 0
+        _, layer, inside = name.split(".", 2)
+        return group, int(layer), NUMBERED.index(inside)
+
+    numbered = [name.split(".") for name in found]  # optimizer, parameter, kind
+    numbers = sorted({(int(i), int(j)) for i, j, _ in numbered})
+    names = dict(zip(numbers, sorted(parameters, key=place), strict=False))
+    return {f"{names.get((int(i), int(j)), i)}.{kind}": found[f"{i}.{j}.{kind}"] for i, j, kind in numbered}
 
 
 def load_model(place: str | Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:

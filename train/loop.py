@@ -187,7 +187,7 @@ def train(
                 monitor.flush()
                 if run.loss_scale is not None:
                     state["loss_scale"] = run.loss_scale.values()
-                checkpoint.save(folder, model, named_state(run.optimizers), state)
+                checkpoint.save(folder, model, named_state(model, run.optimizers), state)
                 checkpoint.prune(folder, cfg.keep_checkpoints)
                 monitor.restart_clock()
             if stop:

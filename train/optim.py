@@ -203,14 +203,13 @@ def make_optimizers(model: nn.Module, o: OptimConfig) -> list[Optimizer]:
     return [*optimizers, AdamW(list(groups.values()), o.beta1, o.beta2)]
 
 
-def named_state(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of the optimizers' states as optimizer.parameter.name (learning rates follow from the step)."""
-    return {
-        f"{i}.{index}.{name}": tensor
-        for i, optimizer in enumerate(optimizers)
-        for index, state in enumerate(optimizer.state.values())
-        for name, tensor in state.items()
-    }
+def named_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of the optimizers' states by parameter and kind, such as blocks.3.qkv.weight.momentum.
+
+    A parameter belongs to one optimizer. Learning rates follow from the step.
+    """
+    state = {p: tensors for optimizer in optimizers for p, tensors in optimizer.state.items()}
+    return {f"{name}.{kind}": tensor for name, p in model.named_parameters() for kind, tensor in state.get(p, {}).items()}
 
 
 def schedule(step: int, steps: int, o: OptimConfig) -> float:

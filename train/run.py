@@ -90,7 +90,7 @@ def resume_or_create(
         for problem in problems:
             distributed.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
         check_facts(place, saved, state, cfg.steps)
-        checkpoint.restore(place, model, named_state(optimizers))
+        checkpoint.restore(place, model, named_state(model, optimizers))
         state |= saved | {"attention": state["attention"]}  # that of this machine
     else:
         torch.manual_seed(cfg.seed)

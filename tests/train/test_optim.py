@@ -187,7 +187,7 @@ def test_a_scaled_loss_takes_the_step_of_an_unscaled_one_or_none(name):
             optimizer.step(1.0, clipping.factor, clipping.found_inf)
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
         assert (p - q).norm() <= 1e-4 * (q - before).norm()
-    state = {key: value.clone() for key, value in named_state(ours.optimizers).items()}
+    state = {key: value.clone() for key, value in named_state(ours, ours.optimizers).items()}
     after = [p.detach().clone() for p in ours.parameters()]
     ours.embedding.grad[3, 4] = math.inf
     clipping = loop.clip(ours, 1.0, torch.tensor(1024.0))
@@ -195,7 +195,7 @@ def test_a_scaled_loss_takes_the_step_of_an_unscaled_one_or_none(name):
     for optimizer in ours.optimizers:
         optimizer.step(1.0, clipping.factor, clipping.found_inf)
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), after, strict=True))
-    assert all(torch.equal(value, state[key]) for key, value in named_state(ours.optimizers).items())
+    assert all(torch.equal(value, state[key]) for key, value in named_state(ours, ours.optimizers).items())
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
