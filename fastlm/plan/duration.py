@@ -1,4 +1,5 @@
-"""A whole run: how long it takes, what its checkpoints cost, how often it fails, and what it draws from the grid."""
+"""A whole run: how long it takes, what its checkpoints cost, how often it fails, and what it draws
+from the grid."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ DAY = 86400.0
 # (Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.3.4)
 FAILURES_PER_GPU_DAY = 419 / (54 * 16384)
 RESTART_S = 300.0  # from the failure to the next step, its checkpoint read: assumed
+HOST_BYTES_S = 20e9  # from a GPU to its machine's memory: assumed, PCIe 4.0 with 16 lanes has 32
 
 
 class Run(NamedTuple):
@@ -23,7 +25,8 @@ class Run(NamedTuple):
     tokens_per_s: float
     mfu: float
     checkpoint_bytes: int
-    checkpoint_s: float
+    checkpoint_s: float  # until it is written
+    stall_s: float  # of it, what training waits for
     every_s: float  # between checkpoints, for the least time lost
     lost: float  # share of the time: writing, work done again, starting again
     tokens_per_day: float  # with what is lost
@@ -38,23 +41,27 @@ def checkpoint_bytes(work: Work) -> int:
 
 
 def best_interval(write_s: float, between_failures_s: float) -> float:
-    """sqrt(2 write_s between_failures_s): the seconds between checkpoints that lose the least (Young 1974)."""
+    """sqrt(2 write_s between_failures_s): the seconds between checkpoints that lose the least
+    (Young 1974)."""
     return (2 * write_s * between_failures_s) ** 0.5
 
 
 def run(work: Work, layout: Layout, card: Card, one: Step, tokens: float, write_gb_s: float) -> Run:
-    """The run, a step of which is `one`. Every machine writes its part of a checkpoint at write_gb_s, and training waits for it.
+    """The run, a step of which is `one`; every machine writes its part of a checkpoint at
+    write_gb_s.
 
-    Lost, as a share: write / interval + (interval / 2 + restart) / time between failures. Energy: every GPU at its data sheet's
-    most, all the time; hosts, network and cooling come on top.
-    """
+    One GPU's training waits until it is written; several copy theirs to the host and go on.
+
+    Lost, as a share: stall / interval + (interval / 2 + restart) / time between failures. Energy:
+    every GPU at its data sheet's most, all the time; hosts, network and cooling come on top. """
     seconds = one.seconds(work.passes)
     rate = one.tokens / seconds
     size = checkpoint_bytes(work)
     write_s = size / (layout.nodes * write_gb_s * 1e9)
     between = DAY / (FAILURES_PER_GPU_DAY * layout.gpus)
-    every = best_interval(write_s, between)
-    lost = write_s / every + (every / 2 + RESTART_S) / between
+    stall_s = write_s if layout.gpus == 1 else size / layout.gpus / HOST_BYTES_S
+    every = max(best_interval(stall_s, between), write_s)
+    lost = stall_s / every + (every / 2 + RESTART_S) / between
     per_day = rate * DAY / (1 + lost)
     days = tokens / per_day
     return Run(
@@ -63,6 +70,7 @@ def run(work: Work, layout: Layout, card: Card, one: Step, tokens: float, write_
         mfu=one.flops / seconds / (layout.gpus * card.flops),
         checkpoint_bytes=size,
         checkpoint_s=write_s,
+        stall_s=stall_s,
         every_s=every,
         lost=lost / (1 + lost),
         tokens_per_day=per_day,

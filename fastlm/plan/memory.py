@@ -1,9 +1,9 @@
 """Bytes in the memory of one GPU, by kind, at the moments of a step when most of it is in use.
 
-b = 2 bytes in bf16, N = tokens of a pass, D = dim, F = ffn_dim, H and K = query and key/value heads of h channels, V = the
-padded vocabulary, L = layers, P = parameters. Source of every term: what fastlm/model.py and its kernels save, and what
-fastlm/train/optim.py allocates. PyTorch's allocator is meant; a CUDA context and NCCL's buffers come on top.
-"""
+b = 2 bytes in bf16, N = tokens of a pass, D = dim, F = ffn_dim, H and K = query and key/value heads
+of h channels, V = the padded vocabulary, L = layers, P = parameters. Source of every term: what
+fastlm/model.py and its kernels save, and what fastlm/train/optim.py allocates. PyTorch's allocator
+is meant; a CUDA context and NCCL's buffers come on top. """
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Moment = dict[str, int]  # kind -> bytes
 
 
 def keeps_product(work: Work, memory_bytes: int) -> bool:
-    """Whether SwiGLU's product is saved on such a GPU: what a run decides, asked of a model without storage."""
+    """Whether SwiGLU's product is saved on such a GPU: what a run decides, asked of a model without
+    storage."""
     with torch.device("meta"):
         model = Transformer(work.config, checkpoint_activations=work.recompute)
     keep_what_fits(model, work.tokens, memory_bytes, ITEM)
@@ -33,9 +34,9 @@ def keeps_product(work: Work, memory_bytes: int) -> bool:
 def block_bytes(c: ModelConfig, tokens: int, itemsize: int, keep_product: bool) -> int:
     """What one block saves for its backward pass, without copies of its weights.
 
-    N b (4 D + (H + 2 K) h + H h + 2 F [+ F] [+ (H + K) h]) + 4 N (2 + H [+ H + K]): two residual sums and two norms' outputs,
-    q, k, v, attention's output, gate and up, SwiGLU's product where it is kept, the raw q and k under qk_norm; in fp32 the
-    norms' scales and attention's log-sum-exp.
+    N b (4 D + (H + 2 K) h + H h + 2 F [+ F] [+ (H + K) h]) + 4 N (2 + H [+ H + K]): two residual
+    sums and two norms' outputs, q, k, v, attention's output, gate and up, SwiGLU's product where it
+    is kept, the raw q and k under qk_norm; in fp32 the norms' scales and attention's log-sum-exp.
     """
     heads = c.n_heads + c.n_kv_heads
     numbers = 4 * c.dim + 2 * heads * c.head_dim + (3 if keep_product else 2) * c.ffn_dim
@@ -49,10 +50,10 @@ def block_bytes(c: ModelConfig, tokens: int, itemsize: int, keep_product: bool) 
 def saved_bytes(c: ModelConfig, tokens: int, itemsize: int = ITEM, keep_product: bool = False, recompute: bool = False) -> int:
     """What a forward pass leaves in memory for the backward pass.
 
-    L blocks, a 16-bit copy of their matrices where the matmuls are 16-bit, the last norm's input and scale (N (b D + 4)), and
-    of the head's loss its two gradients, made in the forward pass: N b D and 4 V D. With recompute a block is its two inputs
-    (the first has one) and attention's output and log-sum-exp.
-    """
+    L blocks, a 16-bit copy of their matrices where the matmuls are 16-bit, the last norm's input
+    and scale (N (b D + 4)), and of the head's loss its two gradients, made in the forward pass: N b
+    D and 4 V D. With recompute a block is its two inputs (the first has one) and attention's output
+    and log-sum-exp. """
     heads = c.n_heads * c.head_dim
     if recompute:
         streams = (2 * c.n_layers - 1) * c.dim
@@ -68,31 +69,36 @@ def cast_bytes(c: ModelConfig, itemsize: int) -> int:
 
 
 def optimizer_bytes(c: ModelConfig, name: str) -> int:
-    """AdamW's two moments of every number in fp32, or Muon's one of a block's matrices: 8 P, or 8 P - 4 hidden."""
+    """AdamW's two moments of every number in fp32, or Muon's one of a block's matrices: 8 P, or 8 P
+    - 4 hidden."""
     return 2 * FULL * stored_parameters(c) - (FULL * hidden_parameters(c) if name == "muon" else 0)
 
 
-def muon_bytes(c: ModelConfig, gpus: int) -> int:
-    """What orthogonalising takes while it lasts: b (2 hidden + 7 sum of m^2), m a matrix's shorter side.
+def muon_bytes(c: ModelConfig, layout: Layout) -> int:
+    """What orthogonalising takes while it lasts: b (2 hidden + 7 sum of m^2) on one GPU, m a
+    matrix's shorter side.
 
-    Momenta as one stack, the product beside it, and seven m x m stacks (polynomials() in fastlm/train/optim.py). Each GPU has
-    its share of every shape's matrices, and then gathers them all.
-    """
-    share = -(-c.n_layers // gpus)
+    The momenta as one stack, beside it those products that this GPU makes, and seven stacks of m x
+    m (polynomials() in fastlm/train/optim.py). Of several GPUs each has its share of every shape's
+    matrices, and gets its part of all back. """
+    share = -(-c.n_layers // layout.gpus)
     squares = share * sum(min(shape) ** 2 for shape in matrices(c))
     mine = share * sum(m * n for m, n in matrices(c))
-    gathered = hidden_parameters(c) if gpus > 1 else 0
-    return ITEM * (hidden_parameters(c) + max(mine + 7 * squares, gathered))
+    part = -(-hidden_parameters(c) // layout.shards)
+    come = mine if layout.shards > 1 else 0  # whole matrices, from parts
+    back = part if layout.gpus > 1 else 0
+    return ITEM * (part + come + mine + max(7 * squares, back))
 
 
 def moments(work: Work, layout: Layout, card: Card) -> dict[str, Moment]:
-    """The moments at which memory is fullest, each with its bytes by kind: the peak is the largest sum.
+    """The moments at which memory is fullest, each with its bytes by kind: the peak is the largest
+    sum.
 
-    loss: the last chunk of logits, before any activation is freed. last block: its backward pass, the first to run. backward:
-    its end, when every gradient is there. optimizer: Muon's work, or nothing beside the gradients. A shard of the weights
-    is 4 P / shards; where they are sharded, a block's 16-bit weights are there while it runs, and the next one's, its
-    gradient before that is shared out (6 bytes a number), and embedding, head and norms in 16 bits all the time.
-    """
+    loss: the last chunk of logits, before any activation is freed. last block: its backward pass,
+    the first to run. backward: its end, when every gradient is there. optimizer: Muon's work, or
+    nothing beside the gradients. A shard of the weights is 4 P / shards; where they are sharded, a
+    block's 16-bit weights are there while it runs, and the next one's, its gradient before that is
+    shared out (6 bytes a number), and embedding, head and norms in 16 bits all the time. """
     c, tokens, shards = work.config, work.tokens, layout.shards
     keep = keeps_product(work, card.memory_gib << 30)
     stored, block = stored_parameters(c), hidden_parameters(c) // c.n_layers
@@ -111,10 +117,11 @@ def moments(work: Work, layout: Layout, card: Card) -> dict[str, Moment]:
     row = ITEM * c.padded_vocab_size
     chunk = row * gpu_chunk_rows(tokens, row, c.dim, card.memory_gib << 30, card.multiprocessors)
     stream = ITEM * tokens * c.dim  # the head's input, then the gradient that goes down the blocks
-    # SwiGLU's backward: the gradients of gate and up, the product's, and the product where it was not kept
+    # SwiGLU's backward: the gradients of gate and up, the product's, and the product where it was
+    # not kept
     swiglu = ITEM * tokens * (3 if keep else 4) * c.ffn_dim - stream
     again = block_bytes(c, tokens, ITEM, keep) + casts // c.n_layers if work.recompute else 0
-    muon = muon_bytes(c, layout.gpus) if work.optimizer == "muon" else 0
+    muon = muon_bytes(c, layout) if work.optimizer == "muon" else 0
 
     def moment(gradients: int, activations: int, logits: int, workspace: int) -> Moment:
         found = state | {"gradients": gradients, "activations": activations, "logits": logits}

@@ -1,14 +1,17 @@
-"""Seconds of an optimizer step: what the GPU computes, what goes between GPUs, and how much of that is waited for.
+"""Seconds of an optimizer step: what the GPU computes, what goes between GPUs, and how much of that
+is waited for.
 
-Computing: every part at the rate that is usually reached of its bound, as bench/compiled_step.py counts it for one H100
-(docs/kernels.md, "The trainer's step, projected"), scaled to another card by its data sheet. Communicating: a ring's
-time (Thakur, Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH"),
+Computing: every part at the rate that is usually reached of its bound, as bench/compiled_step.py
+counts it for one H100 (docs/kernels.md, "The trainer's step, projected"), scaled to another card by
+its data sheet. Communicating: a ring's time (Thakur, Rabenseifner and Gropp 2005, "Optimization of
+Collective Communication Operations in MPICH"),
 
-    all-gather, reduce-scatter of B bytes over n GPUs: B (n - 1) / n / bandwidth + latency       all-reduce: twice that
+    all-gather, reduce-scatter of B bytes over n GPUs: B (n - 1) / n / bandwidth + latency
+    all-reduce: twice that
 
-Overlap: what is sent during a pass is hidden behind it as far as it is shorter, but for the first part to arrive and the last
-to leave (Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP").
-"""
+Overlap: what is sent during a pass is hidden behind it as far as it is shorter, but for the first
+part to arrive and the last to leave (Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023,
+"PyTorch FSDP"). """
 
 from __future__ import annotations
 
@@ -19,13 +22,15 @@ from fastlm.model import training_flops_per_token
 from fastlm.plan.cards import Card
 from fastlm.plan.work import FULL, ITEM, Layout, Work, hidden_parameters, matrices, stored_parameters
 
-# Shares of a data sheet's figure that are reached: bench/compiled_step.py's assumptions over an H100's 989 TFLOP/s, 3.35 TB/s
+# Shares of a data sheet's figure that are reached: bench/compiled_step.py's assumptions over an
+# H100's 989 TFLOP/s, 3.35 TB/s
 MATMULS_REACH = 0.9 * 700 / 989
 ATTENTION_REACHES = 288 / 989
 KERNELS_REACH = 0.85 * 3.0 / 3.35
 LINKS_REACH = 0.8  # assumed
-# Seconds before the first byte, and for each step of a ring, in a machine and between machines: what NCCL itself reckons with
-# (src/graph/tuning.cc: ring, protocol Simple)
+BUCKET_BYTES = 25 << 20  # of gradients: DistributedDataParallel's default
+# Seconds before the first byte, and for each step of a ring, in a machine and between machines:
+# what NCCL itself reckons with (src/graph/tuning.cc: ring, protocol Simple)
 START_S, NODE_HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 14e-6
 
 
@@ -49,19 +54,21 @@ class Step(NamedTuple):
 
 
 def matmul_s(m: int, n: int, k: int, out_bytes: int, card: Card) -> float:
-    """(m, k) by (k, n): 2 m n k FLOPs, or its operands once through memory, whichever takes longer."""
+    """(m, k) by (k, n): 2 m n k FLOPs, or its operands once through memory, whichever takes
+    longer."""
     moved = ITEM * (m * k + k * n) + out_bytes * m * n
     return max(2 * m * n * k / (MATMULS_REACH * card.flops), moved / (KERNELS_REACH * card.memory_tb_s * 1e12))
 
 
 def kernel_bytes(work: Work) -> tuple[float, float]:
-    """Bytes that kernels other than matmuls and attention move in a forward and in a backward pass (docs/kernels.md).
+    """Bytes that kernels other than matmuls and attention move in a forward and in a backward pass
+    (docs/kernels.md).
 
-    A token and layer, b = 2 each way: two norms 2 * 4 b D, both ways; RoPE 2 b (H + K) h, both ways; SwiGLU 3 b F forward and
-    5 b F backward; qk_norm 2 and 3 b (H + K) h. A pass: the last norm; two passes over the logits, 2 b V; every matrix
-    cast to bf16, 6 bytes; the embedding's rows read, cast and their gradients added up, 8 b D in all; the head's two
-    gradients scaled. Recomputing repeats the forward.
-    """
+    A token and layer, b = 2 each way: two norms 2 * 4 b D, both ways; RoPE 2 b (H + K) h, both
+    ways; SwiGLU 3 b F forward and 5 b F backward; qk_norm 2 and 3 b (H + K) h. A pass: the last
+    norm; two passes over the logits, 2 b V; every matrix cast to bf16, 6 bytes; the embedding's
+    rows read, cast and their gradients added up, 8 b D in all; the head's two gradients scaled.
+    Recomputing repeats the forward. """
     c, n = work.config, work.tokens
     heads = (c.n_heads + c.n_kv_heads) * c.head_dim
     qk = 1 if c.qk_norm else 0
@@ -75,11 +82,12 @@ def kernel_bytes(work: Work) -> tuple[float, float]:
 
 
 def pass_s(work: Work, card: Card) -> tuple[float, float]:
-    """Seconds of a forward and of a backward pass: matmuls, attention, and the other kernels, one after the other.
+    """Seconds of a forward and of a backward pass: matmuls, attention, and the other kernels, one
+    after the other.
 
-    A matmul forward is two backward; the head's three are all in the forward pass. Attention: 2/7 forward, 5/7 backward
-    (FlashAttention makes the scores again). Recomputing repeats the blocks' forward but attention.
-    """
+    A matmul forward is two backward; the head's three are all in the forward pass. Attention: 2/7
+    forward, 5/7 backward (FlashAttention makes the scores again). Recomputing repeats the blocks'
+    forward but attention. """
     c, n = work.config, work.tokens
     one = sum(matmul_s(n, out, into, ITEM, card) for out, into in matrices(c)) * c.n_layers
     two = one + sum(matmul_s(out, into, n, FULL, card) for out, into in matrices(c)) * c.n_layers
@@ -98,10 +106,11 @@ def muon_flops(m: int, n: int) -> float:
 
 
 def update_s(work: Work, layout: Layout, card: Card) -> float:
-    """Seconds of clipping and the optimizer: AdamW and Muon move 28 bytes a number, clipping 4, the m x m stacks 20 m^2.
+    """Seconds of clipping and the optimizer: AdamW and Muon move 28 bytes a number, clipping 4, the
+    m x m stacks 20 m^2.
 
-    A GPU updates its shard; Muon's matrices are shared out over all GPUs, whole ones, so that at most L of a shape help.
-    """
+    A GPU updates its shard; Muon's matrices are shared out over all GPUs, whole ones, so that at
+    most L of a shape help. """
     c = work.config
     stored = stored_parameters(c)
     rate = KERNELS_REACH * card.memory_tb_s * 1e12
@@ -134,7 +143,8 @@ class Ring(NamedTuple):
         return size * (self.gpus - 1) / self.gpus
 
     def all_reduce_s(self, size: float, calls: int = 1) -> float:
-        """Twice the bytes; NCCL takes trees where a ring's steps would last: 2 log2 of the machines between them."""
+        """Twice the bytes; NCCL takes trees where a ring's steps would last: 2 log2 of the machines
+        between them."""
         if self.gpus == 1:
             return 0.0
         hops = 2 * (self.gpus / self.nodes - 1) * NODE_HOP_S + 2 * math.log2(self.nodes) * NETWORK_HOP_S
@@ -159,44 +169,49 @@ def rings(layout: Layout, card: Card) -> tuple[Ring, Ring]:
 def step(work: Work, layout: Layout, card: Card) -> Step:
     """An optimizer step.
 
-    ddp: fp32 gradients all-reduced in 25 MiB buckets behind the last backward pass; the embedding's, which comes last, is
-    waited for. fsdp, hsdp: each pass all-gathers 16-bit weights for the forward and again for the backward, block by block;
-    the last pass reduce-scatters fp32 gradients, and copies all-reduce their shards. Muon: momenta to their owners and
-    updates back in 16 bits; a model that is whole in each GPU has the momenta there already.
-    """
+    ddp: fp32 gradients are all-reduced in buckets of 25 MiB while the last backward pass goes on;
+    the embedding's, which comes last, is waited for. fsdp, hsdp: each pass all-gathers 16-bit
+    weights, all of them forward and the blocks' backward, and reduce-scatters fp32 gradients, block
+    by block; after the last pass copies all-reduce their shards. """
     c = work.config
     stored, hidden = stored_parameters(c), hidden_parameters(c)
-    rest = stored - hidden
     forward, backward = pass_s(work, card)
     shard, copy = rings(layout, card)
-    muon = 0.0
-    sent = 0.0
-    sending = 0.0
-    waiting = 0.0
-    if work.optimizer == "muon" and layout.gpus > 1:
-        exchange = shard if layout.shards > 1 else copy
-        times = 2 if layout.shards > 1 else 1
-        muon = times * exchange.seconds(ITEM * hidden, len(set(matrices(c))))
-        sent += times * exchange.sent(ITEM * hidden)
-    if layout.shards > 1:
-        calls = c.n_layers + 1
-        gather = shard.seconds(ITEM * stored, calls)
-        first = shard.seconds(ITEM * max(rest, hidden // c.n_layers))
-        scatter = shard.seconds(FULL * stored, calls) + copy.all_reduce_s(FULL * stored / layout.shards, calls)
-        last = shard.seconds(FULL * rest) + copy.all_reduce_s(FULL * rest / layout.shards)
-        again = shard.seconds(ITEM * hidden, c.n_layers)
-        sent += work.passes * shard.sent(ITEM * (stored + hidden)) + shard.sent(FULL * stored)
-        sent += 2 * copy.sent(FULL * stored / layout.shards)
-        sending += work.passes * (gather + again) + scatter
-        waiting += work.passes * (first + max(0.0, gather - first - forward) + max(0.0, again - backward))
-        waiting += last + max(0.0, scatter - last - max(0.0, backward - again))
-    elif layout.copies > 1:
-        buckets = math.ceil(FULL * stored / (25 << 20))
-        reduce = copy.all_reduce_s(FULL * stored, buckets)
+    sent, sending = muon_exchange(work, layout, card) if work.optimizer == "muon" else (0.0, 0.0)
+    waiting = sending
+    if layout.shards == 1:
+        reduce = copy.all_reduce_s(FULL * stored, math.ceil(FULL * stored / BUCKET_BYTES))
         last = copy.all_reduce_s(FULL * c.padded_vocab_size * c.dim)
         sent += 2 * copy.sent(FULL * stored)
         sending += reduce
         waiting += last + max(0.0, reduce - last - backward)
+    else:
+        rest = stored - hidden  # gathered first, shared out last
+        gather, first = shard.seconds(ITEM * stored, c.n_layers + 1), shard.seconds(ITEM * rest)
+        again = shard.seconds(ITEM * hidden, c.n_layers)
+        scatter, last = shard.seconds(FULL * stored, c.n_layers + 1), shard.seconds(FULL * rest)
+        reduce = copy.all_reduce_s(FULL * stored / layout.shards, c.n_layers + 1)
+        sent += work.passes * shard.sent(ITEM * (stored + hidden) + FULL * stored) + 2 * copy.sent(
+            FULL * stored / layout.shards
+        )
+        sending += work.passes * (gather + again + scatter) + reduce
+        waiting += work.passes * (first + max(0.0, gather - first - forward) + last)
+        waiting += (work.passes - 1) * max(0.0, again + scatter - last - backward)
+        waiting += max(0.0, again + scatter - last + reduce - backward)
     tokens = work.tokens * work.passes * layout.gpus
     flops = tokens * training_flops_per_token(c, work.seq_len)
-    return Step(forward, backward, update_s(work, layout, card), sent, sending + muon, waiting + muon, tokens, flops)
+    return Step(forward, backward, update_s(work, layout, card), sent, sending, waiting, tokens, flops)
+
+
+def muon_exchange(work: Work, layout: Layout, card: Card) -> tuple[float, float]:
+    """Bytes that each GPU sends so that every matrix is orthogonalised once, in 16 bits, and the
+    seconds; all of them waited for.
+
+    ddp: the momenta are everywhere, and what each GPU made is all-gathered. fsdp, hsdp: parts of
+    momenta go to the matrix's GPU and parts of the update come back, two all-to-alls of a shard;
+    hsdp all-gathers it between copies. """
+    calls = len(set(matrices(work.config)))
+    shard, copy = rings(layout, card)
+    part = ITEM * hidden_parameters(work.config) / layout.shards
+    sent = 2 * shard.sent(part) + copy.sent(part)
+    return sent, 2 * shard.seconds(part, calls) + copy.seconds(part, calls)

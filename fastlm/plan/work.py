@@ -13,7 +13,8 @@ FULL = 4  # bytes of a number in fp32
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU does in an optimizer step: `passes` passes, forward and backward, over rows x seq_len tokens each."""
+    """What one GPU does in an optimizer step: `passes` passes, forward and backward, over rows x
+    seq_len tokens each."""
 
     config: ModelConfig
     rows: int
@@ -32,9 +33,9 @@ class Work:
 class Layout:
     """The model's `copies` copies, each cut into `shards` parts of which a GPU holds one.
 
-    one: a single GPU. ddp: every GPU has a copy (PyTorch's DistributedDataParallel). fsdp: all GPUs share one copy
-    (fully_shard: Rajbhandari et al. 2020, "ZeRO", stage 3). hsdp: the GPUs of a machine share one.
-    """
+    one: a single GPU. ddp: every GPU has a copy (PyTorch's DistributedDataParallel). fsdp: all GPUs
+    share one copy (fully_shard: Rajbhandari et al. 2020, "ZeRO", stage 3). hsdp: the GPUs of a
+    machine share one. """
 
     mode: str
     shards: int
@@ -72,6 +73,7 @@ def hidden_parameters(c: ModelConfig) -> int:
 
 
 def stored_parameters(c: ModelConfig) -> int:
-    """Numbers that a training run stores: count_parameters() and the rows that pad the vocabulary."""
+    """Numbers that a training run stores: count_parameters() and the rows that pad the
+    vocabulary."""
     padding = (c.padded_vocab_size - c.vocab_size) * c.dim
     return count_parameters(c) + padding * (1 if c.tie_embeddings else 2)
