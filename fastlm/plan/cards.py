@@ -14,7 +14,7 @@ class Card(NamedTuple):
     name: str  # in fastlm.runtime.PEAKS, which has its FLOP/s
     memory_gib: int  # that CUDA gives a program, rounded down
     memory_tb_s: float
-    node_gb_s: float  # each way, to the GPUs of the same machine: half of NVLink's figure for both ways
+    node_gb_s: float  # each way, to the GPUs of its machine: half of NVLink's figure
     network_gb_s: float  # each way, to other machines: one network card for each GPU
     watts: int  # at most
     multiprocessors: int
@@ -25,11 +25,12 @@ class Card(NamedTuple):
         return PEAKS[self.name]
 
 
+# Data sheets of the GPUs, and of the machines that they are sold in
 CARDS = {
-    "a100": Card("A100", 79, 2.039, 300, 25, 400, 108),  # NVIDIA A100 80 GB SXM, DGX A100 data sheets
-    "h100": Card("H100", 79, 3.35, 450, 50, 700, 132),  # NVIDIA H100 SXM, DGX H100 data sheets
-    "h200": Card("H200", 139, 4.8, 450, 50, 700, 132),  # NVIDIA H200 SXM, DGX H200 data sheets
-    "b200": Card("B200", 178, 8.0, 900, 50, 1000, 148),  # NVIDIA Blackwell, DGX B200 data sheets
+    "a100": Card("A100", 79, 2.039, 300, 25, 400, 108),  # NVIDIA A100 80 GB SXM, DGX A100
+    "h100": Card("H100", 79, 3.35, 450, 50, 700, 132),  # NVIDIA H100 SXM, DGX H100
+    "h200": Card("H200", 139, 4.8, 450, 50, 700, 132),  # NVIDIA H200 SXM, DGX H200
+    "b200": Card("B200", 178, 8.0, 900, 50, 1000, 148),  # NVIDIA Blackwell, DGX B200
 }
 
 

@@ -16,8 +16,8 @@ from fastlm.plan.cards import Card
 from fastlm.plan.work import FULL, ITEM, Layout, Work, hidden_parameters, matrices, stored_parameters
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
-CUBLAS = 2 * 32 << 20  # workspace of cuBLAS on sm_90, for the host's thread and autograd's (PyTorch's default)
-RESERVED_GIB = 2  # left free for the CUDA context, NCCL's buffers and gaps between blocks: an assumption
+CUBLAS = 2 * 32 << 20  # workspaces on sm_90, of the host's thread and of autograd's
+RESERVED_GIB = 2  # left free for the CUDA context, NCCL's buffers and gaps: assumed
 
 Moment = dict[str, int]  # kind -> bytes
 
@@ -57,10 +57,13 @@ def saved_bytes(c: ModelConfig, tokens: int, itemsize: int = ITEM, keep_product:
     heads = c.n_heads * c.head_dim
     if recompute:
         streams = (2 * c.n_layers - 1) * c.dim
-        blocks = tokens * (itemsize * (streams + c.n_layers * heads) + FULL * c.n_layers * c.n_heads)
+        numbers = streams + c.n_layers * heads
+        blocks = tokens * (itemsize * numbers + FULL * c.n_layers * c.n_heads)
     else:
-        blocks = c.n_layers * block_bytes(c, tokens, itemsize, keep_product) + cast_bytes(c, itemsize)
-    return blocks + tokens * (itemsize * c.dim + FULL) + tokens * itemsize * c.dim + FULL * c.padded_vocab_size * c.dim
+        blocks = c.n_layers * block_bytes(c, tokens, itemsize, keep_product)
+        blocks += cast_bytes(c, itemsize)
+    ends = tokens * (2 * itemsize * c.dim + FULL)
+    return blocks + ends + FULL * c.padded_vocab_size * c.dim
 
 
 def cast_bytes(c: ModelConfig, itemsize: int) -> int:
@@ -116,6 +119,7 @@ def moments(work: Work, layout: Layout, card: Card) -> dict[str, Moment]:
         activations += casts - cast_bytes(c, ITEM)
     row = ITEM * c.padded_vocab_size
     chunk = row * gpu_chunk_rows(tokens, row, c.dim, card.memory_gib << 30, card.multiprocessors)
+    logits = chunk + (head // 2 if shards == 1 else 0)  # and the head's weight in 16 bits
     stream = ITEM * tokens * c.dim  # the head's input, then the gradient that goes down the blocks
     # SwiGLU's backward: the gradients of gate and up, the product's, and the product where it was
     # not kept
@@ -128,7 +132,7 @@ def moments(work: Work, layout: Layout, card: Card) -> dict[str, Moment]:
         return {kind: (found | {"workspace": workspace + CUBLAS})[kind] for kind in KINDS}
 
     return {
-        "loss": moment(earlier + head, activations, chunk + (head // 2 if shards == 1 else 0), gathered + stream),
+        "loss": moment(earlier + head, activations, logits, gathered + stream),
         "last block": moment(earlier + head, activations, 0, gathered + scattered + swiglu + again),
         "backward": moment(earlier + shard, 0, 0, gathered + scattered),
         "optimizer": moment(shard, 0, 0, muon),

@@ -24,6 +24,8 @@ from fastlm.plan.work import Layout, Work, layouts
 
 PRESET_ROWS, PRESET_TOKENS = 32, 1024  # of a preset, which says nothing about batches
 WIDTH = 96  # of the tables where the output is not a terminal
+# Name, seconds, and from how many seconds on
+UNITS = (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 120), ("s", 1, 1))
 
 
 def pretraining(name: str) -> PretrainConfig:
@@ -31,19 +33,26 @@ def pretraining(name: str) -> PretrainConfig:
     shipped = [path.stem for path in shipped_recipes(PretrainConfig)]
     if name.endswith(".toml") or name in shipped:
         return load_recipe(PretrainConfig, name)
-    known = nearest(name, {*shipped, *PRESETS})
-    check(name in PRESETS, f"unknown recipe or preset {name!r}; {known} (or give the path of a .toml file)")
+    known = f"{nearest(name, {*shipped, *PRESETS})} (or give the path of a .toml file)"
+    check(name in PRESETS, f"unknown recipe or preset {name!r}; {known}")
     length = min(PRESET_TOKENS, PRESETS[name].max_seq_len)
-    return override(PretrainConfig(), {"preset": name, "batch_rows": PRESET_ROWS, "seq_len": length})
+    values = {"preset": name, "batch_rows": PRESET_ROWS, "seq_len": length}
+    return override(PretrainConfig(), values)
 
 
 def work_of_each(cfg: PlanConfig, recipe: PretrainConfig, gpus: int) -> Work:
     """One GPU's work; UserError where the rows cannot be shared out equally."""
     batch = cfg.batch_rows or recipe.batch_rows * gpus
-    check(batch % gpus == 0, f"batch_rows is {batch}, not a multiple of {gpus} GPUs; change --batch-rows or --gpus")
+    check(
+        batch % gpus == 0,
+        f"batch_rows is {batch}, not a multiple of {gpus} GPUs; change --batch-rows or --gpus",
+    )
     share = batch // gpus
     rows = min(cfg.micro_batch_rows or recipe.micro_rows, share)
-    check(share % rows == 0, f"micro_batch_rows is {rows}, which does not divide a GPU's {share} rows")
+    check(
+        share % rows == 0,
+        f"micro_batch_rows is {rows}, which does not divide the {share} rows of a GPU",
+    )
     recompute = cfg.checkpoint_activations or recipe.checkpoint_activations
     return Work(recipe.model, rows, recipe.seq_len, share // rows, recipe.optim.name, recompute)
 
@@ -61,8 +70,8 @@ class Case(NamedTuple):
 
     def values(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        step, run = self.step._asdict(), self.run._asdict()
-        return self._asdict() | {"work": asdict(self.work), "layout": asdict(self.layout), "step": step, "run": run}
+        plain = {"step": self.step._asdict(), "run": self.run._asdict()}
+        return self._asdict() | plain | {"work": asdict(self.work), "layout": asdict(self.layout)}
 
 
 def cases_of(cfg: PlanConfig, recipe: PretrainConfig, gpu: Card) -> list[Case]:
@@ -84,7 +93,8 @@ def plan(cfg: PlanConfig) -> int:
     if cfg.chart:
         files.write_text(Path(cfg.chart), chart(cases))
     if cfg.json:
-        print(json.dumps({"projected": True, "gpu": gpu._asdict(), "cases": [case.values() for case in cases]}, indent=1))
+        values = [case.values() for case in cases]
+        print(json.dumps({"projected": True, "gpu": gpu._asdict(), "cases": values}, indent=1))
         return 0
     console = Console()
     if not console.is_terminal:
@@ -104,25 +114,29 @@ def head(cfg: PlanConfig, recipe: PretrainConfig, gpu: Card) -> list[str]:
     model, length = recipe.model, recipe.seq_len
     flops = training_flops_per_token(model, length)
     return [
-        f"Model: {cfg.model}, {count_parameters(model) / 1e6:,.1f}M parameters, {flops / 1e9:.3f} GFLOP a token at "
-        f"{length:,} tokens a row",
-        f"GPU:   {gpu.name}: {gpu.memory_gib} GiB at {gpu.memory_tb_s} TB/s, {gpu.flops / 1e12:,.0f} TFLOP/s; each way "
-        f"{gpu.node_gb_s:g} GB/s to {cfg.gpus_per_node - 1} others, {gpu.network_gb_s:g} to other machines",
+        f"Model: {cfg.model}, {count_parameters(model) / 1e6:,.1f}M parameters, "
+        f"{flops / 1e9:.3f} GFLOP a token at {length:,} tokens a row",
+        f"GPU:   {gpu.name}, {gpu.memory_gib} GiB at {gpu.memory_tb_s} TB/s, "
+        f"{gpu.flops / 1e12:,.0f} TFLOP/s, {cfg.gpus_per_node} in a machine; each way "
+        f"{gpu.node_gb_s:g} GB/s to those, {gpu.network_gb_s:g} to others",
         "Every figure is a projection, none was measured: docs/scaling.md",
     ]
 
 
 def new_table(title: str, columns: str, left: tuple[int, ...] = (1,)) -> Table:
     """An empty table; left: numbers of the columns that are words."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    table.title_justify, table.title_style = "left", "bold"
     for number, name in enumerate(columns.split("|")):
         table.add_column(name, justify="left" if number in left else "right", no_wrap=True)
     return table
 
 
 def memory_table(cases: list[Case], gpu: Card) -> Table:
-    title = f"Memory of a GPU, GiB, when it is fullest ({gpu.memory_gib} there, {memory.RESERVED_GIB} to be left free)"
-    table = new_table(title, "GPUs|mode|weights|gradients|optimizer|activations|logits|work|in all|fullest", left=(1, 9))
+    limits = f"{gpu.memory_gib} there, {memory.RESERVED_GIB} to be left free"
+    title = f"Memory of a GPU, GiB, when it is fullest ({limits})"
+    kinds = "weights|gradients|optimizer|activations|logits|work"
+    table = new_table(title, f"GPUs|mode|{kinds}|in all|fullest", left=(1, 9))
     for case in cases:
         sizes = [case.memory[kind] for kind in memory.KINDS]
         cells = [f"{size / 2**30:.2f}" for size in (*sizes, sum(sizes))]
@@ -136,8 +150,9 @@ def step_table(cases: list[Case]) -> Table:
     for case in cases:
         seconds, waiting = case.run.step_s, case.step.waiting_s
         table.add_row(
-            *place(case), short(case.step.tokens), time(seconds - waiting), f"{case.step.sent_bytes / 1e9:.2f} GB",
-            time(case.step.sending_s), time(waiting), time(seconds), short(case.run.tokens_per_s), f"{case.run.mfu:.1%}",
+            *place(case), short(case.step.tokens), time(seconds - waiting),
+            f"{case.step.sent_bytes / 1e9:.2f} GB", time(case.step.sending_s), time(waiting),
+            time(seconds), short(case.run.tokens_per_s), f"{case.run.mfu:.1%}",
         )  # fmt: skip
     return table
 
@@ -169,7 +184,7 @@ def short(number: float) -> str:
 
 def time(seconds: float) -> str:
     """Three figures in the unit that suits."""
-    for unit, length, least in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 120), ("s", 1, 1)):
+    for unit, length, least in UNITS:
         if seconds >= least:
             return f"{three(seconds / length)} {unit}"
     return f"{three(1000 * seconds)} ms"
@@ -183,13 +198,14 @@ def three(number: float) -> str:
 def chart(cases: list[Case]) -> str:
     """Tokens a day by GPUs, a curve for each mode that fits; a single GPU is the start of all."""
     fitting = [case for case in cases if case.fits]
-    check(bool(fitting), "the model fits no GPU in any mode: there is nothing to draw; leave --chart out")
+    mend = "there is nothing to draw; leave --chart out"
+    check(bool(fitting), f"the model fits no GPU in any mode: {mend}")
     modes = sorted({case.layout.mode for case in fitting} - {"one"}) or ["one"]
     unit = "million tokens a day, projected"
-    rows = [
-        {"unit": unit, "peer": mode, "at": case.layout.gpus, "median": case.run.tokens_per_day / 1e6}
-        for mode in modes
-        for case in fitting
-        if case.layout.mode in (mode, "one")
-    ]
+    rows = []
+    for mode in modes:
+        for case in fitting:
+            if case.layout.mode in (mode, "one"):
+                rate = case.run.tokens_per_day / 1e6
+                rows.append({"unit": unit, "peer": mode, "at": case.layout.gpus, "median": rate})
     return curves("GPUs", rows)

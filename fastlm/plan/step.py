@@ -34,6 +34,16 @@ BUCKET_BYTES = 25 << 20  # of gradients: DistributedDataParallel's default
 START_S, NODE_HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 14e-6
 
 
+def matmul_rate(card: Card) -> float:
+    """FLOP/s that are reached."""
+    return MATMULS_REACH * card.flops
+
+
+def kernel_rate(card: Card) -> float:
+    """Bytes/s that are reached."""
+    return KERNELS_REACH * card.memory_tb_s * 1e12
+
+
 class Step(NamedTuple):
     """An optimizer step of one GPU."""
 
@@ -57,7 +67,7 @@ def matmul_s(m: int, n: int, k: int, out_bytes: int, card: Card) -> float:
     """(m, k) by (k, n): 2 m n k FLOPs, or its operands once through memory, whichever takes
     longer."""
     moved = ITEM * (m * k + k * n) + out_bytes * m * n
-    return max(2 * m * n * k / (MATMULS_REACH * card.flops), moved / (KERNELS_REACH * card.memory_tb_s * 1e12))
+    return max(2 * m * n * k / matmul_rate(card), moved / kernel_rate(card))
 
 
 def kernel_bytes(work: Work) -> tuple[float, float]:
@@ -91,10 +101,10 @@ def pass_s(work: Work, card: Card) -> tuple[float, float]:
     c, n = work.config, work.tokens
     one = sum(matmul_s(n, out, into, ITEM, card) for out, into in matrices(c)) * c.n_layers
     two = one + sum(matmul_s(out, into, n, FULL, card) for out, into in matrices(c)) * c.n_layers
-    head = 6 * n * c.padded_vocab_size * c.dim / (MATMULS_REACH * card.flops)
+    head = 6 * n * c.padded_vocab_size * c.dim / matmul_rate(card)
     products = training_flops_per_token(c, work.seq_len) - training_flops_per_token(c, 0)
     attention = n * products / (ATTENTION_REACHES * card.flops)
-    moved = [size / (KERNELS_REACH * card.memory_tb_s * 1e12) for size in kernel_bytes(work)]
+    moved = [size / kernel_rate(card) for size in kernel_bytes(work)]
     again = one if work.recompute else 0
     return one + head + attention * 2 / 7 + moved[0], two + again + attention * 5 / 7 + moved[1]
 
@@ -113,13 +123,12 @@ def update_s(work: Work, layout: Layout, card: Card) -> float:
     most L of a shape help. """
     c = work.config
     stored = stored_parameters(c)
-    rate = KERNELS_REACH * card.memory_tb_s * 1e12
-    seconds = 32 * stored / layout.shards / rate
+    seconds = 32 * stored / layout.shards / kernel_rate(card)
     if work.optimizer == "muon":
         share = -(-c.n_layers // layout.gpus)
         squares = sum(min(shape) ** 2 for shape in matrices(c))
         flops = sum(muon_flops(*shape) for shape in matrices(c))
-        seconds += share * (flops / (MATMULS_REACH * card.flops) + 20 * squares / rate)
+        seconds += share * (flops / matmul_rate(card) + 20 * squares / kernel_rate(card))
     return seconds
 
 
@@ -135,8 +144,11 @@ class Ring(NamedTuple):
 
     def seconds(self, size: float, calls: int = 1) -> float:
         """Of all-gathering or reduce-scattering size bytes in so many calls."""
-        hops = (self.gpus - self.nodes) * NODE_HOP_S + (self.nodes if self.nodes > 1 else 0) * NETWORK_HOP_S
-        return 0.0 if self.gpus == 1 else self.sent(size) / self.bytes_s + calls * (START_S + hops)
+        if self.gpus == 1:
+            return 0.0
+        outside = self.nodes if self.nodes > 1 else 0
+        hops = (self.gpus - max(1, outside)) * NODE_HOP_S + outside * NETWORK_HOP_S
+        return self.sent(size) / self.bytes_s + calls * (START_S + hops)
 
     def sent(self, size: float) -> float:
         """Bytes that each GPU sends."""
@@ -147,7 +159,8 @@ class Ring(NamedTuple):
         between them."""
         if self.gpus == 1:
             return 0.0
-        hops = 2 * (self.gpus / self.nodes - 1) * NODE_HOP_S + 2 * math.log2(self.nodes) * NETWORK_HOP_S
+        inside, outside = self.gpus / self.nodes - 1, math.log2(self.nodes)
+        hops = 2 * inside * NODE_HOP_S + 2 * outside * NETWORK_HOP_S
         return 2 * self.sent(size) / self.bytes_s + calls * (START_S + hops)
 
 
@@ -162,8 +175,9 @@ def rings(layout: Layout, card: Card) -> tuple[Ring, Ring]:
         nodes = -(-gpus // per_node)
         return Ring(gpus, nodes, here if nodes == 1 else min(here, per_node * network))
 
-    alone = layout.mode == "hsdp"  # each of a machine's GPUs has a ring of its own to the other machines
-    return ring(layout.shards, layout.per_node), ring(layout.copies, 1 if alone else layout.per_node)
+    # hsdp: each of a machine's GPUs has a ring of its own to the other machines
+    apart = 1 if layout.mode == "hsdp" else layout.per_node
+    return ring(layout.shards, layout.per_node), ring(layout.copies, apart)
 
 
 def step(work: Work, layout: Layout, card: Card) -> Step:
@@ -200,7 +214,8 @@ def step(work: Work, layout: Layout, card: Card) -> Step:
         waiting += max(0.0, again + scatter - last + reduce - backward)
     tokens = work.tokens * work.passes * layout.gpus
     flops = tokens * training_flops_per_token(c, work.seq_len)
-    return Step(forward, backward, update_s(work, layout, card), sent, sending, waiting, tokens, flops)
+    update = update_s(work, layout, card)
+    return Step(forward, backward, update, sent, sending, waiting, tokens, flops)
 
 
 def muon_exchange(work: Work, layout: Layout, card: Card) -> tuple[float, float]:

@@ -64,7 +64,8 @@ def layouts(gpus: int, per_node: int) -> list[Layout]:
 def matrices(c: ModelConfig) -> list[tuple[int, int]]:
     """Shapes of a block's weight matrices (outputs, inputs): qkv, out, gate_up, down."""
     heads = c.n_heads * c.head_dim
-    return [(heads + 2 * c.n_kv_heads * c.head_dim, c.dim), (c.dim, heads), (2 * c.ffn_dim, c.dim), (c.dim, c.ffn_dim)]
+    qkv = heads + 2 * c.n_kv_heads * c.head_dim
+    return [(qkv, c.dim), (c.dim, heads), (2 * c.ffn_dim, c.dim), (c.dim, c.ffn_dim)]
 
 
 def hidden_parameters(c: ModelConfig) -> int:
