@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlm import files
-from fastlm.bench_charts import curves
+from fastlm.charts import curves
 from fastlm.config import PRESETS, PlanConfig, PretrainConfig
 from fastlm.config.toml import load_recipe, override, shipped_recipes
 from fastlm.errors import check, nearest
@@ -20,7 +20,7 @@ from fastlm.plan import memory
 from fastlm.plan.cards import Card, card
 from fastlm.plan.duration import Run, run
 from fastlm.plan.step import Step, step
-from fastlm.plan.work import Layout, Work, layouts
+from fastlm.plan.work import Way, Work, ways
 
 PRESET_ROWS, PRESET_TOKENS = 32, 1024  # of a preset, which says nothing about batches
 WIDTH = 96  # of the tables where the output is not a terminal
@@ -61,7 +61,7 @@ class Case(NamedTuple):
     """A number of GPUs, one way to share the model out over them, and what follows."""
 
     work: Work
-    layout: Layout
+    way: Way
     fullest: str
     memory: memory.Moment
     fits: bool
@@ -71,18 +71,18 @@ class Case(NamedTuple):
     def values(self) -> dict[str, Any]:
         """Everything, as plain values."""
         plain = {"step": self.step._asdict(), "run": self.run._asdict()}
-        return self._asdict() | plain | {"work": asdict(self.work), "layout": asdict(self.layout)}
+        return self._asdict() | plain | {"work": asdict(self.work), "way": asdict(self.way)}
 
 
 def cases_of(cfg: PlanConfig, recipe: PretrainConfig, gpu: Card) -> list[Case]:
     found = []
     for gpus in dict.fromkeys(cfg.gpu_counts):
         work = work_of_each(cfg, recipe, gpus)
-        for layout in layouts(gpus, cfg.gpus_per_node):
-            fullest, moment = memory.peak(work, layout, gpu)
-            one = step(work, layout, gpu)
-            whole = run(work, layout, gpu, one, cfg.tokens, cfg.write_gb_s)
-            found.append(Case(work, layout, fullest, moment, memory.fits(moment, gpu), one, whole))
+        for way in ways(gpus, cfg.gpus_per_node):
+            fullest, moment = memory.peak(work, way, gpu)
+            one = step(work, way, gpu)
+            whole = run(work, way, gpu, one, cfg.tokens, cfg.write_gb_s)
+            found.append(Case(work, way, fullest, moment, memory.fits(moment, gpu), one, whole))
     return found
 
 
@@ -117,7 +117,7 @@ def head(cfg: PlanConfig, recipe: PretrainConfig, gpu: Card) -> list[str]:
         f"Model: {cfg.model}, {count_parameters(model) / 1e6:,.1f}M parameters, "
         f"{flops / 1e9:.3f} GFLOP a token at {length:,} tokens a row",
         f"GPU:   {gpu.name}, {gpu.memory_gib} GiB at {gpu.memory_tb_s} TB/s, "
-        f"{gpu.flops / 1e12:,.0f} TFLOP/s, {cfg.gpus_per_node} in a machine; each way "
+        f"{gpu.flops / 1e12:,.0f} TFLOP/s, {cfg.gpus_per_node} in a machine; "
         f"{gpu.node_gb_s:g} GB/s to those, {gpu.network_gb_s:g} to others",
         "Every figure is a projection, none was measured: docs/scaling.md",
     ]
@@ -145,7 +145,7 @@ def memory_table(cases: list[Case], gpu: Card) -> Table:
 
 
 def step_table(cases: list[Case]) -> Table:
-    title = "An optimizer step (sent: by each GPU; waiting: sending that no computing hides)"
+    title = "An optimizer step; waiting is the sending that no computing hides"
     table = new_table(title, "GPUs|mode|tokens|computing|sent|sending|waiting|in all|tokens/s|MFU")
     for case in cases:
         seconds, waiting = case.run.step_s, case.step.waiting_s
@@ -171,7 +171,7 @@ def run_table(cases: list[Case], cfg: PlanConfig) -> Table:
 
 
 def place(case: Case) -> tuple[str, str]:
-    return f"{case.layout.gpus:,}", case.layout.mode
+    return f"{case.way.gpus:,}", case.way.mode
 
 
 def short(number: float) -> str:
@@ -200,12 +200,12 @@ def chart(cases: list[Case]) -> str:
     fitting = [case for case in cases if case.fits]
     mend = "there is nothing to draw; leave --chart out"
     check(bool(fitting), f"the model fits no GPU in any mode: {mend}")
-    modes = sorted({case.layout.mode for case in fitting} - {"one"}) or ["one"]
+    modes = sorted({case.way.mode for case in fitting} - {"one"}) or ["one"]
     unit = "million tokens a day, projected"
     rows = []
     for mode in modes:
         for case in fitting:
-            if case.layout.mode in (mode, "one"):
+            if case.way.mode in (mode, "one"):
                 rate = case.run.tokens_per_day / 1e6
-                rows.append({"unit": unit, "peer": mode, "at": case.layout.gpus, "median": rate})
+                rows.append({"unit": unit, "peer": mode, "at": case.way.gpus, "median": rate})
     return curves("GPUs", rows)

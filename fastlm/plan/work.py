@@ -14,7 +14,8 @@ FULL = 4  # bytes of a number in fp32
 @dataclass(frozen=True)
 class Work:
     """What one GPU does in an optimizer step: `passes` passes, forward and backward, over rows x
-    seq_len tokens each."""
+    seq_len tokens each.
+    """
 
     config: ModelConfig
     rows: int
@@ -30,12 +31,13 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Way:
     """The model's `copies` copies, each cut into `shards` parts of which a GPU holds one.
 
     one: a single GPU. ddp: every GPU has a copy (PyTorch's DistributedDataParallel). fsdp: all GPUs
     share one copy (fully_shard: Rajbhandari et al. 2020, "ZeRO", stage 3). hsdp: the GPUs of a
-    machine share one. """
+    machine share one.
+    """
 
     mode: str
     shards: int
@@ -51,13 +53,13 @@ class Layout:
         return -(-self.gpus // self.per_node)
 
 
-def layouts(gpus: int, per_node: int) -> list[Layout]:
+def ways(gpus: int, per_node: int) -> list[Way]:
     """The ways to share a model out over so many GPUs."""
     if gpus == 1:
-        return [Layout("one", 1, 1, per_node)]
-    found = [Layout("ddp", 1, gpus, per_node), Layout("fsdp", gpus, 1, per_node)]
+        return [Way("one", 1, 1, per_node)]
+    found = [Way("ddp", 1, gpus, per_node), Way("fsdp", gpus, 1, per_node)]
     if per_node > 1 and gpus > per_node and gpus % per_node == 0:
-        found.append(Layout("hsdp", per_node, gpus // per_node, per_node))
+        found.append(Way("hsdp", per_node, gpus // per_node, per_node))
     return found
 
 
@@ -75,6 +77,7 @@ def hidden_parameters(c: ModelConfig) -> int:
 
 def stored_parameters(c: ModelConfig) -> int:
     """Numbers that a training run stores: count_parameters() and the rows that pad the
-    vocabulary."""
+    vocabulary.
+    """
     padding = (c.padded_vocab_size - c.vocab_size) * c.dim
     return count_parameters(c) + padding * (1 if c.tie_embeddings else 2)

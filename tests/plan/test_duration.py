@@ -10,7 +10,7 @@ from fastlm.model import Transformer
 from fastlm.plan.cards import CARDS
 from fastlm.plan.duration import DAY, FAILURES_PER_GPU_DAY, best_interval, checkpoint_bytes, run
 from fastlm.plan.step import step
-from fastlm.plan.work import Work, layouts
+from fastlm.plan.work import Work, ways
 from fastlm.train.optim import make_optimizers, named_state
 
 H100 = CARDS["h100"]
@@ -18,8 +18,8 @@ WORK = Work(PRESETS["modern-253m"], 32, 1024)
 
 
 def planned(gpus: int, tokens: float = 1e12, write_gb_s: float = 2.0):
-    layout = layouts(gpus, 8)[0]
-    return run(WORK, layout, H100, step(WORK, layout, H100), tokens, write_gb_s)
+    way = ways(gpus, 8)[0]
+    return run(WORK, way, H100, step(WORK, way, H100), tokens, write_gb_s)
 
 
 def test_no_interval_between_checkpoints_loses_less():

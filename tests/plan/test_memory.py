@@ -15,16 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlm.config import PRESETS, ModelConfig, OptimConfig
-from fastlm.model import Transformer
+from fastlm.model import SwiGLULinear, Transformer
 from fastlm.plan import memory
 from fastlm.plan.cards import CARDS
-from fastlm.plan.work import Layout, Work, hidden_parameters, layouts, stored_parameters
+from fastlm.plan.work import Way, Work, hidden_parameters, stored_parameters, ways
 from fastlm.train.optim import make_optimizers, named_state
 
 MEASURED = json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))[
     "peak_gib"
 ]
-ONE = layouts(1, 8)[0]
+ONE = ways(1, 8)[0]
 H100 = CARDS["h100"]
 SMALL = ModelConfig(
     vocab_size=501, dim=64, n_layers=3, n_heads=4, n_kv_heads=4, ffn_dim=160, max_seq_len=64
@@ -72,8 +72,9 @@ def test_saved_bytes_are_what_lives_between_forward_and_backward(name, dtype, ke
     model = Transformer(config, checkpoint_activations=recompute)
     for p in model.parameters():
         torch.nn.init.constant_(p, 0.01)
-    for block in model.blocks:
-        block.keep_product = keep
+    for part in model.modules():
+        if isinstance(part, SwiGLULinear):
+            part.keep_product = keep
     tokens = torch.zeros(rows, length, dtype=torch.long)
     with Storages() as storages, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model.loss(tokens, tokens)
@@ -123,7 +124,7 @@ def test_saved_bytes_of_modern_253m_are_the_compilers():
 def test_shards_of_a_model_add_up_to_it():
     work = Work(PRESETS["modern-253m"], 32, 1024)
     one = memory.moments(work, ONE, H100)["optimizer"]
-    shards = memory.moments(work, Layout("fsdp", 8, 1, 8), H100)["optimizer"]
+    shards = memory.moments(work, Way("fsdp", 8, 1, 8), H100)["optimizer"]
     for kind in ("weights", "gradients", "optimizer"):
         assert 0 <= 8 * shards[kind] - one[kind] < 8
 
@@ -131,12 +132,12 @@ def test_shards_of_a_model_add_up_to_it():
 def test_memory_falls_with_shards_and_with_recomputing_and_not_with_copies():
     work = Work(PRESETS["modern-253m"], 32, 1024)
 
-    def total(work: Work, layout: Layout) -> int:
-        return sum(memory.peak(work, layout, H100)[1].values())
+    def total(work: Work, way: Way) -> int:
+        return sum(memory.peak(work, way, H100)[1].values())
 
-    fsdp = [total(work, Layout("fsdp", shards, 1, 8)) for shards in (2, 8, 64)]
+    fsdp = [total(work, Way("fsdp", shards, 1, 8)) for shards in (2, 8, 64)]
     assert fsdp == sorted(fsdp, reverse=True)
-    assert total(work, Layout("ddp", 1, 64, 8)) == total(work, ONE)
+    assert total(work, Way("ddp", 1, 64, 8)) == total(work, ONE)
     assert total(replace(work, recompute=True), ONE) < total(work, ONE) / 2
 
 

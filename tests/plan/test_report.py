@@ -26,7 +26,7 @@ def test_json_has_a_case_for_each_number_of_gpus_and_mode(capsys):
     found = json.loads(output(capsys, "--gpus", "1,8,64", "--json"))
     assert found["projected"] is True
     where = [
-        (case["layout"]["mode"], case["layout"]["shards"] * case["layout"]["copies"])
+        (case["way"]["mode"], case["way"]["shards"] * case["way"]["copies"])
         for case in found["cases"]
     ]
     assert where == [("one", 1), ("ddp", 8), ("fsdp", 8), ("ddp", 64), ("fsdp", 64), ("hsdp", 64)]
@@ -38,7 +38,7 @@ def test_tables_have_the_figures_of_the_json(capsys):
     cases = json.loads(output(capsys, *words, "--json"))["cases"]
     for case in cases:
         line = next(
-            line for line in text.splitlines() if line.split()[:2] == ["8", case["layout"]["mode"]]
+            line for line in text.splitlines() if line.split()[:2] == ["8", case["way"]["mode"]]
         )
         assert f"{sum(case['memory'].values()) / 2**30:.2f}" in line.split()
         assert f"{case['run']['mfu']:.1%}" in text
@@ -65,7 +65,8 @@ def test_chart_is_svg_with_a_curve_for_each_mode(capsys, tmp_path):
 def test_a_recipe_of_ones_own_is_planned(capsys, tmp_path):
     path = tmp_path / "large.toml"
     path.write_text(
-        'preset = "modern-124m"\nbatch_rows = 8\nmicro_batch_rows = 2\nseq_len = 512\n[model]\nn_layers = 3\n'
+        'preset = "modern-124m"\nbatch_rows = 8\nmicro_batch_rows = 2\nseq_len = 512\n'
+        "[model]\nn_layers = 3\n"
     )
     (case,) = json.loads(output(capsys, str(path), "--gpus", "1", "--json"))["cases"]
     assert (case["work"]["passes"], case["work"]["rows"], case["work"]["seq_len"]) == (4, 2, 512)
@@ -101,7 +102,7 @@ def test_times_have_three_figures(seconds, words):
 
 
 MISTAKES = [
-    ("modern-253", "did you mean modern-253m? (or give the path of a .toml file)"),
+    ("modern-253", "did you mean modern-253m? (or give the path of a .toml"),
     ("no/such.toml", "could not read no/such.toml: No such file or directory; give a .toml file"),
     ("--gpu h10", f"unknown GPU 'h10'; choose among {', '.join(CARDS)}"),
     ("--gpu=", f"unknown GPU ''; choose among {', '.join(CARDS)}"),
@@ -116,8 +117,8 @@ MISTAKES = [
     ("--tokens many", "--tokens is 'many'; it must be a number"),
     ("--write-gb-s 0", "write_gb_s is 0.0; it must be positive"),
     ("--batch-rows -1", "batch_rows is -1; it must not be negative"),
-    ("--batch-rows 12 --gpus 8", "batch_rows is 12, not a multiple of 8 GPUs; change"),
-    ("--micro-batch-rows 3 --gpus 1", "micro_batch_rows is 3, which does not divide the 32 rows of a GPU"),
+    ("--batch-rows 12 --gpus 8", "batch_rows is 12, not a multiple of 8 GPUs"),
+    ("--micro-batch-rows 3 --gpus 1", "which does not divide the 32 rows of a GPU"),
     ("--chart plan.png", "chart is 'plan.png'; it must end with .svg"),
     ("--gpus 1 --micro-batch-rows 256 --batch-rows 256 --chart new.svg", "the model fits no GPU"),
     ("--gpus 1 --chart {file}/plan.svg", "could not write"),

@@ -14,10 +14,10 @@ from fastlm.model import training_flops_per_token
 from fastlm.plan import step as plan_step
 from fastlm.plan.cards import CARDS
 from fastlm.plan.step import Ring, kernel_bytes, pass_s, rings, step, update_s
-from fastlm.plan.work import Layout, Work, hidden_parameters, layouts, stored_parameters
+from fastlm.plan.work import Way, Work, hidden_parameters, stored_parameters, ways
 
 ROOT = Path(__file__).parents[2]
-ONE = layouts(1, 8)[0]
+ONE = ways(1, 8)[0]
 H100 = CARDS["h100"]
 MODELS = {
     **PRESETS,
@@ -126,15 +126,15 @@ def test_one_gpu_sends_nothing():
 def test_bytes_sent_are_the_closed_forms():
     stored, hidden = stored_parameters(WORK.config), hidden_parameters(WORK.config)
     adamw = replace(WORK, optimizer="adamw")
-    ddp, fsdp, hsdp = (step(adamw, layout, H100).sent_bytes for layout in layouts(64, 8))
+    ddp, fsdp, hsdp = (step(adamw, way, H100).sent_bytes for way in ways(64, 8))
     assert ddp == 2 * 4 * stored * 63 / 64
     assert fsdp == pytest.approx((2 * stored + 2 * hidden + 4 * stored) * 63 / 64)
     assert hsdp == pytest.approx(
         (2 * stored + 2 * hidden + 4 * stored) * 7 / 8 + 2 * 4 * stored / 8 * 7 / 8
     )
-    accumulated = step(replace(adamw, passes=3), layouts(64, 8)[1], H100).sent_bytes
+    accumulated = step(replace(adamw, passes=3), ways(64, 8)[1], H100).sent_bytes
     assert accumulated == pytest.approx(3 * fsdp)
-    muons = [step(WORK, layout, H100).sent_bytes for layout in layouts(64, 8)]
+    muons = [step(WORK, way, H100).sent_bytes for way in ways(64, 8)]
     extra = [
         2 * hidden * 63 / 64,
         2 * 2 * hidden / 64 * 63 / 64,
@@ -145,15 +145,15 @@ def test_bytes_sent_are_the_closed_forms():
 
 def test_what_is_waited_for_is_part_of_what_is_sent():
     for gpus in (2, 8, 64, 1024):
-        for layout in layouts(gpus, 8):
+        for way in ways(gpus, 8):
             for passes in (1, 4):
-                found = step(replace(WORK, passes=passes), layout, H100)
+                found = step(replace(WORK, passes=passes), way, H100)
                 assert 0 < found.waiting_s < found.sending_s
                 assert found.tokens == WORK.tokens * passes * gpus
 
 
 def test_passes_without_communication_in_between_hide_it():
-    ddp = layouts(1024, 8)[0]
+    ddp = ways(1024, 8)[0]
     shares = []
     for passes in (1, 4, 16):
         found = step(replace(WORK, passes=passes), ddp, H100)
@@ -163,21 +163,18 @@ def test_passes_without_communication_in_between_hide_it():
 
 def test_a_slow_network_is_waited_for():
     slow = H100._replace(network_gb_s=0.1)
-    for layout in layouts(64, 8):
-        fast_wait, slow_wait = (step(WORK, layout, gpu).waiting_s for gpu in (H100, slow))
+    for way in ways(64, 8):
+        fast_wait, slow_wait = (step(WORK, way, gpu).waiting_s for gpu in (H100, slow))
         assert slow_wait > 10 * fast_wait
 
 
 def test_rings_inside_a_machine_use_its_links_and_hsdp_leaves_it_for_shards_alone():
-    ddp, fsdp, hsdp = layouts(64, 8)
+    ddp, fsdp, hsdp = ways(64, 8)
     assert rings(ddp, H100)[1] == rings(fsdp, H100)[0] == Ring(64, 8, 0.8 * 400e9)
     assert rings(hsdp, H100) == (Ring(8, 1, 0.8 * 450e9), Ring(8, 8, 0.8 * 50e9))
 
 
 def test_optimizers_work_is_shared_out():
-    times = [
-        update_s(WORK, layout, H100)
-        for layout in (ONE, Layout("ddp", 1, 4, 8), Layout("fsdp", 4, 1, 8))
-    ]
+    times = [update_s(WORK, way, H100) for way in (ONE, Way("ddp", 1, 4, 8), Way("fsdp", 4, 1, 8))]
     assert times == sorted(times, reverse=True)
     assert times[2] == pytest.approx(times[0] / 4)  # 12 layers: 3 of each shape's matrices
