@@ -13,7 +13,9 @@ from fastlm.config.commands import (
     LmEvalConfig,
     PipelineConfig,
     PlanConfig,
+    ReportConfig,
     Sampling,
+    WatchConfig,
 )
 from fastlm.config.model import PRESETS, ModelConfig
 from fastlm.config.training import (
@@ -43,8 +45,10 @@ __all__ = [
     "PipelineConfig",
     "PlanConfig",
     "PretrainConfig",
+    "ReportConfig",
     "Sampling",
     "SftConfig",
     "StageConfig",
     "TuningConfig",
+    "WatchConfig",
 ]
