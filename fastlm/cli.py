@@ -150,7 +150,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "PlanConfig",
-        "fastlm.plan.report:plan",
+        "fastlm.plan.command:plan",
         "memory, time, failures and energy of a training run, reckoned",
         example="fastlm plan modern-253m --gpus 1,8,64 --gpu h100",
         argument="model",

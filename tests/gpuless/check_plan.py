@@ -86,7 +86,7 @@ def shared_out(model: Transformer, way: Way) -> nn.Module:
 
 
 def measured(work: Work, way: Way) -> int:
-    """The most bytes in use in the third step, its optimizer included where it is not shared out."""
+    """The most bytes in use in the third step; with the optimizer where there is one GPU."""
     device = torch.device("cuda")
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # which the plan counts
@@ -101,7 +101,7 @@ def measured(work: Work, way: Way) -> int:
         options = OptimConfig(name=work.optimizer)
         optimizers = make_optimizers(model, options) if way.gpus == 1 else []
         tokens = torch.zeros(work.rows, work.seq_len, dtype=torch.long, device=device)
-        for step in range(3):
+        for number in range(3):
             torch.cuda.reset_peak_memory_stats()
             for _ in range(work.passes):
                 with autocast(device):
@@ -110,7 +110,7 @@ def measured(work: Work, way: Way) -> int:
                 del total_loss
             if optimizers:
                 factor = loop.clip(model, 1.0).factor
-                loop.step_all(optimizers, step, 3, options, factor, None)
+                loop.step_all(optimizers, number, 3, options, factor, None)
             loss.zero_grad()
     return torch.cuda.max_memory_allocated() - before
 
@@ -124,4 +124,4 @@ def test_memory_is_as_planned(name):
     planned = max(sum(moment.values()) for moment in moments.values())
     found = measured(work, way)
     print(f"{name}: {planned / 2**30:.3f} GiB planned, {found / 2**30:.3f} measured")
-    assert planned == pytest.approx(found, rel=0.03)
+    assert planned == pytest.approx(found, rel=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from fastlm.cli import main
 from fastlm.config import PlanConfig
-from fastlm.plan import report
+from fastlm.plan import command
 from fastlm.plan.cards import CARDS, card
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -46,12 +47,12 @@ def test_tables_have_the_figures_of_the_json(capsys):
 
 def test_tables_fit_eighty_columns():
     cfg = PlanConfig(model="modern-124m")
-    cases = report.cases_of(cfg, report.pretraining(cfg.model), card("h100"))
+    cases = command.cases_of(cfg, command.pretraining(cfg.model), card("h100"))
     console = Console(width=200)
     for table in (
-        report.memory_table(cases, card("h100")),
-        report.step_table(cases),
-        report.run_table(cases, cfg),
+        command.memory_table(cases, card("h100")),
+        command.step_table(cases),
+        command.run_table(cases, cfg),
     ):
         assert console.measure(table).maximum <= 80
 
@@ -60,6 +61,21 @@ def test_chart_is_svg_with_a_curve_for_each_mode(capsys, tmp_path):
     output(capsys, "--gpus", "1,8,64", "--chart", str(tmp_path / "plan.svg"))
     words = ET.parse(tmp_path / "plan.svg").getroot().itertext()
     assert {"ddp", "fsdp", "hsdp", "GPUs"} <= {word.strip() for word in words}
+
+
+def test_the_page_shows_what_the_command_prints_and_draws(capsys, tmp_path, monkeypatch):
+    text = PAGE.read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "large.toml").write_text(recipe, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    shown = re.findall(r"```\n\$ fastlm plan ([^\n]*)\n(.*?)```", text, flags=re.DOTALL)
+    assert len(shown) == 3
+    for words, printed in shown:
+        lines = output(capsys, *words.split()).splitlines()
+        assert "\n".join(line.rstrip() for line in lines) + "\n" == printed
+    (words,) = re.findall(r"`fastlm plan (.*) --chart docs/scaling.svg`", text)
+    output(capsys, *words.split(), "--chart", "new.svg")
+    assert (tmp_path / "new.svg").read_bytes() == PAGE.with_suffix(".svg").read_bytes()
 
 
 def test_a_recipe_of_ones_own_is_planned(capsys, tmp_path):
@@ -98,7 +114,7 @@ def test_what_does_not_fit_is_said(capsys):
     [(0.5, "500 ms"), (1.5, "1.50 s"), (150, "2.50 min"), (9e3, "2.50 h"), (2e5, "2.31 days")],
 )
 def test_times_have_three_figures(seconds, words):
-    assert report.time(seconds) == words
+    assert command.time(seconds) == words
 
 
 MISTAKES = [
