@@ -207,7 +207,7 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
         return False
 
     swapped = (
-        mock.patch.multiple(fastlm.model.kernels, **plain_operations())
+        mock.patch.multiple(fastlm.kernels, **plain_operations())
         if plain
         else contextlib.nullcontext()
     )

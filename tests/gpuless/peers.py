@@ -34,7 +34,7 @@ def plain(config: ModelConfig, device: torch.device) -> tuple[nn.Module, Loss]:
     """Our model with its fused operations replaced, from now on."""
     from bench.counted.compiled_step import plain_operations
 
-    mock.patch.multiple(fastlm.model.kernels, **plain_operations()).start()
+    mock.patch.multiple(fastlm.kernels, **plain_operations()).start()
     model = fastlm.model.build(config, 0, device)
     return model, lambda ids, targets: model.loss(ids, targets) / targets.numel()
 

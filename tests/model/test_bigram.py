@@ -1,4 +1,4 @@
-"""The start from statistics: with enough channels the untrained model is the smoothed bigram model, counted by hand."""
+"""With enough channels the untrained model is the smoothed bigram model, counted by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from fastlm.model import Transformer, build
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
-    vocab_size=12, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64, tie_embeddings=False
+    vocab_size=12,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=48,
+    max_seq_len=64,
+    tie_embeddings=False,
 )
 
 
@@ -38,7 +45,12 @@ def by_hand(tokens: torch.Tensor, k: float) -> torch.Tensor:
         n[i][j] += 1
     share = [sum(n[i][j] for i in range(12)) + 0.1 for j in range(12)]
     p = [s / sum(share) for s in share]
-    return torch.tensor([[math.log(p[j] * (n[i][j] / p[j] + k) / (sum(n[i]) + k)) for j in range(12)] for i in range(12)])
+    return torch.tensor(
+        [
+            [math.log(p[j] * (n[i][j] / p[j] + k) / (sum(n[i]) + k)) for j in range(12)]
+            for i in range(12)
+        ]
+    )
 
 
 def test_an_untrained_model_is_the_smoothed_bigram_model():
@@ -55,8 +67,12 @@ def test_fewer_channels_do_better_than_single_tokens_and_worse_than_all():
     losses = {}
     for dim in (4, 8, 32):
         embedding, head = bigram_tables(tokens, 12, dim, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(embedding.norm(dim=1), torch.full((12,), dim**0.5), rtol=1e-4, atol=0)
-        losses[dim] = torch.nn.functional.cross_entropy(embedding[tokens[:-1]] @ head.T, tokens[1:]).item()
+        torch.testing.assert_close(
+            embedding.norm(dim=1), torch.full((12,), dim**0.5), rtol=1e-4, atol=0
+        )
+        losses[dim] = torch.nn.functional.cross_entropy(
+            embedding[tokens[:-1]] @ head.T, tokens[1:]
+        ).item()
     share = torch.bincount(tokens, minlength=12) / len(tokens)
     unigram = -(share * share.log()).sum().item()
     assert losses[32] < losses[8] < losses[4] < unigram
