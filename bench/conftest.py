@@ -201,8 +201,8 @@ def record(request, benchmark):
 
 
 @pytest.fixture
-def report(request, record):
-    """report(name=number, ...): figures that belong to the case's own row, as tokens per second."""
+def add_measures(request, record):
+    """add_measures(name=number, ...): figures that belong to the case's own row, as tokens per second."""
 
     def note(**values: float) -> None:
         where = place(request.node)

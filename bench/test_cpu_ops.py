@@ -44,7 +44,7 @@ def torch_attention(q, k, v):
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 @pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
-def test_cpu_attention(shape, part, measuring, take_turns, report):
+def test_cpu_attention(shape, part, measuring, take_turns, add_measures):
     """Causal attention in plain rows, heads of 64 numbers."""
     keep_large_blocks()
     rows, length, heads, kv_heads = shape
@@ -57,4 +57,4 @@ def test_cpu_attention(shape, part, measuring, take_turns, report):
     )
     if found:  # the forward has 2 products of T^2 / 2 x Dh, the backward 5
         flops = (2 if part == "forward" else 5) * rows * heads * length**2 * 64
-        report(gflops=flops / statistics.median(found["ours"]) / 1e9)
+        add_measures(gflops=flops / statistics.median(found["ours"]) / 1e9)

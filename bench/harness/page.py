@@ -51,7 +51,7 @@ def render(folder: Path) -> tuple[str, dict[str, str]]:
         raise UserError(f"no results in {folder}; write some: pytest bench/ --benchmark")
     words = notes(folder)
     charts: dict[str, str] = {}
-    out = ["<!-- Written by `python -m bench.scripts.report` from bench/results; the words are in bench/results/notes.md. -->", "",
+    out = ["<!-- Written by `python -m bench.scripts.write_page` from bench/results; the words are in bench/results/notes.md. -->", "",
            "# Benchmarks", "", words.get("method", ""), ""]  # fmt: skip
     for kind, heading in (
         ("measured", "Measured"),

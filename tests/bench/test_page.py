@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from helpers.benchmarks import BENCH, ROOT, row
 
 from bench.harness import page, tables
-from bench.scripts.report import main
+from bench.scripts.write_page import main
 
 
 def test_the_page_shows_measured_missing_failed_and_projected_each_for_what_it_is(tmp_path):
@@ -68,10 +68,10 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(tmp_path, capsys):
 def test_docs_benchmarks_is_what_the_results_give():
     text, charts = page.render(BENCH / "results")
     docs = ROOT / "docs" / "benchmarks.md"
-    assert docs.read_text(encoding="utf-8") == text, "run python -m bench.scripts.report"
+    assert docs.read_text(encoding="utf-8") == text, "run python -m bench.scripts.write_page"
     for name, svg in charts.items():
         assert (docs.with_suffix("") / name).read_text(encoding="utf-8") == svg, (
-            "run python -m bench.scripts.report"
+            "run python -m bench.scripts.write_page"
         )
 
 

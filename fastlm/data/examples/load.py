@@ -169,7 +169,7 @@ def _encode_record(
     try:
         encoded = encode(record.fields, report)
     except RecordProblem as problem:
-        report.bad.report(record.place, str(problem))
+        report.bad.add(record.place, str(problem))
         return
     report.read += 1  # those that are bad are counted by report.bad
     if encoded is None:
