@@ -11,9 +11,7 @@ import pytest
 import torch
 from helpers.benchmarks import BENCH, ROOT, python, row
 
-from bench.harness import (
-    results,
-)
+from bench.harness import results
 from bench.scripts import gpu
 
 

@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import (
-    gpu_profile,
-    stand_ins,
-    words,
-)
+from bench.harness import gpu_profile, stand_ins, words
 
 SDPA_KERNEL = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma"
 

@@ -13,9 +13,7 @@ import pytest
 from helpers.benchmarks import ROOT, python
 from packaging.requirements import Requirement
 
-from bench.harness import (
-    tables,
-)
+from bench.harness import tables
 
 ENOUGH = ("torch", "triton", "numpy", "pytest", "pytest-benchmark")
 

@@ -11,9 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.harness import (
-    gpu_timing,
-)
+from bench.harness import gpu_timing
 
 
 class Event:

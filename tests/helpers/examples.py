@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 
-def counted_text(example, tokenizer):
+from fastlm.data.examples.templates import EncodedSequence
+from fastlm.tokenizer import Tokenizer
+
+
+def counted_text(example: EncodedSequence, tokenizer: Tokenizer) -> list[str]:
     """The counted tokens, run by run."""
-    runs, last = [], None
+    runs: list[list[int]] = []
+    last = None
     for n in np.flatnonzero(example.counted).tolist():
         if last != n - 1:
             runs.append([])

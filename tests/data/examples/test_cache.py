@@ -5,9 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fastlm.data.examples.load import (
-    load_instructions,
-)
+from fastlm.data.examples.load import load_instructions
 
 
 def test_the_cache_gives_the_same_examples_and_follows_every_setting(gpt2, tmp_path, monkeypatch):

@@ -6,10 +6,7 @@ import pytest
 from helpers.examples import counted_text
 
 from fastlm.data.examples.formats import Message, read_preference
-from fastlm.data.examples.load import (
-    load_instructions,
-    load_preferences,
-)
+from fastlm.data.examples.load import load_instructions, load_preferences
 from fastlm.data.examples.templates import encode_dialogue
 from fastlm.errors import UserError
 

@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from fastlm.data.examples.load import (
-    load_instructions,
-)
+from fastlm.data.examples.load import load_instructions
 from fastlm.errors import UserError
 
 

@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from fastlm.data.examples.load import (
-    Report,
-    truncate,
-    truncate_pair,
-)
+from fastlm.data.examples.load import Report, truncate, truncate_pair
 from fastlm.data.examples.templates import EncodedSequence
 
 
