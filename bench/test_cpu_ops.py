@@ -1,4 +1,4 @@
-"""Each op on the CPU against eager PyTorch, Inductor and a copy of as many bytes; attention against PyTorch's."""
+"""Each op on the CPU against eager PyTorch, Inductor and a copy; attention against PyTorch's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from bench.peers.operations import OPS, OURS, PLAIN, a_copy, inputs, moved, part
 from fastlm.kernels.attention import attention
 from fastlm.kernels.native import keep_large_blocks
 
-ATTENTION = {  # rows, tokens, heads, key/value heads: of the 30M model, of a 135M one, of a long text
+# rows, tokens, heads, key/value heads: of the 30M model, of a 135M one, of a long text
+ATTENTION = {
     "8x256, 6 heads": (8, 256, 6, 6),
     "4x1024, 9 and 3 heads": (4, 1024, 9, 3),
     "1x4096, 6 heads": (1, 4096, 6, 6),

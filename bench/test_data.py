@@ -1,4 +1,4 @@
-"""Preparing text against the usual recipe, `datasets.map` with a fast tokenizer, and the cost of drawing a batch."""
+"""Preparing text against `datasets.map` with a fast tokenizer, and the cost of a batch."""
 
 from __future__ import annotations
 
