@@ -139,8 +139,7 @@ def say_result(run: loop.Run, monitor: Monitor) -> None:
     """How often and by how much the chosen held-out answers are preferred now."""
     if not monitor.validations:
         return
-    first = monitor.validations[0]
-    last = monitor.validations[-1]
+    first, last = monitor.validations[0], monitor.validations[-1]
     run.say(
         f"Held-out pairs: the chosen answer has the higher reward in "
         f"{last['rewards/accuracies']:.1%}, by {last['rewards/margins']:.3f} on average; "

@@ -76,8 +76,7 @@ def say_result(run: loop.Run, monitor: Monitor) -> None:
     """What the held-out responses are worth now, and what they were."""
     if not monitor.validations:
         return
-    first = monitor.validations[0]
-    last = monitor.validations[-1]
+    first, last = monitor.validations[0], monitor.validations[-1]
     run.say(
         f"Held-out responses: {last['loss']:.4f} nats a token, perplexity "
         f"{last['perplexity']:.2f} ({first['perplexity']:.2f} at the first validation)"
