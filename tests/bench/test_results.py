@@ -16,8 +16,8 @@ SLEEPERS = """
 import time
 
 def test_sleepers(take_turns, measuring):
-    rivals = {"slow": lambda: time.sleep(SLOW), "copy": lambda: time.sleep(0.001)}
-    take_turns(lambda: time.sleep(0.002), rivals, rounds=5)
+    rivals = {"slow": lambda: time.sleep(SLOW), "copy": lambda: time.sleep(0.01)}
+    take_turns(lambda: time.sleep(0.02), rivals, rounds=5)
 
 def test_without_its_peer(record, benchmark):
     record(peer="liger", missing="liger-kernel is not installed")
@@ -28,7 +28,7 @@ def test_without_its_peer(record, benchmark):
 def bench(tmp_path) -> Path:
     """A benchmark folder of its own whose one contender sleeps twice as long as ours."""
     shutil.copy(BENCH / "conftest.py", tmp_path)
-    (tmp_path / "test_sleepers.py").write_text(SLEEPERS.replace("SLOW", "0.004"), encoding="utf-8")
+    (tmp_path / "test_sleepers.py").write_text(SLEEPERS.replace("SLOW", "0.04"), encoding="utf-8")
     return tmp_path
 
 
