@@ -134,7 +134,7 @@ COMMANDS = {
     ),
     "data prepare": Command(
         "DataPrepareConfig",
-        "fastlm.data.commands:prepare",
+        "fastlm.data.prepare_and_inspect:prepare",
         "tokenise text into a folder, to train from it later",
         example="fastlm data prepare FILE.jsonl --out DIR",
         argument="sources...",
@@ -142,11 +142,18 @@ COMMANDS = {
     ),
     "data inspect": Command(
         "DataInspectConfig",
-        "fastlm.data.commands:inspect",
+        "fastlm.data.prepare_and_inspect:inspect",
         "show what a prepared folder holds, and check every hash",
         example="fastlm data inspect DIR",
         argument="folder",
         required=("folder",),
+    ),
+    "plan": Command(
+        "PlanConfig",
+        "fastlm.plan.command:plan",
+        "memory, time, failures and energy of a training run, reckoned",
+        example="fastlm plan modern-253m --gpus 1,8,64 --gpu h100",
+        argument="model",
     ),
     "kernels": Command(
         "KernelsConfig",
