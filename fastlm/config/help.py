@@ -111,7 +111,9 @@ def named(cls: type, width: int) -> Iterator[str]:
         }
         yield table("Presets (--preset)", shapes, width)
     if "recipe" in field_types(cls):
-        recipes = {path.stem: recipe_comment(path.read_text("utf-8")) for path in shipped_recipes(cls)}
+        recipes = {
+            path.stem: recipe_comment(path.read_text("utf-8")) for path in shipped_recipes(cls)
+        }
         yield table("Recipes (--recipe)", recipes, width)
 
 

@@ -234,7 +234,11 @@ class DpoConfig(TuningConfig):
     """simpo: by how much the chosen answer's reward shall exceed the other's."""
     share_prompt: bool = True
     """Compute the prompt once for both answers; the result is the same."""
-    optim: OptimConfig = field(default_factory=lambda: dataclasses.replace(TUNING, lr=2e-6, embedding_lr=2e-6, head_lr=2e-6))
+    optim: OptimConfig = field(
+        default_factory=lambda: dataclasses.replace(
+            TUNING, lr=2e-6, embedding_lr=2e-6, head_lr=2e-6
+        )
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

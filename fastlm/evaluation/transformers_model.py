@@ -15,7 +15,9 @@ from fastlm.errors import UserError
 from fastlm.evaluation.score import LOGIT_ROWS, Logps
 
 
-def open_transformers_model(folder: Path, architecture: str, device: torch.device) -> tuple[Logps, int, int]:
+def open_transformers_model(
+    folder: Path, architecture: str, device: torch.device
+) -> tuple[Logps, int, int]:
     """What scores with the folder's model, its longest text in tokens, and its vocabulary size.
 
     Raises UserError where transformers is missing or does not know the architecture, or where the
@@ -38,7 +40,9 @@ def open_transformers_model(folder: Path, architecture: str, device: torch.devic
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"transformers could not load {folder} ({architecture}): {reason}") from None
+        raise UserError(
+            f"transformers could not load {folder} ({architecture}): {reason}"
+        ) from None
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
