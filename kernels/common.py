@@ -71,8 +71,9 @@ def jit(**options: Any) -> Any:
 
 def as_rows(x: Tensor) -> Tensor:
     """x (..., D) as (M, D) whose last stride is 1: a view where the strides allow one, otherwise a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    width = x.shape[-1]
+    rows = x.reshape(-1, width) if x.numel() else x.new_empty(x.shape[:-1].numel(), width)
+    return rows if rows.stride(1) == 1 or width == 1 else rows.contiguous()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -68,11 +68,13 @@ def _(dz: Sequence[Tensor], x: Tensor) -> Tensor:
 FEW_ROWS = 32  # up to so many, the native kernel is faster than the BLAS library (160 and 198 ms at 32 rows of SmolLM2)
 
 
-def _matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T without autograd; with few rows it is bound by reading W, which the native kernel does once."""
-    if native.direct(x, weight) and x.shape[:-1].numel() <= FEW_ROWS and weight.is_contiguous():
+def _infer(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in inference mode; with few rows it is bound by reading W, which the native kernel does once."""
+    plain = native.direct(x) and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+    if plain and x.numel() <= FEW_ROWS * weight.shape[1] and weight.is_contiguous():
         return native.few_rows_linear(x, weight)
-    return F.linear(x, weight)
+    dtype = matmul_dtype(x)
+    return F.linear(x.to(dtype), weight.to(dtype))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -148,11 +150,10 @@ def linear(x: Tensor, weight: Tensor, sizes: Sequence[int] | None = None) -> Ten
         raise ValueError(f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be (..., D) and (O, D)")
     if sizes is not None and sum(sizes) != weight.shape[0]:
         raise ValueError(f"linear: sizes {tuple(sizes)} add up to {sum(sizes)}, expected {weight.shape[0]}, weight's rows")
-    dtype = matmul_dtype(x)
     if native.inference():  # one matmul, its columns as views
-        z = _matmul(x.to(dtype), weight.to(dtype))
+        z = _infer(x, weight)
         return z if sizes is None else z.split(list(sizes), -1)
-    return _Linear.apply(x, weight, dtype, [len(weight)] if sizes is None else list(sizes))
+    return _Linear.apply(x, weight, matmul_dtype(x), [len(weight)] if sizes is None else list(sizes))
 
 
 def rms_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
@@ -184,7 +185,6 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, keep_product: bool = False) -
     """
     if gate_up.shape[-1] != 2 * weight.shape[1]:
         raise ValueError(f"swiglu_linear: gate_up is {gate_up.shape[-1]} wide, expected {2 * weight.shape[1]}, twice weight's")
-    dtype = matmul_dtype(gate_up)
     if native.inference():
-        return _matmul(swiglu(gate_up).to(dtype), weight.to(dtype))
-    return _SwigluLinear.apply(gate_up, weight, dtype, keep_product)
+        return _infer(swiglu(gate_up), weight)
+    return _SwigluLinear.apply(gate_up, weight, matmul_dtype(gate_up), keep_product)

@@ -156,6 +156,6 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
         raise ValueError(f"rope: {q.shape[1]} tokens but cos and sin hold {cos.shape[0]} positions; make the tables longer")
     if positions is not None and positions.shape != q.shape[:2]:
         raise ValueError(f"rope: positions {tuple(positions.shape)} must be (B, T) = {tuple(q.shape[:2])}")
-    if native.direct(q, k) and cos.dtype == torch.float32:
+    if native.direct(q) and k.dtype == q.dtype and cos.dtype == torch.float32:
         return native.rope(q, k, cos, sin, positions, False)
     return _rope(q, k, cos, sin, positions, False)

@@ -34,13 +34,13 @@ def inference() -> bool:
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
-def direct(*tensors: Tensor) -> bool:
+def direct(x: Tensor) -> bool:
     """Whether an op may call its C++ kernel itself, past PyTorch's dispatcher: in inference mode, on a CPU.
 
     There is no autograd then. Of a written token of SmolLM2-135M the dispatcher would take a tenth.
     """
-    x = tensors[0]
-    return inference() and x.device.type == "cpu" and not takes_triton(x) and available(*tensors)
+    ours = _native is not None and x.dtype in DTYPES and x.is_cpu
+    return ours and inference() and not takes_triton(x)
 
 
 def status() -> str:
@@ -76,13 +76,14 @@ def _address(x: Tensor | None) -> int:
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, x + residual, rstd) as rms_norm.py defines them; without a residual the sum is x itself."""
     bf16, threads = _common(x)
+    shape = x.shape
     rows, w = as_rows(x), weight.float().contiguous()
     add = None if residual is None else as_rows(residual)
-    y, rstd = _empty(x, *x.shape), torch.empty(x.shape[:-1])
-    total = x if add is None else torch.empty_like(y)
+    y, rstd = torch.empty(shape, dtype=x.dtype), torch.empty(shape[:-1])
+    total = x if add is None else torch.empty(shape, dtype=x.dtype)
     _native.rms_norm(
         bf16, rows.data_ptr(), rows.stride(0), _address(add), 0 if add is None else add.stride(0), w.data_ptr(),
-        total.data_ptr(), y.data_ptr(), rstd.data_ptr(), len(rows), w.numel(), eps, threads,
+        total.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows.shape[0], shape[-1], eps, threads,
     )  # fmt: skip
     return y, total, rstd
 
@@ -111,7 +112,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     cos, sin = cos.contiguous(), sin.contiguous()
     at = None if positions is None else positions.long().contiguous()
-    to_q, to_k = _empty(q, *q.shape), _empty(k, *k.shape)
+    to_q, to_k = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k))
     _native.rope(
         bf16, q.data_ptr(), q.stride()[:3], q.shape[2], to_q.data_ptr(), k.data_ptr(), k.stride()[:3], k.shape[2],
         to_k.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(cos), _address(at), batch, tokens, head_dim // 2, inverse,
@@ -124,19 +125,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, as swiglu.py defines it."""
     bf16, threads = _common(gate_up)
     rows, dim = as_rows(gate_up), gate_up.shape[-1] // 2
-    y = _empty(gate_up, *gate_up.shape[:-1], dim)
-    _native.swiglu(bf16, rows.data_ptr(), rows.stride(0), y.data_ptr(), len(rows), dim, threads)
+    y = torch.empty((*gate_up.shape[:-1], dim), dtype=gate_up.dtype)
+    _native.swiglu(bf16, rows.data_ptr(), rows.stride(0), y.data_ptr(), rows.shape[0], dim, threads)
     return y
 
 
 def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T (..., O) of a few rows x (..., D) and contiguous weight (O, D), as fast as the weight can be read."""
-    bf16, threads = _common(x)
-    rows = as_rows(x).contiguous()
-    y = _empty(x, *x.shape[:-1], len(weight))
+    x = x.contiguous()
+    outputs, inputs = weight.shape
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     _native.few_rows_linear(
-        bf16, rows.data_ptr(), len(rows), weight.data_ptr(), weight.shape[1], y.data_ptr(), len(weight), threads
-    )
+        x.dtype == torch.bfloat16, x.data_ptr(), x.numel() // inputs, weight.data_ptr(), inputs, y.data_ptr(), outputs,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 
