@@ -20,7 +20,7 @@ from fastlm.config import (
     SftConfig,
 )
 from fastlm.config.command_line import parse
-from fastlm.config.toml import RECIPES, is_noted, load_recipe, override, to_toml
+from fastlm.config.toml import RECIPES, is_same, load_recipe, override, to_toml
 from fastlm.errors import UserError
 
 
@@ -90,12 +90,12 @@ def test_a_note_is_known_again_though_fields_were_added_since():
     older = "".join(line for line in noted.splitlines(True) if not line.startswith("tensorboard"))
     assert len(older.splitlines()) == len(noted.splitlines()) - 3
     for text in (noted, older):
-        assert is_noted(config, text)
-        assert not is_noted(parse(PipelineConfig, ["--sft.steps", "4"]), text)
+        assert is_same(config, text)
+        assert not is_same(parse(PipelineConfig, ["--sft.steps", "4"]), text)
     changed = parse(PipelineConfig, ["--sft.steps", "3", "--dpo.tensorboard"])
-    assert not is_noted(changed, older)
-    assert not is_noted(config, "unknown = 1\n" + noted)
-    assert not is_noted(config, noted[: len(noted) // 2] + "half a line")
+    assert not is_same(changed, older)
+    assert not is_same(config, "unknown = 1\n" + noted)
+    assert not is_same(config, noted[: len(noted) // 2] + "half a line")
 
 
 MISTAKES = {
