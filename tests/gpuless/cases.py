@@ -160,6 +160,11 @@ USE = [
         "fastlm.load",
         """python -c "import fastlm; print(fastlm.load('{runs}/rows').generate('def'))" """,
     ),
+    Case(
+        "report",
+        "fastlm report {runs}/rows {runs}/sft {runs}/dpo --out {work}/report.html",
+        says="report.md",
+    ),
     Case("chat", "fastlm chat {runs}/sft --tokens 12", given="What is a list?\nA tuple?\n\n"),
     Case("export", "fastlm export {runs}/sft --to {work}/exported"),
     Case("import", "fastlm import {work}/exported --to {runs}/imported"),
