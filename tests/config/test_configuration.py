@@ -50,18 +50,8 @@ def test_the_published_recipe_has_the_published_shape_and_batch():
 
 
 def test_flags_override_the_recipe_and_nested_fields_their_preset():
-    config = pretrain(
-        "--preset",
-        "tiny",
-        "--model.dim",
-        "128",
-        "--optim.lr=1e-4",
-        "--steps",
-        "1_000",
-        "--compile",
-        "--seed",
-        "7",
-    )
+    options = "--preset tiny --model.dim 128 --optim.lr=1e-4 --steps 1_000 --compile --seed 7"
+    config = pretrain(*options.split())
     assert config.model == replace(PRESETS["tiny"], dim=128)
     assert (config.optim.lr, config.steps, config.compile, config.seed) == (1e-4, 1000, True, 7)
     assert config.optim.schedule == load_recipe(PretrainConfig, "demo").optim.schedule
