@@ -29,13 +29,8 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     """A wheel of this source tree, built as pip builds it."""
     source = folder / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=NOT_SOURCE)
-    command = [
-        sys.executable,
-        *["-m", "pip", "wheel", "--no-deps", "--quiet"],
-        "--wheel-dir",
-        str(folder),
-        str(source),
-    ]
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
+    command = [*pip, "--wheel-dir", str(folder), str(source)]
     if all(importlib.util.find_spec(name) for name in ("scikit_build_core", "nanobind")):
         command.append("--no-build-isolation")
     subprocess.run(command, check=True, env=os.environ | environment, capture_output=True, timeout=600)
