@@ -189,7 +189,10 @@ def write_tensors(
     from safetensors.torch import save_file
 
     try:
+        file.touch()
+        mode = file.stat().st_mode
         save_file(dict(tensors), file, metadata)
+        file.chmod(mode)  # the library's file is its owner's alone, whatever the umask says
     except SafetensorError as error:
         # As the Rust library words the number of the system's error.
         number = re.search(r"\b(?:code: |os error )(\d+)", str(error))

@@ -500,3 +500,18 @@ def cut(path) -> None:
 def change(folder, **values) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_records_without_a_text_end_the_command_or_are_left_out_and_counted(
+    model, small_tokenizer, small_text, tmp_path, capsys
+):
+    write_folder(model, read_tokenizer_files(small_tokenizer), 0, tmp_path / "model")
+    good = json.dumps({"text": small_text.read_text(encoding="utf-8")[:2000]})
+    (tmp_path / "text.jsonl").write_text(f'{good}\n{{"text": 3}}\n')
+    command = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "text.jsonl")]
+    assert main(command) == 2
+    assert "text.jsonl:2: field 'text': expected text, got int" in capsys.readouterr().err
+    assert main([*command, "--bad-rows", "skip", "--protocols", "window"]) == 0
+    said = capsys.readouterr().out
+    assert "1 records without a text left out" in said
+    assert re.search(r"model, window: perplexity [\d,.]+\n", said)
