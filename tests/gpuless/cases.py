@@ -220,6 +220,7 @@ CHECKS = [
     Case("GPU programs, traced on cuda", "check check_gpucompile.py"),
     Case("GPU programs, executed", "check check_gpurun.py"),
     Case("PTX of this Triton, executed", "check check_ptxsim.py"),
+    Case("memory as planned", "check check_plan.py"),
     Case("our kernels' PTX, executed", "check ../kernels/compiled/check_ptx.py"),
     Case("our compiled step, executed", "check ../kernels/compiled/check_step.py"),
 ]
