@@ -120,9 +120,7 @@ def score(cfg: PipelineConfig, path: str, console: Console) -> Row:
     device = pick_device(cfg.eval.device)
     model, tokenizer, longest = open_scorer(path, device, "")
     text = cfg.eval
-    documents, digest, _ = read_documents(
-        text.data, text.split, text.max_documents, text.bad_rows
-    )
+    documents, digest, _ = read_documents(text.data, text.split, text.max_documents, text.bad_rows)
     wanted = protocols.chosen(cfg.eval.protocols)
     scores = {}
     for protocol in views(wanted, documents, tokenizer, longest, console):

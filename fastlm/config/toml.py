@@ -144,7 +144,9 @@ def to_toml(config: Any) -> str:
     """The configuration as TOML: plain values first, then one table for each nested dataclass."""
 
     def lines(c: Any) -> list[str]:
-        plain = [n for n, kind in field_types(type(c)).items() if not dataclasses.is_dataclass(kind)]
+        plain = [
+            n for n, kind in field_types(type(c)).items() if not dataclasses.is_dataclass(kind)
+        ]
         return [f"{name} = {json.dumps(getattr(c, name))}" for name in plain]
 
     out = lines(config)
