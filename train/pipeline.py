@@ -27,7 +27,7 @@ from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
 from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed, loop
+from fastlm.train import loop, parallel
 from fastlm.train.dpo import dpo
 from fastlm.train.losses import membership, of_answers
 from fastlm.train.packed import read_examples, with_lengths
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 def pipeline(cfg: PipelineConfig) -> int:
     """Run the stages that are not done yet, score every model, print the table. Returns the exit code of a stopped stage."""
-    check(not distributed.launched(), "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one")
+    check(not parallel.launched(), "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one")
     with tf32_matmuls(cfg.eval.tf32, pick_device(cfg.eval.device)):
         pass  # says so now if the device has no TF32
     out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")

@@ -23,7 +23,7 @@ from fastlm.data.examples.load import load_instructions, pack_examples
 from fastlm.data.examples.packing import packed_batch
 from fastlm.errors import UserError
 from fastlm.places import open_model
-from fastlm.train import distributed
+from fastlm.train import parallel
 
 HERE = Path(__file__).parent
 STAGES = ("pretrain", "shortlist", "sft", "dpo")
@@ -192,20 +192,12 @@ def test_a_mistake_in_one_process_is_its_line_alone(tmp_path):
 
 
 def test_micro_batches_are_of_each_process(monkeypatch):
-    monkeypatch.setattr(distributed, "ranks", lambda: (0, 4))
-    assert distributed.micro_rows(PretrainConfig(batch_rows=32)) == 8
-    assert distributed.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=4)) == 4
-    assert distributed.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=16)) == 8
+    monkeypatch.setattr(parallel, "ranks", lambda: (0, 4))
+    assert parallel.micro_rows(PretrainConfig(batch_rows=32)) == 8
+    assert parallel.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=4)) == 4
+    assert parallel.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=16)) == 8
     with pytest.raises(UserError, match="micro_batch_rows is 4, which does not divide the 6 rows"):
-        distributed.micro_rows(PretrainConfig(batch_rows=24, micro_batch_rows=4))
-
-
-def test_buckets_hold_every_parameter_once_in_order(monkeypatch):
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
-    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 4, 20, 1, 1)]
-    found = list(distributed.buckets(parameters))
-    assert [[p.numel() for p in bucket] for bucket in found] == [[3, 5], [4], [20], [1, 1]]
-    assert [id(p) for bucket in found for p in bucket] == list(map(id, parameters))
+        parallel.micro_rows(PretrainConfig(batch_rows=24, micro_batch_rows=4))
 
 
 @pytest.mark.slow
