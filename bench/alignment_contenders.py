@@ -30,19 +30,19 @@ def make_model(to: Path, size: str) -> Path:
     import torch
 
     from fastlm.config import ModelConfig
-    from fastlm.interop import export
+    from fastlm.interop.exporting import write_folder
     from fastlm.model import build
     from fastlm.tokenizer import gpt2_json
 
     dim, layers, heads, ffn = (256, 4, 4, 704) if size == "full" else (32, 1, 2, 64)
     shape = ModelConfig(dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=heads, ffn_dim=ffn, max_seq_len=LENGTH[size])
-    export(build(shape, 0, torch.device("cpu")), {"tokenizer.json": gpt2_json()}, 50256, to)
+    write_folder(build(shape, 0, torch.device("cpu")), {"tokenizer.json": gpt2_json()}, 50256, to)
     return to
 
 
 def ours(stage: str, model: Path, data: Path, size: str, folder: Path) -> list[float]:
     from fastlm.config import DpoConfig, SftConfig
-    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.kernels.native import keep_large_blocks
     from fastlm.train import dpo, sft
 
     keep_large_blocks()  # as the command line does

@@ -185,7 +185,7 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
         return False
 
     swapped = mock.patch.multiple(fastlm.model.kernels, **plain_operations()) if plain else contextlib.nullcontext()
-    with swapped, mock.patch("fastlm.attention.cpu.available", unavailable):
+    with swapped, mock.patch("fastlm.kernels.native.available", unavailable):
         report = compile_for_gpu(step, build)
     generated = sum(g.generated_bytes for g in report.graphs)
     # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does

@@ -45,7 +45,7 @@ def tokens(size: str) -> torch.Tensor:
 
 def ours(size: str, compiled: bool) -> Callable[[], None]:
     from fastlm.config import ModelConfig, OptimConfig
-    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.kernels.native import keep_large_blocks
     from fastlm.model import build
     from fastlm.train.optim import make_optimizers
 
@@ -93,7 +93,7 @@ def head(size: str, loss: Callable) -> Callable[[], None]:
 
 def our_head(size: str) -> Callable[[], None]:
     from fastlm.kernels import linear_cross_entropy
-    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.kernels.native import keep_large_blocks
 
     keep_large_blocks()
     return head(size, linear_cross_entropy)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import results  # noqa: E402
 
 from fastlm.config import ModelConfig, OptimConfig  # noqa: E402
-from fastlm.kernels.cpu import keep_large_blocks  # noqa: E402
+from fastlm.kernels.native import keep_large_blocks  # noqa: E402
 from fastlm.model import build, count_parameters, training_flops_per_token  # noqa: E402
 from fastlm.runtime import process_peak_gib  # noqa: E402
 from fastlm.train.optim import make_optimizers  # noqa: E402

@@ -32,7 +32,7 @@ def text(size: str, tokens: int) -> Tensor:
 
 
 def our_model(size: str, vocab_size: int = 0):
-    from fastlm.kernels.cpu import keep_large_blocks
+    from fastlm.kernels.native import keep_large_blocks
     from fastlm.model import build
 
     keep_large_blocks()  # as the command line does

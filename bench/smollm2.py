@@ -73,7 +73,7 @@ def check_all(folder: Path, text: Path, tokens: int) -> int:
     from fastlm.evaluation.protocols import window_segments
     from fastlm.evaluation.score import segment_nats
     from fastlm.generate import generate
-    from fastlm.places import open_model
+    from fastlm.interop.open_model import open_model
 
     ours, tokenizer = open_model(str(folder), CPU)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from operations import OPS, OURS, PLAIN, a_copy, inputs, moved, part_of
 
-from fastlm.attention import attention
-from fastlm.kernels.cpu import keep_large_blocks
+from fastlm.kernels.attention import attention
+from fastlm.kernels.native import keep_large_blocks
 
 ATTENTION = {  # rows, tokens, heads, key/value heads: of the 30M model, of a 135M one, of a long text
     "8x256, 6 heads": (8, 256, 6, 6),

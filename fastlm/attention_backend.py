@@ -20,10 +20,10 @@ from importlib import import_module
 
 import torch
 
-from fastlm.attention import HALF
 from fastlm.config import ModelConfig
 from fastlm.errors import check
-from fastlm.kernels import cpu
+from fastlm.kernels import native
+from fastlm.kernels.attention import HALF
 
 # In PyTorch's registry, and the generations of GPUs that PyTorch lets each serve
 FLASH = {"flash3": ("FA3", (9,)), "flash4": ("FA4", (9, 10))}
@@ -62,8 +62,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, config: ModelCon
     """
     if device.type != "cuda":
         check(name in ("auto", "torch"), f"attention {name} needs a GPU; leave --attention out")
-        native = cpu.available(torch.empty(0))
-        kernel = "native C++" if native else "PyTorch's CPU operator"
+        built = native.available(torch.empty(0))
+        kernel = "native C++" if built else "PyTorch's CPU operator"
         return Choice("torch", kernel, kernel, f"tensors are on {device.type}")
     if name == "auto":
         name, why = preferred(device, dtype)

@@ -9,7 +9,7 @@ from fastlm.config import ChatConfig
 from fastlm.data.examples.formats import Message
 from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, write_texts
-from fastlm.places import chat_template, open_model, stop_tokens
+from fastlm.interop.open_model import chat_template, open_model, stop_tokens
 from fastlm.runtime import pick_device
 from fastlm.tokenizer import Tokenizer
 

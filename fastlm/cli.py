@@ -74,7 +74,7 @@ COMMANDS = {
     ),
     "lm-eval": Command(
         "LmEvalConfig",
-        "fastlm.harness:run_lm_eval",
+        "fastlm.evaluation.lm_eval_model:run_lm_eval",
         "lm-eval's tasks with a model; its own options follow",
         example="fastlm lm-eval runs/sft-demo --tasks TASK,...",
         argument="model",
@@ -102,7 +102,7 @@ COMMANDS = {
     ),
     "export": Command(
         "ExportConfig",
-        "fastlm.exchange:export_run",
+        "fastlm.interop.exporting:export_run",
         "write a model as a Hugging Face folder",
         example="fastlm export runs/pretrain-demo --to DIR",
         argument="model",
@@ -110,7 +110,7 @@ COMMANDS = {
     ),
     "import": Command(
         "ImportConfig",
-        "fastlm.exchange:import_folder",
+        "fastlm.interop.importing:import_folder",
         "make a Hugging Face folder of the Llama family a run",
         example="fastlm import DIR --to runs/NAME",
         argument="model",
@@ -193,7 +193,7 @@ def run(words: list[str]) -> int:
     module, _, function = command.function.partition(":")
     start = getattr(importlib.import_module(module), function)
     if command.large_blocks:
-        from fastlm.kernels.cpu import keep_large_blocks
+        from fastlm.kernels.native import keep_large_blocks
 
         keep_large_blocks()
     return start(config)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import kernels
-from fastlm.attention import Documents, attention, takes_mask
-from fastlm.kernels import cpu
+from fastlm.kernels import native
+from fastlm.kernels.attention import Documents, attention, takes_mask
 from fastlm.model import Block, Transformer, add_norm
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -49,28 +49,28 @@ class Ops(NamedTuple):
 
 
 def native_add_norm(update: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return cpu.rms_norm(update, x, weight, eps)[:2]
+    return native.rms_norm(update, x, weight, eps)[:2]
 
 
 def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b; a step of few rows is bound by reading the weights, which the native kernel does once."""
     if x.shape[:-1].numel() > FEW_ROWS:
         return F.linear(x, weight, bias)
-    y = cpu.few_rows_linear(x, weight)
+    y = native.few_rows_linear(x, weight)
     return y if bias is None else y + bias
 
 
 def native_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu.rope(q, k, cos, sin, positions, False)
+    return native.rope(q, k, cos, sin, positions, False)
 
 
 REGISTERED = Ops(add_norm, F.linear, kernels.rope, kernels.swiglu)
 # The same kernels without PyTorch's dispatcher: of a step of SmolLM2-135M on a CPU that takes a tenth.
-NATIVE = Ops(native_add_norm, native_linear, native_rope, cpu.swiglu)
+NATIVE = Ops(native_add_norm, native_linear, native_rope, native.swiglu)
 
 
 def choose_ops(weight: Tensor) -> Ops:
-    return NATIVE if weight.device.type == "cpu" and cpu.available(weight) else REGISTERED
+    return NATIVE if weight.device.type == "cpu" and native.available(weight) else REGISTERED
 
 
 def hidden(model: Transformer, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

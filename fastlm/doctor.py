@@ -14,7 +14,7 @@ from fastlm import kernels
 from fastlm.attention_backend import choose
 from fastlm.config import PRESETS, DoctorConfig
 from fastlm.errors import UserError
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.monitor import wide_console
 from fastlm.runtime import GRAPH_PARAMETERS, matmul_dtype, matmul_rate, pick_device
 from fastlm.tokenizer import load_tokenizer
@@ -46,9 +46,9 @@ def kernel_choice(device: torch.device) -> tuple[str, str]:
     """Which kernels the fused operations take for tensors on this device, and why."""
     if device.type == "cuda":
         return "Triton", f"tensors are on {torch.cuda.get_device_name(device)}"
-    if cpu.available(torch.empty(0)):
-        return "native C++", f"tensors are on the CPU; {cpu.status()}"
-    return "PyTorch reference", cpu.status()
+    if native.available(torch.empty(0)):
+        return "native C++", f"tensors are on the CPU; {native.status()}"
+    return "PyTorch reference", native.status()
 
 
 def doctor(cfg: DoctorConfig) -> int:
@@ -68,7 +68,7 @@ def doctor(cfg: DoctorConfig) -> int:
     console.print(machine)
 
     choices = Table("operation", "takes", "because", box=None)
-    for op in kernels.__all__:
+    for op in sorted({*kernels.__all__} - {"attention"}):  # it has two lines of its own
         choices.add_row(op, *kernel_choice(device))
     attention = choose("auto", device, dtype, PRESETS["modern-253m"])
     choices.add_row("attention of rows", attention.rows, attention.why)

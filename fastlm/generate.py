@@ -13,8 +13,8 @@ from torch import Tensor
 from fastlm.config import GenerateConfig, Sampling
 from fastlm.decode import Cache, feed, feed_at, prefill
 from fastlm.errors import check
+from fastlm.interop.open_model import open_model, stop_tokens
 from fastlm.model import Transformer
-from fastlm.places import open_model, stop_tokens
 from fastlm.runtime import pick_device, read_later, recorded
 from fastlm.sampling import choose, uniform
 from fastlm.tokenizer import Tokenizer

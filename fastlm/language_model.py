@@ -9,8 +9,8 @@ from fastlm.config import Sampling
 from fastlm.evaluation.protocols import make
 from fastlm.evaluation.score import segment_nats, summarise
 from fastlm.generate import prompt_ids, write_texts
+from fastlm.interop.open_model import open_model, stop_tokens
 from fastlm.model import Transformer
-from fastlm.places import open_model, stop_tokens
 from fastlm.runtime import pick_device
 from fastlm.tokenizer import Tokenizer
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastlm import kernels
-from fastlm.attention import Documents, attention, prepare
 from fastlm.bigram import bigram_tables
 from fastlm.config import ModelConfig
 from fastlm.errors import check
+from fastlm.kernels.attention import Documents, attention, prepare
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The fused operations: RMSNorm, RoPE, SwiGLU, cross-entropy and the log-prob gather, each with its plain reference."""
 
+from fastlm.kernels.attention import attention
 from fastlm.kernels.cross_entropy import cross_entropy
 from fastlm.kernels.embedding import embedding, tied_embedding
 from fastlm.kernels.fused_linear import add_rms_norm_linear, linear, rms_norm_linear, swiglu_linear
@@ -12,6 +13,7 @@ from fastlm.kernels.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_linear",
+    "attention",
     "cross_entropy",
     "embedding",
     "linear",

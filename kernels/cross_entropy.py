@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.kernels.common import accumulation_dtype, cdiv, cpu_kernel, jit, next_power_of_2, tl
 
 
@@ -285,7 +285,7 @@ def _cross_entropy_cpu(
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
     options = (ignore_index, z_loss, label_smoothing, softcap, vocab_size)
-    return (cpu.cross_entropy if cpu.available(logits) else cross_entropy_reference)(logits, targets, *options)
+    return (native.cross_entropy if native.available(logits) else cross_entropy_reference)(logits, targets, *options)
 
 
 cpu_kernel(_cross_entropy, _cross_entropy_cpu)
@@ -302,7 +302,7 @@ def _cross_entropy_backward_cpu(
     softcap: float,
     vocab_size: int,
 ) -> Tensor:
-    backward = cpu.cross_entropy_backward if cpu.available(logits) else cross_entropy_backward_reference
+    backward = native.cross_entropy_backward if native.available(logits) else cross_entropy_backward_reference
     return backward(dloss, logits, targets, lse, ignore_index, z_loss, label_smoothing, softcap, vocab_size)
 
 

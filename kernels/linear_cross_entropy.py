@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.kernels.common import accumulation_dtype, cdiv, cpu_kernel, matmul_dtype
 from fastlm.kernels.cross_entropy import (
     check_options,
@@ -78,8 +78,8 @@ def _rows_cpu(
     grad: Tensor | None,
     *options: Any,
 ) -> None:
-    if cpu.available(logits):
-        cpu.cross_entropy_rows(logits, targets, loss if write_loss else None, lse, dloss, grad, *options)
+    if native.available(logits):
+        native.cross_entropy_rows(logits, targets, loss if write_loss else None, lse, dloss, grad, *options)
         return
     if write_loss:
         rows = cross_entropy_reference(logits, targets, *options)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.kernels.common import accumulation_dtype, as_rows, cdiv, cpu_kernel, jit, next_power_of_2, tl
 
 
@@ -204,8 +204,8 @@ def _rms_norm_backward(
 
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if cpu.available(x):
-        y, _, rstd = cpu.rms_norm(x, None, weight, eps)
+    if native.available(x):
+        y, _, rstd = native.rms_norm(x, None, weight, eps)
         return y, rstd
     return rms_norm_reference(x, weight, eps)
 
@@ -214,8 +214,8 @@ cpu_kernel(_rms_norm, _rms_norm_cpu)
 
 
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if cpu.available(x, residual):
-        return cpu.rms_norm(x, residual, weight, eps)
+    if native.available(x, residual):
+        return native.rms_norm(x, residual, weight, eps)
     total = (x + residual).contiguous()
     y, rstd = rms_norm_reference(total, weight, eps)
     return y, total, rstd
@@ -227,8 +227,8 @@ cpu_kernel(_add_rms_norm, _add_rms_norm_cpu)
 def _rms_norm_backward_cpu(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None, emit_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if cpu.available(dy, x) and (dsum is None or dsum.dtype == x.dtype):
-        return cpu.rms_norm_backward(dy, x, weight, rstd, dsum, emit_y)
+    if native.available(dy, x) and (dsum is None or dsum.dtype == x.dtype):
+        return native.rms_norm_backward(dy, x, weight, rstd, dsum, emit_y)
     dx, dw, y = rms_norm_backward_reference(dy, x, weight, rstd, dsum)
     return dx, dw, y if emit_y else x.new_empty(0)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.kernels.common import accumulation_dtype, cpu_kernel, jit, next_power_of_2, tl
 
 
@@ -109,8 +109,8 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
 
 
 def _rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-    if cpu.available(q, k) and cos.dtype != torch.float64:
-        return cpu.rope(q, k, cos.float(), sin.float(), positions, inverse)
+    if native.available(q, k) and cos.dtype != torch.float64:
+        return native.rope(q, k, cos.float(), sin.float(), positions, inverse)
     return (rope_backward_reference if inverse else rope_reference)(q, k, cos, sin, positions)
 
 

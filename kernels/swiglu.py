@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.kernels.common import accumulation_dtype, as_rows, cdiv, cpu_kernel, jit, next_power_of_2, tl
 
 
@@ -114,15 +114,15 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor, emit_y: bool) -> tuple[Tensor,
 
 
 def _swiglu_cpu(gate_up: Tensor) -> Tensor:
-    return cpu.swiglu(gate_up) if cpu.available(gate_up) else swiglu_reference(gate_up)
+    return native.swiglu(gate_up) if native.available(gate_up) else swiglu_reference(gate_up)
 
 
 cpu_kernel(_swiglu, _swiglu_cpu)
 
 
 def _swiglu_backward_cpu(dy: Tensor, gate_up: Tensor, emit_y: bool) -> tuple[Tensor, Tensor]:
-    if cpu.available(dy, gate_up):
-        return cpu.swiglu_backward(dy, gate_up, emit_y)
+    if native.available(dy, gate_up):
+        return native.swiglu_backward(dy, gate_up, emit_y)
     return swiglu_backward_reference(dy, gate_up), swiglu_reference(gate_up) if emit_y else gate_up.new_empty(0)
 
 

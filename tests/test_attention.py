@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlm import attention as module
-from fastlm.attention import Documents, attention, prepare
+from fastlm.kernels import native
+from fastlm.kernels.attention import PACKED as PACKED_BACKENDS
+from fastlm.kernels.attention import Documents, attention, pick, prepare, torch_rows, torch_varlen
+from fastlm.kernels.packed_documents import packed_documents
 
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, document: Tensor, prompt: Tensor | None = None) -> Tensor:
@@ -84,8 +86,8 @@ PACKED = {
 def backend(request, monkeypatch) -> str:
     """The native kernel, what stands in for it where it is not built, and SDPA with a mask."""
     if request.param == "pytorch":
-        monkeypatch.setattr(module.cpu, "available", lambda *tensors: False)
-    elif request.param == "native" and not module.cpu.available(torch.ones(1)):
+        monkeypatch.setattr(native, "available", lambda *tensors: False)
+    elif request.param == "native" and not native.available(torch.ones(1)):
         pytest.skip("the native module is not built (make native)")
     return "masked" if request.param == "masked" else "torch"
 
@@ -140,7 +142,7 @@ def test_picked_keys_pass_their_gradients_back_and_nothing_of_those_that_nobody_
     x = torch.randn(32, 2, 4, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(len(keys), 2, 4, dtype=torch.float64)
     upstream[cu_seqlens_k[-1] :] = torch.nan
-    picked = module.pick(x, keys, places)
+    picked = pick(x, keys, places)
     assert torch.equal(picked, x[keys])
     (found,) = torch.autograd.grad(picked, x, upstream)
     seen = int(cu_seqlens_k[-1])
@@ -150,9 +152,9 @@ def test_picked_keys_pass_their_gradients_back_and_nothing_of_those_that_nobody_
 
 def test_packed_operator_passes_opcheck():
     q, k, v = (x[0] for x in inputs(1, 9, 4, 2))
-    torch.library.opcheck(module.packed_documents, (q, k, v, documents([4, 5])[0], documents([4, 5])[0]))
+    torch.library.opcheck(packed_documents, (q, k, v, documents([4, 5])[0], documents([4, 5])[0]))
     q, k, v = (x[0] for x in inputs(1, 9, 4, 2))
-    torch.library.opcheck(module.packed_documents, (q[:5], k, v, documents([2, 3])[0], documents([2, 7])[0]))
+    torch.library.opcheck(packed_documents, (q[:5], k, v, documents([2, 3])[0], documents([2, 7])[0]))
 
 
 def test_the_operator_that_comes_with_pytorch_is_called_as_published(monkeypatch):
@@ -165,10 +167,10 @@ def test_the_operator_that_comes_with_pytorch_is_called_as_published(monkeypatch
     def varlen_attn(*args, **options):
         asked = signature.bind(*args, **options).arguments
         calls.append({name: asked.get(name) for name in ("max_q", "max_k", "window_size", "enable_gqa")})
-        return module.packed_documents(*args[:5])[0]
+        return packed_documents(*args[:5])[0]
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(module, "torch_packed", module.varlen)
+    monkeypatch.setitem(PACKED_BACKENDS, "torch", torch_varlen)
     q, k, v = inputs(2, 8, 4, 2)
     cu_seqlens, document = documents([3, 5, 8])
     packed = attention(q, k, v, Documents(cu_seqlens, 8))
@@ -193,13 +195,13 @@ def fake_flash(calls: list) -> types.ModuleType:
     # the published signatures, flash-attn 2
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), **rest):
         calls.append(("rows", causal))
-        return module.torch_rows(q, k, v)
+        return torch_rows(q, k, v)
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, **rest
     ):
         calls.append(("packed", causal, max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k))
-        return module.packed_documents(q, k, v, cu_seqlens_q, cu_seqlens_k)[0]
+        return packed_documents(q, k, v, cu_seqlens_q, cu_seqlens_k)[0]
 
     flash.flash_attn_func, flash.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     return flash
@@ -240,11 +242,11 @@ def test_xformers_is_called_as_published(monkeypatch):
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
         assert query.shape[2:] == key.shape[2:] == value.shape[2:], "4-D inputs have as many key heads as query heads"
         if isinstance(attn_bias, LowerTriangularMask):
-            return module.torch_rows(query, key, value)
+            return torch_rows(query, key, value)
         assert query.shape[0] == 1, "a block-diagonal mask goes with a batch of one"
         assert key.shape[1] == sum(attn_bias.key_lengths), "every key belongs to a segment"
         bounds = documents(attn_bias.lengths)[0], documents(attn_bias.key_lengths)[0]
-        return module.packed_documents(query[0], key[0], value[0], *bounds)[0][None]
+        return packed_documents(query[0], key[0], value[0], *bounds)[0][None]
 
     ops, bias = Recorder("xformers.ops", []), Recorder("xformers.ops.fmha.attn_bias", [])
     ops.LowerTriangularMask, ops.memory_efficient_attention = LowerTriangularMask, memory_efficient_attention

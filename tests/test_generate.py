@@ -15,8 +15,8 @@ from fastlm.config import ModelConfig, Sampling
 from fastlm.decode import FEW_ROWS, NATIVE, REGISTERED, feed, feed_at, prefill
 from fastlm.errors import UserError
 from fastlm.generate import Memory, TextStream, generate, write_in_graph, write_texts
-from fastlm.interop import export
-from fastlm.places import stop_tokens
+from fastlm.interop.exporting import write_folder
+from fastlm.interop.open_model import stop_tokens
 from fastlm.sampling import choose, fixed_point_sums, restrict, uniform
 from fastlm.tokenizer import load_tokenizer
 
@@ -41,7 +41,7 @@ def test_greedy_equals_transformers_token_for_token(name, tmp_path):
     """200 tokens of 20 prompts of 1 to 58 tokens: in batches of 20 and 5, and alone."""
     transformers = pytest.importorskip("transformers")
     model, prompts = randomised(SHAPES[name]), some_prompts(20)
-    export(model, {}, 0, tmp_path / "out")
+    write_folder(model, {}, 0, tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     theirs.generation_config.eos_token_id = None
     longest = max(map(len, prompts))
@@ -270,7 +270,7 @@ def test_texts_of_a_batch_equal_decoding_the_ids(tokenizer):
 @pytest.fixture(scope="module")
 def folder(small_tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("model") / "exported"
-    export(randomised(replace(SMALL, vocab_size=384)), {"tokenizer.json": small_tokenizer.read_text("utf-8")}, 0, place)
+    write_folder(randomised(replace(SMALL, vocab_size=384)), {"tokenizer.json": small_tokenizer.read_text("utf-8")}, 0, place)
     return place
 
 

@@ -56,12 +56,12 @@ def run_installed(wheel: Path, code: str) -> str:
 
 NORM = """
 import torch, fastlm, fastlm.kernels
-from fastlm.kernels import cpu, rms_norm
+from fastlm.kernels import native, rms_norm
 x = torch.randn(4, 32, requires_grad=True)
 y = rms_norm(x, torch.ones(32), 1e-6)
 y.sum().backward()
 torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
-print(fastlm.__file__, cpu.status(), sep="\\n")
+print(fastlm.__file__, native.status(), sep="\\n")
 """
 
 

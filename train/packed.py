@@ -17,8 +17,8 @@ from fastlm.config import TuningConfig
 from fastlm.data.examples.load import Examples, pack_examples
 from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_batch, packed_epoch
 from fastlm.errors import check
+from fastlm.interop.open_model import open_model
 from fastlm.model import Transformer, count_parameters, training_flops_per_token
-from fastlm.places import open_model
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import parallel
 from fastlm.train.run import cache_folder, check_start, choose_attention, settle_memory

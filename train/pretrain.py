@@ -20,7 +20,7 @@ from fastlm.data.text.prepare import prepare
 from fastlm.data.text.tokens import TokenData, TokenSource, token_counts, unigram_perplexity
 from fastlm.errors import check
 from fastlm.generate import generate
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.model import build, count_parameters, training_flops_per_token
 from fastlm.monitor import Monitor, showing_bytes
 from fastlm.runtime import autocast
@@ -190,8 +190,8 @@ def say_model_and_text(cfg: PretrainConfig, device: torch.device, data: TokenDat
         f"{parallel.devices(device)}, {flops_per_token(cfg) / 1e9:.3f} GFLOP per token",
         f"Text:  {cfg.data}, {len(data.train):,} training and {len(data.validation):,} validation tokens",
     ]
-    if device.type == "cpu" and not cpu.available(torch.empty(0)):
-        lines.append(f"CPU kernels: {cpu.status()}")
+    if device.type == "cpu" and not native.available(torch.empty(0)):
+        lines.append(f"CPU kernels: {native.status()}")
     for line in lines:
         parallel.console().print(line, highlight=False, markup=False, soft_wrap=True)
 

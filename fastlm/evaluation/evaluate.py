@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,13 +22,13 @@ from fastlm.data.catalogue import open_source
 from fastlm.data.text.documents import read_documents as documents_of
 from fastlm.errors import UserError, check
 from fastlm.evaluation import protocols
-from fastlm.evaluation.foreign import open_foreign
 from fastlm.evaluation.protocols import Protocol
 from fastlm.evaluation.score import Logps, Result, segment_nats, summarise
-from fastlm.interop import KINDS, architecture, is_hugging_face
+from fastlm.evaluation.transformers_model import open_transformers_model
+from fastlm.interop.config_json import ARCHITECTURES, is_hugging_face, read_architecture
+from fastlm.interop.open_model import local_folder, matching_tokenizer, open_model
 from fastlm.model import Transformer
 from fastlm.monitor import wide_console
-from fastlm.places import fitting_tokenizer, local, open_model
 from fastlm.runtime import launched, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 
@@ -37,7 +36,10 @@ from fastlm.tokenizer import Tokenizer
 def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str], str]:
     """The documents of a split, whole, and the split's digest."""
     source = open_source(data)
-    check(split in ("", *source.splits), f"{data} has no split {split!r}; choose among {', '.join(source.splits)}")
+    check(
+        split in ("", *source.splits),
+        f"{data} has no split {split!r}; choose among {', '.join(source.splits)}",
+    )
     chosen = split or next(name for name in ("validation", "test", "train") if name in source.splits)
     documents = list(itertools.islice(documents_of(source, chosen), max_documents or None))
     check(bool(documents), f"{data} has no text in its split {chosen}; name another --split")
@@ -48,10 +50,10 @@ def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str]
 
 def open_scorer(place: str, device: torch.device, tokenizer: str) -> tuple[Transformer | Logps, Tokenizer, int]:
     """What scores with the model at `place`, its tokenizer, and its longest text in tokens."""
-    folder = Path(local(place))
-    if is_hugging_face(folder) and (kind := architecture(folder)) not in KINDS:
-        logps, longest, vocab_size = open_foreign(folder, kind, device)
-        return logps, fitting_tokenizer(tokenizer or str(folder), place, vocab_size), longest
+    folder = local_folder(place)
+    if is_hugging_face(folder) and (architecture := read_architecture(folder)) not in ARCHITECTURES:
+        logps, longest, vocab_size = open_transformers_model(folder, architecture, device)
+        return logps, matching_tokenizer(tokenizer or str(folder), place, vocab_size), longest
     model, loaded = open_model(place, device, tokenizer)
     return model, loaded, model.config.max_seq_len
 
@@ -123,7 +125,18 @@ def report(cfg: EvalConfig, device: torch.device, wanted: list[str], first: bool
 def show(console: Console, cfg: EvalConfig, digest: str, rows: list[tuple[str, Result]]) -> None:
     matmuls = ", matmuls in TF32" if cfg.tf32 else ""
     console.print(f"{cfg.data}, text SHA-256 {digest}{matmuls}", highlight=False, soft_wrap=True)
-    names = ("model", "protocol", "perplexity", "95% interval", "nats", "tokens", "per word", "per byte", "bits/byte", "how")
+    names = (
+        "model",
+        "protocol",
+        "perplexity",
+        "95% interval",
+        "nats",
+        "tokens",
+        "per word",
+        "per byte",
+        "bits/byte",
+        "how",
+    )
     table = Table(*names, box=None)
     for column in table.columns[2:9]:
         column.justify = "right"

@@ -26,7 +26,7 @@ from fastlm.evaluation import evaluate, protocols
 from fastlm.evaluation.evaluate import read_documents
 from fastlm.evaluation.protocols import Segment, detokenise, make, wikitext_documents, window_segments
 from fastlm.evaluation.score import batches, batches_of_few_shapes, segment_nats, summarise
-from fastlm.interop import export
+from fastlm.interop.exporting import write_folder
 from fastlm.model import build
 from fastlm.tokenizer import load_tokenizer
 
@@ -181,7 +181,7 @@ def test_batches_hold_each_segment_once_within_the_budget(lengths, budget):
 @pytest.mark.slow
 def test_total_nats_do_not_depend_on_the_number_of_processes(model, small_tokenizer, tmp_path):
     """The command under torchrun, two processes and gloo, against one; only the first prints."""
-    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
     (tmp_path / "text.txt").write_text(TEXT)
     command = ["-m", "fastlm", "eval", str(tmp_path / "m"), "--data", str(tmp_path / "text.txt"), "--json", "--device", "cpu",
                "--batch-tokens", "80"]  # fmt: skip
@@ -254,7 +254,7 @@ def test_the_first_documents_of_one_text_are_its_first_articles(tmp_path):
 
 def test_the_command_scores_runs_and_hugging_face_folders_alike(model, small_tokenizer, small_text, tmp_path, capsys):
     files = {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}
-    export(model, files, 0, tmp_path / "exported")
+    write_folder(model, files, 0, tmp_path / "exported")
     arguments = ["eval", str(tmp_path / "exported"), "--data", str(small_text), "--max-documents", "1", "--protocols", "line"]
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -294,7 +294,7 @@ def test_text_too_short_to_score_is_named(name, text, tokenizer):
 
 
 def test_protocols_that_do_not_apply_are_left_out_unless_they_were_named(model, small_tokenizer, tmp_path, capsys):
-    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
     (tmp_path / "short.txt").write_text("A few words.")
     (tmp_path / "blank.txt").write_text(" \n\n ")
     command = ["eval", str(tmp_path / "m"), "--data", str(tmp_path / "short.txt")]
@@ -311,7 +311,7 @@ def test_protocols_that_do_not_apply_are_left_out_unless_they_were_named(model, 
 def test_the_text_of_the_next_protocol_is_tokenised_while_one_is_scored(
     model, small_tokenizer, small_text, tmp_path, monkeypatch
 ):
-    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
     scoring, plain_make, plain_nats = threading.Event(), protocols.make, evaluate.segment_nats
 
     def make_after_scoring_began(name, *rest):
@@ -352,7 +352,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_other_architectures_are_scored_through_transformers(kind, small_tokenizer, model, tmp_path, capsys):
     theirs, folder = foreign(tmp_path, kind, small_tokenizer, **FOREIGN[kind])
-    export(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "ours")
+    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "ours")
     (tmp_path / "text.txt").write_text(TEXT)
     data = ["--data", str(tmp_path / "text.txt"), "--protocols", "stride,word", "--json"]
     assert main(["eval", str(folder), str(tmp_path / "ours"), *data]) == 0

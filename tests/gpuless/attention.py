@@ -22,9 +22,9 @@ from torch._subclasses import FakeTensorMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from fastlm.attention import HALF, Documents, attention, prepare, varlen  # noqa: E402
 from fastlm.attention_backend import choose  # noqa: E402
 from fastlm.config import PRESETS  # noqa: E402
+from fastlm.kernels.attention import HALF, Documents, attention, prepare, torch_varlen  # noqa: E402
 
 GPU = torch.device("cuda")
 ROWS, LENGTH, HEADS, DIM = 4, 256, 8, 64
@@ -86,7 +86,7 @@ def grouped_keys_are_not_repeated() -> str:
     """varlen_attn takes them as they are: its gradient has the shape of the keys."""
     q, k, v = (t.detach().flatten(0, 1).requires_grad_() for t in inputs(2, torch.bfloat16))
     bounds = documents().cu_seqlens
-    out = varlen(q, k, v, bounds, bounds, LENGTH)
+    out = torch_varlen(q, k, v, bounds, bounds, LENGTH)
     out.sum().backward()
     assert out.shape == q.shape
     assert k.grad.shape == k.shape

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 from fastlm.kernels.common import triton_on_cpu
 
 interpreter_converts = interpreter._convert_float
@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc) -> None:
     names = metafunc.fixturenames
     if "cpu_path" in names:
         paths = ["cpu"]
-    elif "triton_only" in names or torch.cuda.is_available() or cpu._native is None:
+    elif "triton_only" in names or torch.cuda.is_available() or native._native is None:
         paths = ["triton"]
     else:
         paths = ["triton", "native"]

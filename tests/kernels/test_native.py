@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from exactness import check, leaves, run, same_bits
 
-from fastlm.kernels import add_rms_norm, cpu, cross_entropy, linear_cross_entropy, linear_logprobs, rope, swiglu
+from fastlm.kernels import add_rms_norm, cross_entropy, linear_cross_entropy, linear_logprobs, native, rope, swiglu
 
-native = pytest.importorskip("fastlm.kernels._native", reason="the native module is not built (make native)")
+module = pytest.importorskip("fastlm.kernels._native", reason="the native module is not built (make native)")
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
 EPS = 1e-5
 
 
-@pytest.fixture(params=native.instruction_sets())
+@pytest.fixture(params=module.instruction_sets())
 def instruction_set(request):
-    native.use_instruction_set(request.param)
+    module.use_instruction_set(request.param)
     yield request.param
-    native.use_instruction_set(native.instruction_sets()[-1])
+    module.use_instruction_set(module.instruction_sets()[-1])
 
 
 def norm_in_fp32(x, r, w):
@@ -89,11 +89,11 @@ def test_few_rows_times_a_matrix_on_every_instruction_set(width, dtype, instruct
         x, w = torch.randn(rows, 2 * width).to(dtype)[:, ::2], torch.randn(out, width).to(dtype)
         expected = x.double() @ w.double().t()
         bound = (x.double().abs() @ w.double().abs().t()) * (1e-6 if dtype == torch.float32 else 0) + 1e-12
-        found = cpu.few_rows_linear(x, w)
+        found = native.few_rows_linear(x, w)
         assert found.shape == (rows, out)
         rounding = expected.abs() * 2**-8 if dtype == torch.bfloat16 else 0
         assert ((found.double() - expected).abs() <= bound + rounding + (1e-5 if dtype == torch.bfloat16 else 0)).all()
-    assert cpu.few_rows_linear(torch.ones(2, 3, 4), torch.ones(5, 4)).shape == (2, 3, 5)
+    assert native.few_rows_linear(torch.ones(2, 3, 4), torch.ones(5, 4)).shape == (2, 3, 5)
 
 
 def attention_of_every_pair(q, k, v, segments):
@@ -130,8 +130,8 @@ def test_attention_on_every_instruction_set(name, heads, kv_heads, dim, dtype, i
     packed = torch.randn(n, heads + 1, dim).to(dtype)
     q, k, v = packed[:, :heads], *torch.randn(2, m, kv_heads, dim).to(dtype)
     dout = torch.randn(n, dim, heads).to(dtype).transpose(1, 2)
-    out, lse = cpu.attention(q, k, v, cu_q, cu_k)
-    grads = cpu.attention_backward(dout, q, k, v, out, lse, cu_q, cu_k)
+    out, lse = native.attention(q, k, v, cu_q, cu_k)
+    grads = native.attention_backward(dout, q, k, v, out, lse, cu_q, cu_k)
     exact = leaves(*(x.double() for x in (q, k, v)))
     expected, expected_lse = attention_of_every_pair(*exact, segments)
     wanted = torch.autograd.grad(expected, exact, dout.double())
@@ -147,7 +147,7 @@ def test_attention_on_every_instruction_set(name, heads, kv_heads, dim, dtype, i
 def test_attention_of_large_scores_does_not_overflow(instruction_set):
     q, k, v = (torch.randn(40, 1, 16) * s for s in (300.0, 300.0, 1.0))
     cu = torch.tensor([0, 40])
-    out, _ = cpu.attention(q, k, v, cu, cu)
+    out, _ = native.attention(q, k, v, cu, cu)
     expected, _ = attention_of_every_pair(q, k, v, [(40, 40)])
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)  # scores of 1e5 are known to 0.01
 
@@ -156,7 +156,7 @@ def test_boundaries_that_fall_or_pass_the_end_are_an_index_error():
     q = torch.randn(4, 1, 8)
     for wrong in ([0, 5], [0, 3, 2], [-1, 4]):
         with pytest.raises(IndexError, match="cu_seqlens.* is -?[0-9]+; boundaries must not fall, from 0 to at most 4 tokens"):
-            cpu.attention(q, q, q, torch.tensor(wrong), torch.tensor(wrong))
+            native.attention(q, q, q, torch.tensor(wrong), torch.tensor(wrong))
 
 
 def test_numbers_at_the_edge(instruction_set):
@@ -195,8 +195,8 @@ def everything() -> list[torch.Tensor]:
 def attend() -> list[torch.Tensor]:
     torch.manual_seed(2)
     (q, dout), (k, v), cu = torch.randn(2, 900, 4, 24), torch.randn(2, 900, 2, 24), torch.tensor([0, 700, 720, 900])
-    out, lse = cpu.attention(q, k, v, cu, cu)
-    return [out, lse, *cpu.attention_backward(dout, q, k, v, out, lse, cu, cu)]
+    out, lse = native.attention(q, k, v, cu, cu)
+    return [out, lse, *native.attention_backward(dout, q, k, v, out, lse, cu, cu)]
 
 
 def test_results_do_not_depend_on_the_number_of_threads(instruction_set):
@@ -212,14 +212,14 @@ def test_results_do_not_depend_on_the_number_of_threads(instruction_set):
 
 def test_native_and_reference_agree(monkeypatch):
     ours = everything()
-    monkeypatch.setattr(cpu, "available", lambda *tensors: False)
+    monkeypatch.setattr(native, "available", lambda *tensors: False)
     for a, e in zip(ours, everything(), strict=True):
         torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-5)
 
 
 def test_dtypes_without_a_native_kernel_take_the_reference(monkeypatch):
     for name in ("rms_norm", "swiglu", "rope", "cross_entropy", "cross_entropy_rows"):
-        monkeypatch.delattr(cpu, name)
+        monkeypatch.delattr(native, name)
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(swiglu, (x,))
     assert swiglu(x.half()).dtype == torch.float16
@@ -231,17 +231,17 @@ def test_results_too_large_for_a_cache_have_the_same_bits(dtype, instruction_set
     rows, width = 64 * (66 if dtype == torch.float32 else 131), 1024
     x, dy, w, rstd = *torch.randn(2, rows, width).to(dtype), torch.randn(width), torch.rand(rows)
     part = slice(64, 128)
-    assert same_bits(cpu.rms_norm(x, None, w, EPS)[0][part], cpu.rms_norm(x[part], None, w, EPS)[0])
-    big = cpu.rms_norm_backward(dy, x, w, rstd, None, True)
-    small = cpu.rms_norm_backward(dy[part], x[part], w, rstd[part], None, True)
+    assert same_bits(native.rms_norm(x, None, w, EPS)[0][part], native.rms_norm(x[part], None, w, EPS)[0])
+    big = native.rms_norm_backward(dy, x, w, rstd, None, True)
+    small = native.rms_norm_backward(dy[part], x[part], w, rstd[part], None, True)
     assert same_bits(big[0][part], small[0])
     assert same_bits(big[2][part], small[2])
     packed = torch.cat((x, dy), -1)
-    big, small = (cpu.swiglu_backward(g, p, True) for g, p in ((dy, packed), (dy[part], packed[part])))
+    big, small = (native.swiglu_backward(g, p, True) for g, p in ((dy, packed), (dy[part], packed[part])))
     assert same_bits(big[0][part], small[0])
     heads, table = torch.cat((x, x)).view(1, 2 * rows, 16, 64), torch.randn(2, 2 * rows, 32)
-    big = cpu.rope(heads, heads, *table, None, False)
-    small = cpu.rope(heads[:, :64], heads[:, :64], *table, None, False)
+    big = native.rope(heads, heads, *table, None, False)
+    small = native.rope(heads[:, :64], heads[:, :64], *table, None, False)
     assert all(same_bits(b[:, :64], s) for b, s in zip(big, small, strict=True))
 
 
@@ -250,8 +250,8 @@ def test_gradient_of_logits_may_overwrite_them():
     targets[2] = -100
     options = (-100, 1e-3, 0.1, 0.0, 64)
     loss, lse, up = torch.empty(5), torch.empty(5), torch.rand(5)
-    apart = cpu.cross_entropy_backward(up, logits, targets, cpu.cross_entropy(logits, targets, *options)[1], *options)
-    cpu.cross_entropy_rows(logits, targets, loss, lse, up, logits, *options)
+    apart = native.cross_entropy_backward(up, logits, targets, native.cross_entropy(logits, targets, *options)[1], *options)
+    native.cross_entropy_rows(logits, targets, loss, lse, up, logits, *options)
     torch.testing.assert_close(logits, apart, rtol=1e-6, atol=1e-8)
     assert not logits[2].any()
     assert not logits[:, 64:].any()
@@ -276,13 +276,13 @@ def test_position_outside_the_table_is_an_index_error():
 
 def test_unknown_instruction_set_is_named():
     with pytest.raises(ValueError, match="'sse9'"):
-        native.use_instruction_set("sse9")
-    assert native.instruction_set() == native.instruction_sets()[-1]
+        module.use_instruction_set("sse9")
+    assert module.instruction_set() == module.instruction_sets()[-1]
 
 
 def test_status_says_what_runs():
-    assert cpu.status().startswith(f"native, {native.instruction_set()} ")
-    assert f"{torch.get_num_threads()} threads" in cpu.status()
+    assert native.status().startswith(f"native, {module.instruction_set()} ")
+    assert f"{torch.get_num_threads()} threads" in native.status()
 
 
 def in_fresh_python(code: str) -> str:
@@ -292,15 +292,15 @@ def in_fresh_python(code: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads through /proc")
-@pytest.mark.skipif(not native.openmp(), reason="built without OpenMP")
+@pytest.mark.skipif(not module.openmp(), reason="built without OpenMP")
 def test_kernels_run_on_torchs_own_threads():
     code = """
 import os, torch
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 torch.set_num_threads(3)
 (torch.ones(1 << 20) + 1).sum()
 before = len(os.listdir("/proc/self/task"))
-cpu.swiglu(torch.randn(4096, 256))
+native.swiglu(torch.randn(4096, 256))
 print(before, len(os.listdir("/proc/self/task")))
 """
     before, after = in_fresh_python(code).split()
@@ -312,7 +312,7 @@ print(before, len(os.listdir("/proc/self/task")))
 def test_large_blocks_stay_with_the_process_once_asked():
     code = """
 import torch
-from fastlm.kernels import cpu
+from fastlm.kernels import native
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def left_after_freeing(mib):
@@ -320,7 +320,7 @@ def left_after_freeing(mib):
     torch.zeros(mib << 18).add_(1)
     return (resident() - before) >> 20
 torch.ones(10).add_(1)
-print(left_after_freeing(128), cpu.keep_large_blocks(), left_after_freeing(128))
+print(left_after_freeing(128), native.keep_large_blocks(), left_after_freeing(128))
 """
     without, took_effect, kept = in_fresh_python(code).split()
     assert took_effect == "True"
@@ -332,7 +332,7 @@ print(left_after_freeing(128), cpu.keep_large_blocks(), left_after_freeing(128))
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
 def test_each_instruction_set_is_compiled_and_kept_apart():
     """512-bit code exists for AVX-512, and nothing that every machine runs holds a wide register."""
-    command = ["objdump", "-d", "-C", "--no-show-raw-insn", native.__file__]
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", module.__file__]
     dump = subprocess.run(command, capture_output=True, text=True, check=True)
     wide, function = {"zmm": set(), "ymm": set()}, ""
     for line in dump.stdout.splitlines():

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from fastlm.config import DpoConfig, ModelConfig
 from fastlm.data.examples.packing import lay_out, pack
-from fastlm.interop import to_hugging_face, write_config
+from fastlm.interop.config_json import config_json
+from fastlm.interop.weights import hugging_face_weights
 from fastlm.model import build
 from fastlm.train import loop
 from fastlm.train.dpo import sums
@@ -53,8 +54,8 @@ def hugging_face(model):
     """The same weights in transformers' Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    theirs = LlamaForCausalLM(LlamaConfig(**write_config(model.config, 0), attn_implementation="eager"))
-    weights = to_hugging_face(model)
+    theirs = LlamaForCausalLM(LlamaConfig(**config_json(model.config, 0), attn_implementation="eager"))
+    weights = hugging_face_weights(model)
     missing = theirs.load_state_dict(weights, strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}
     return theirs.train()
@@ -66,7 +67,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for (_, p), (_, q) in zip(holder.named_parameters(), model.named_parameters(), strict=True):
             p.copy_(q.grad)
-    return to_hugging_face(holder)
+    return hugging_face_weights(holder)
 
 
 def packed_step(cfg: DpoConfig, sequences, share: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from fastlm.config import PretrainConfig
 from fastlm.data.examples.load import load_instructions, pack_examples
 from fastlm.data.examples.packing import packed_batch
 from fastlm.errors import UserError
-from fastlm.places import open_model
+from fastlm.interop.open_model import open_model
 from fastlm.train import parallel
 
 HERE = Path(__file__).parent

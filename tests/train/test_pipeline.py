@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastlm import checkpoint
 from fastlm.cli import main
 from fastlm.data.examples.load import load_instructions, load_preferences
-from fastlm.places import open_model
+from fastlm.interop.open_model import open_model
 
 
 @pytest.fixture(scope="module")

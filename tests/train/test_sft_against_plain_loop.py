@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from fastlm.config import ModelConfig, OptimConfig, SftConfig
 from fastlm.data.examples.load import load_instructions, pack_examples
 from fastlm.data.examples.packing import packed_batch
-from fastlm.interop import export
+from fastlm.interop.exporting import write_folder
+from fastlm.interop.open_model import open_model
 from fastlm.model import build
-from fastlm.places import open_model
 from fastlm.train.sft import sft
 
 STEPS, WARMUP, ROWS, LEN = 10, 3, 4, 64
@@ -27,7 +27,7 @@ def start(tmp_path, small_tokenizer) -> Path:
     """A random model as a Hugging Face folder."""
     shape = ModelConfig(vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=LEN)
     tokenizer = small_tokenizer.read_text(encoding="utf-8")
-    export(build(shape, 0, CPU), {"tokenizer.json": tokenizer}, 0, tmp_path / "start")
+    write_folder(build(shape, 0, CPU), {"tokenizer.json": tokenizer}, 0, tmp_path / "start")
     return tmp_path / "start"
 
 

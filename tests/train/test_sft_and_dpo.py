@@ -19,7 +19,7 @@ from fastlm.data.examples.formats import Message
 from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.templates import render_prompt
 from fastlm.generate import generate
-from fastlm.places import chat_template, open_model
+from fastlm.interop.open_model import chat_template, open_model
 from fastlm.train import reference
 
 WORDS = [

@@ -1,4 +1,4 @@
-"""The bridge from tensors to the native CPU kernels (kernels/native), and what is known about them on this machine.
+"""The bridge from tensors to the C++ kernels in this folder, and what is known about them on this machine.
 
 The native module takes addresses; the functions here bring shapes, strides and dtypes into its form, allocate the
 results and pass `torch.get_num_threads()`, so that the kernels run on torch's own OpenMP threads. `available` says

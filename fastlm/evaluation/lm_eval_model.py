@@ -21,8 +21,8 @@ from fastlm.errors import UserError
 from fastlm.evaluation.protocols import Segment, rolling
 from fastlm.evaluation.score import LOGIT_ROWS, Logps, segment_nats, segment_sums
 from fastlm.generate import write_texts
+from fastlm.interop.open_model import open_model, stop_tokens
 from fastlm.model import Transformer
-from fastlm.places import open_model, stop_tokens
 from fastlm.runtime import pick_device
 from fastlm.tokenizer import Tokenizer
 
@@ -59,7 +59,11 @@ def score_pairs(model: Transformer, pairs: Sequence[tuple[list[int], list[int]]]
 
 
 def continue_texts(
-    model: Transformer, tokenizer: Tokenizer, place: str, requests: Sequence[tuple[str, dict[str, Any]]], rows: int
+    model: Transformer,
+    tokenizer: Tokenizer,
+    place: str,
+    requests: Sequence[tuple[str, dict[str, Any]]],
+    rows: int,
 ) -> list[str]:
     """The continuation of each context, greedy or as its options say, ended before the first of its `until` texts."""
     stop, longest = stop_tokens(place, tokenizer), model.config.max_seq_len
@@ -76,7 +80,11 @@ def continue_texts(
         room = min(int(given.get("max_gen_toks", 256)), longest - 1)
         sampling = Sampling(temperature=0)
         if given.get("do_sample"):
-            sampling = Sampling(float(given.get("temperature", 1)), int(given.get("top_k", 0)), float(given.get("top_p", 1)))
+            sampling = Sampling(
+                float(given.get("temperature", 1)),
+                int(given.get("top_k", 0)),
+                float(given.get("top_p", 1)),
+            )
         for start in range(0, len(alike), rows):
             batch = alike[start : start + rows]
             prompts = [(tokenizer.encode(requests[n][0]) or [tokenizer.eos_id])[-(longest - room) :] for n in batch]
@@ -107,7 +115,10 @@ def register() -> type:
             if not pretrained:
                 raise UserError("which model? pass --model_args pretrained=DIR")
             self._device = pick_device(device or "auto")
-            self.place, (self.model, self.spoken) = pretrained, open_model(pretrained, self._device, tokenizer)
+            self.place, (self.model, self.spoken) = (
+                pretrained,
+                open_model(pretrained, self._device, tokenizer),
+            )
             rows = str(batch_size or "auto")
             self.rows = int(rows) if rows.isdigit() and int(rows) > 1 else GENERATED_ROWS[self._device.type]
 

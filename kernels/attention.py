@@ -10,7 +10,6 @@ attention). Which backend runs is decided before a run starts, in fastlm/attenti
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlm.kernels import cpu
-from fastlm.kernels.common import cpu_kernel
+from fastlm.kernels import native
+from fastlm.kernels.packed_documents import packed_documents, repeat_kv
 
-BACKENDS = ("torch", "masked", "flash", "xformers")
 HALF = (torch.float16, torch.bfloat16)
 # varlen_attn of torch 2.11 takes grouped heads as they are; later ones want to be told
 GROUPED: dict[str, Any] = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
@@ -57,36 +55,25 @@ def attention(
 ) -> Tensor:
     """Causal attention, in plain rows or, with documents from prepare(), within packed documents.
 
-    q: (B, T, H, Dh); k, v: (B, T, Hkv, Dh). backend: one of BACKENDS. Returns (B, T, H, Dh).
+    q: (B, T, H, Dh); k, v: (B, T, Hkv, Dh). backend: one of ROWS. Returns (B, T, H, Dh).
 
     Raises ValueError for an unknown backend.
     """
-    if backend not in BACKENDS:
-        expected = ", ".join(BACKENDS)
+    if backend not in ROWS:
+        expected = ", ".join(ROWS)
         raise ValueError(f"unknown attention backend {backend!r}; choose among {expected}")
     if documents is None:
-        rows: dict[str, Callable[..., Tensor]] = {
-            "torch": torch_rows,
-            "masked": sdpa,
-            "flash": flash_rows,
-            "xformers": xformers_rows,
-        }
-        return rows[backend](q, k, v)
+        return ROWS[backend](q, k, v)
     if takes_mask(q, backend):
         assert documents.mask is not None, "prepare() makes the mask, once for all layers"
         return sdpa(q, k, v, documents.mask)
-    packed: dict[str, Callable[..., Tensor]] = {
-        "torch": torch_packed,
-        "flash": flash_packed,
-        "xformers": xformers_packed,
-    }
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))  # (B*T, heads, Dh)
     cu_seqlens_k = documents.cu_seqlens
     if documents.sharing is not None:
         cu_seqlens_k, keys, places = documents.sharing
         flat_k = pick(flat_k, keys, places)
         flat_v = pick(flat_v, keys, places)
-    out = packed[backend](
+    out = PACKED[backend](
         flat_q,
         flat_k,
         flat_v,
@@ -177,12 +164,6 @@ def flash_packed(
     return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_seqlen, max_seqlen, causal=True)
 
 
-def repeat_kv(x: Tensor, heads: int) -> Tensor:
-    """(..., Hkv, Dh) -> (..., heads, Dh), a key/value head for each of its query heads."""
-    groups = heads // x.shape[-2]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=-2)
-
-
 def xformers_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
@@ -212,7 +193,11 @@ def xformers_packed(
 
 
 def torch_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.device.type == "cpu" and cpu.available(q, k, v):  # each row a document
+    """PyTorch's attention; on a CPU the native kernel for packed documents, each row a document.
+
+    At 8 x 256 tokens that needs half the time of PyTorch's (2 cores, AVX2).
+    """
+    if q.device.type == "cpu" and native.available(q, k, v):
         rows, tokens = q.shape[:2]
         ends = torch.arange(0, rows * tokens + 1, max(tokens, 1), dtype=torch.int32)
         flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
@@ -247,11 +232,11 @@ def torch_packed(
     max_seqlen: int,
 ) -> Tensor:
     if q.device.type == "cuda":
-        return varlen(q, k, v, cu_q, cu_k, max_seqlen)
+        return torch_varlen(q, k, v, cu_q, cu_k, max_seqlen)
     return packed_documents(q, k, v, cu_q, cu_k)[0]
 
 
-def varlen(
+def torch_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -268,119 +253,14 @@ def varlen(
     return out
 
 
-# Packed documents on a CPU as one opaque operator, so that torch.compile sees static shapes
-# however the documents fall: the native kernel, or else PyTorch's operator, document by document.
-# The native one also takes plain rows: at 8 x 256 tokens it needs half the time of PyTorch's (2
-# cores, AVX2).
-
-
-def spans(cu_q: Tensor, cu_k: Tensor) -> list[tuple[slice, slice]]:
-    """The queries and the keys of each segment that has any queries."""
-    both = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
-    return [(slice(*of_q), slice(*of_k)) for of_q, of_k in both if of_q[1] > of_q[0]]
-
-
-def document(x: Tensor, span: slice, heads: int) -> Tensor:
-    """Those tokens of (N, heads', Dh) as (1, heads, n, Dh)."""
-    return repeat_kv(x[span], heads).transpose(0, 1).unsqueeze(0)
-
-
-@torch.library.custom_op("fastlm::packed_documents", mutates_args=())
-def packed_documents(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention within each segment, on a CPU.
-
-    q: (N, H, Dh), k, v: (M, Hkv, Dh); returns out (N, H, Dh) and the log-sum-exp (N, H) in fp32.
-    """
-    assert q.device.type == "cpu", "a GPU has kernels for packed documents, or a mask"
-    if cpu.available(q, k, v):
-        return cpu.attention(q, k, v, cu_q, cu_k)
-    n, heads, _ = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(n, heads, dtype=torch.float32)
-    for mine, seen in spans(cu_q, cu_k):
-        one_q = document(q, mine, heads)
-        one_k = document(k, seen, heads)
-        one_v = document(v, seen, heads)
-        one_out, one_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            one_q, one_k, one_v, 0.0, **causal_options(one_q, one_k)
-        )
-        out[mine] = one_out[0].transpose(0, 1)
-        lse[mine] = one_lse[0].transpose(0, 1)
-    return out, lse
-
-
-def causal_options(q: Tensor, k: Tensor) -> dict[str, Any]:
-    """PyTorch's causal flag lets the first query see the first key only.
-
-    More keys than queries need a mask of their own: the last query sees them all.
-    """
-    queries = q.shape[-2]
-    keys = k.shape[-2]
-    if queries == keys:
-        return {"is_causal": True}
-    future = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-    return {"attn_mask": torch.zeros((), dtype=q.dtype).masked_fill(future, -torch.inf)}
-
-
-@packed_documents.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-@torch.library.custom_op("fastlm::packed_documents_backward", mutates_args=())
-def packed_documents_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if cpu.available(dout, q, k, v):
-        return cpu.attention_backward(dout, q, k, v, out, lse, cu_q, cu_k)
-    heads = q.shape[1]
-    groups = (k.shape[1], heads // k.shape[1])
-    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
-    for mine, seen in spans(cu_q, cu_k):
-        one_dout, one_q, one_out = (document(t, mine, heads) for t in (dout, q, out))
-        one_k, one_v = (document(t, seen, heads) for t in (k, v))
-        one_lse = lse[mine].T.unsqueeze(0).contiguous()
-        options = {"is_causal": False} | causal_options(one_q, one_k)
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = backward(one_dout, one_q, one_k, one_v, one_out, one_lse, 0.0, **options)
-        one_dq, one_dk, one_dv = grads
-        dq[mine] = one_dq[0].transpose(0, 1)
-        # a group of query heads adds up in its key/value head
-        dk[seen] = one_dk[0].unflatten(0, groups).sum(1).transpose(0, 1)
-        dv[seen] = one_dv[0].unflatten(0, groups).sum(1).transpose(0, 1)
-    return dq, dk, dv
-
-
-@packed_documents_backward.register_fake
-def _(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*packed_documents_backward(dout, *ctx.saved_tensors), None, None)
-
-
-cpu_kernel(packed_documents)
-cpu_kernel(packed_documents_backward)
-packed_documents.register_autograd(_backward, setup_context=_save)
+ROWS: dict[str, Callable[..., Tensor]] = {
+    "torch": torch_rows,
+    "masked": sdpa,
+    "flash": flash_rows,
+    "xformers": xformers_rows,
+}
+PACKED: dict[str, Callable[..., Tensor]] = {
+    "torch": torch_packed,
+    "flash": flash_packed,
+    "xformers": xformers_packed,
+}

@@ -11,7 +11,7 @@ import torch
 
 from fastlm.cli import main
 from fastlm.config import ModelConfig
-from fastlm.interop import export
+from fastlm.interop.exporting import write_folder
 from fastlm.model import build
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def folder(small_tokenizer, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("harness") / "model"
     beside = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     files = {"tokenizer.json": small_tokenizer.read_text("utf-8"), "tokenizer_config.json": json.dumps(beside)}
-    export(model.eval(), files, 0, place)
+    write_folder(model.eval(), files, 0, place)
     return place
 
 
@@ -94,7 +94,7 @@ def evaluated(folder, tasks):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from fastlm.harness import register
+    from fastlm.evaluation.lm_eval_model import register
 
     os.environ["HF_DATASETS_OFFLINE"] = "1"  # lm-eval's data library would otherwise ask the hub about "json"
     register()

@@ -11,9 +11,12 @@ import torch
 from models import randomised
 from safetensors.torch import load_file, save_file
 
-from fastlm import files, interop
+from fastlm import files
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
+from fastlm.interop.config_json import read_config
+from fastlm.interop.exporting import write_folder
+from fastlm.interop.weights import INDEX, hugging_face_weights, load_hugging_face
 from fastlm.model import Transformer
 
 transformers = pytest.importorskip("transformers")
@@ -33,7 +36,7 @@ SHAPES = {
 
 def exported(tmp_path: Path, config: ModelConfig = SMALL, **options) -> tuple[Path, Transformer]:
     model = randomised(config)
-    interop.export(model, {}, 0, tmp_path / "out", **options)
+    write_folder(model, {}, 0, tmp_path / "out", **options)
     return tmp_path / "out", model
 
 
@@ -50,7 +53,7 @@ def test_transformers_loads_an_exported_folder_and_agrees(name, tmp_path):
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_round_trip_keeps_every_bit_and_the_shape(name, tmp_path):
     folder, model = exported(tmp_path, SHAPES[name])
-    again = interop.load_hugging_face(folder, CPU)
+    again = load_hugging_face(folder, CPU)
     assert again.config == model.config
     for (key, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), key
@@ -61,8 +64,8 @@ def test_a_folder_that_transformers_wrote_is_read(name, tmp_path):
     folder, _ = exported(tmp_path, SHAPES[name])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
-    assert (tmp_path / "theirs" / interop.INDEX).is_file()
-    model = interop.load_hugging_face(tmp_path / "theirs", CPU)
+    assert (tmp_path / "theirs" / INDEX).is_file()
+    model = load_hugging_face(tmp_path / "theirs", CPU)
     tokens = torch.randint(150, (2, 33), generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(model.logits(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
@@ -72,16 +75,16 @@ def test_shards_hold_everything_once_and_load_back(tmp_path):
     files = sorted(folder.glob("model-*.safetensors"))
     assert len(files) > 3
     held = [key for file in files for key in load_file(file)]
-    assert sorted(held) == sorted(interop.to_hugging_face(model))
-    again = interop.load_hugging_face(folder, CPU)
+    assert sorted(held) == sorted(hugging_face_weights(model))
+    again = load_hugging_face(folder, CPU)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_half_precision_weights_are_read_exactly(tmp_path):
     folder, model = exported(tmp_path)
-    half = {k: v.bfloat16() for k, v in interop.to_hugging_face(model).items()}
+    half = {k: v.bfloat16() for k, v in hugging_face_weights(model).items()}
     save_file(half, folder / "model.safetensors")
-    again = interop.load_hugging_face(folder, CPU)
+    again = load_hugging_face(folder, CPU)
     assert torch.equal(again.embedding[:150], half["model.embed_tokens.weight"].float())
 
 
@@ -107,7 +110,7 @@ def folder_for_weights(folder: Path) -> None:
 
 
 def write_index(folder: Path, file: object) -> None:
-    (folder / interop.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
 
 
 FAULTS = {
@@ -155,7 +158,7 @@ def test_a_fault_in_a_folder_is_one_line(name, tmp_path):
     folder, _ = exported(tmp_path)
     harm(folder)
     with pytest.raises(UserError) as caught:
-        interop.load_hugging_face(folder, CPU)
+        load_hugging_face(folder, CPU)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -165,27 +168,27 @@ def test_a_missing_shard_is_named(tmp_path):
     gone = sorted(folder.glob("model-*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(UserError, match=f"shard {gone.name} is missing"):
-        interop.load_hugging_face(folder, CPU)
+        load_hugging_face(folder, CPU)
 
 
 def test_sliding_windows_are_refused_only_where_they_are_used(tmp_path):
     folder, _ = exported(tmp_path, SHAPES["qwen2, biases"])
     change_config(folder, sliding_window=16, use_sliding_window=False)
-    assert interop.read_config(folder).qkv_bias
+    assert read_config(folder).qkv_bias
     change_config(folder, use_sliding_window=True)
     with pytest.raises(UserError, match="sliding_window is 16"):
-        interop.read_config(folder)
+        read_config(folder)
 
 
 def test_export_refuses_a_full_folder_and_leaves_nothing_on_a_full_disk(tmp_path, monkeypatch):
     folder, model = exported(tmp_path)
     with pytest.raises(UserError, match="exists and is not empty"):
-        interop.export(model, {}, 0, folder)
+        write_folder(model, {}, 0, folder)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write_tensors", full)
     with pytest.raises(UserError, match="the disk is full"):
-        interop.export(model, {}, 0, tmp_path / "other")
+        write_folder(model, {}, 0, tmp_path / "other")
     assert {p.name for p in tmp_path.iterdir()} == {"out"}

@@ -16,8 +16,8 @@ from fastlm.config import ModelConfig, Sampling
 from fastlm.data.examples.formats import Message
 from fastlm.data.examples.templates import encode_prompt
 from fastlm.generate import Memory, generate
-from fastlm.interop import export
-from fastlm.places import chat_template, open_model
+from fastlm.interop.exporting import write_folder
+from fastlm.interop.open_model import chat_template, open_model
 from fastlm.tokenizer import gpt2_json, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -217,7 +217,7 @@ def test_a_mistake_is_one_line(argv, words, run, tmp_path, mistake, monkeypatch)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(small_text, small_tokenizer, tmp_path, mistake):
-    export(randomised(ModelConfig(**(vars(CONFIG) | {"vocab_size": 300}))),
+    write_folder(randomised(ModelConfig(**(vars(CONFIG) | {"vocab_size": 300}))),
            {"tokenizer.json": small_tokenizer.read_text("utf-8")}, 0, tmp_path / "out")  # fmt: skip
     for command in (["eval", "--data", str(small_text)], ["generate"], ["chat"], ["export", "--to", str(tmp_path / "y")]):
         assert "but the model knows 300" in mistake([command[0], str(tmp_path / "out"), *command[1:]])
@@ -237,7 +237,7 @@ def test_a_hub_model_is_fetched_once_and_then_a_folder(run, tmp_path, monkeypatc
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr("fastlm.places.require_hub", lambda name: None)
+    monkeypatch.setattr("fastlm.interop.open_model.require_hub", lambda name: None)
     capsys.readouterr()
     assert main(["generate", "hf:some/model", "--tokens", "3", "--temperature", "0"]) == 0
     fetched = capsys.readouterr().out

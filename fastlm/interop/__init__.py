@@ -1,0 +1,1 @@
+"""Hugging Face folders in and out, and any model by its name or path."""
