@@ -9,15 +9,14 @@ several processes hold is written by one of them. Reading needs no other process
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 PART = re.compile(r"shard-(\d{5})-model-00001-of-00001\.safetensors")
@@ -33,9 +32,9 @@ def name_of(number: int) -> str:
     return f"shard-{number + 1:05d}-model-00001-of-00001.safetensors"
 
 
-def all_there(names: list[str]) -> bool:
-    """Whether these are the names of all parts of a checkpoint."""
-    return bool(names) and sorted(names) == [name_of(number) for number in range(len(names))]
+def are_parts(names: Iterable[str]) -> bool:
+    """Whether these are names of parts, and there are any."""
+    return all(map(PART.fullmatch, names)) and bool(list(names))
 
 
 def begin_to_write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future:
@@ -65,3 +64,13 @@ def read(folder: Path, wanted: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def copy_whole(into: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    if hasattr(into, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+
+        # each process has the whole tensor, and nothing needs to be sent
+        whole = distribute_tensor(whole.to(into.device), into.device_mesh, into.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    into.copy_(whole)

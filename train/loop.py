@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,17 @@ from filelock import FileLock
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastlm import checkpoint
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
 from fastlm.kernels import updates
 from fastlm.model import Transformer
 from fastlm.monitor import Monitor, perplexity
+from fastlm.parts import local
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import parallel
 from fastlm.train.loss_scale import LossScale
-from fastlm.train.optim import Optimizer, named_state, schedule
+from fastlm.train.optim import Optimizer, schedule
+from fastlm.train.saving import Saver
 
 # Signals that end a run after its step, saved; those that this system has.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -60,7 +61,7 @@ class Run:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
 
-def accumulate(loss: Loss, micro_batches: Sequence[tuple], n_counted: int, scale: Tensor | None = None) -> dict[str, Tensor]:
+def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int, scale: Tensor | None = None) -> dict[str, Tensor]:
     """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
 
     n_counted: what is counted in the whole step, of all processes, so that a micro-batch with few of them weighs little and
@@ -68,8 +69,9 @@ def accumulate(loss: Loss, micro_batches: Sequence[tuple], n_counted: int, scale
     not the means, are multiplied.
     """
     totals: dict[str, Tensor] = {}
-    for number, micro_batch in enumerate(micro_batches, 1):
-        with parallel.micro_batch(last=number == len(micro_batches)):
+    given = list(micro_batches)
+    for number, micro_batch in enumerate(given, 1):
+        with parallel.micro_batch(last=number == len(given)):
             means = {name: part / max(1, n_counted) for name, part in loss(*micro_batch).items()}
             (means["loss"] if scale is None else means["loss"] * scale).backward()
         totals = {name: part.detach() + totals.get(name, 0) for name, part in means.items()}
@@ -91,7 +93,7 @@ def clip(model: nn.Module, max_norm: float, grad_scale: Tensor | None = None) ->
     As torch.nn.utils.clip_grad_norm_, but the gradients stay as they are: the optimizers read them anyway. grad_scale: by
     how much the loss was too large when it was differentiated; the factor takes it out again, and the norm is without it.
     """
-    grads = [parallel.local(p.grad) for p in model.parameters() if p.grad is not None]
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if parallel.shards(model):
         grads = [parallel.norms_of_shards(model, updates.global_norm(grads, math.inf)[0])]
     norm, factor, found_inf = updates.global_norm(grads, max_norm or math.inf, grad_scale).unbind()
@@ -154,7 +156,7 @@ def train(
     is held out). Returns the number of the signal that stopped it, or 0; everything is saved then.
     """
     cfg, model, state = run.cfg, run.model, run.state
-    folder = run.folder / "checkpoints"
+    saver = Saver(run)
     scale = None if run.loss_scale is None else run.loss_scale.scale
     stop = 0
     with stop_signals() as stopped:
@@ -186,26 +188,20 @@ def train(
                 monitor.validation(done, held_out)
                 state["validation_loss"] = held_out.get("loss")
             # a signal to one process stops all, after the same step
-            stop = parallel.all_reduce_max(stopped())
-            save = due(done, cfg.checkpoint_every, cfg.steps) or stop or improved(state, folder)
-            if save and parallel.is_main_process():
+            stop, writing = parallel.all_reduce_max(stopped(), saver.is_writing())
+            if not writing:
+                saver.publish()
+            if due(done, cfg.checkpoint_every, cfg.steps) or stop or saver.improved():
                 monitor.flush()
                 if run.loss_scale is not None:
                     state["loss_scale"] = run.loss_scale.values()
-                checkpoint.save(folder, model, named_state(model, run.optimizers), state)
-                checkpoint.prune(folder, cfg.keep_checkpoints)
+                saver.save()
                 monitor.restart_clock()
             if stop:
                 break
         monitor.flush()
-    # here each waits for the last checkpoint to be there
-    return parallel.all_reduce_max(stop)
-
-
-def improved(state: dict[str, Any], folder: Path) -> bool:
-    """Whether this step's validation, if there was one, beats those of the checkpoints in the folder."""
-    nats = state["validation_loss"]
-    return nats is not None and nats < checkpoint.best(folder)[1]
+        saver.wait()
+    return stop
 
 
 def due(done: int, every: int, steps: int) -> bool:

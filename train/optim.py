@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastlm.config import OptimConfig
 from fastlm.kernels import updates
+from fastlm.parts import local
 from fastlm.train import parallel
-from fastlm.train.parallel import local
 
 # Of x -> a x + b x^3 + c x^5, one after the other, which bring (0.001, 1] closest to 1 (Amsel et al. 2025, "The Polar
 # Express", algorithm 1), each for a spectrum that rounding may have made 1% too large.

@@ -168,13 +168,13 @@ def merge_found(found: np.ndarray) -> np.ndarray:
     return array.masked_fill_(array == -torch.inf, torch.nan).numpy()
 
 
-def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers; each waits here for all."""
+def all_reduce_max(*numbers: int) -> list[int]:
+    """The largest of the processes' numbers, one by one; each waits here for all."""
     if ranks()[1] > 1:
-        here = torch.tensor(number)
+        here = torch.tensor(numbers)
         dist.all_reduce(here, dist.ReduceOp.MAX)
-        return int(here)
-    return number
+        return here.tolist()
+    return list(numbers)
 
 
 @contextmanager
@@ -211,6 +211,34 @@ def all_reduce_means(means: dict[str, Tensor]) -> dict[str, Tensor]:
     sums = torch.stack([part.float() for part in means.values()])
     dist.all_reduce(sums)
     return dict(zip(means, sums.unbind(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------ the run's folder
+
+
+def writes() -> bool:
+    """Whether this process writes what the run's folder holds, beside its parts of checkpoints."""
+    return is_main_process()
+
+
+def from_writer(make: Callable[[], T]) -> T:
+    """What the process that writes makes, in all that share its folder."""
+    return broadcast_from_main(make)
+
+
+def all_gather_in_folder(value: T) -> list[T]:
+    """What each process has that shares this one's folder."""
+    return all_gather(value)
+
+
+def number_among_writers() -> int:
+    """This process's number among those that share its folder."""
+    return ranks()[0]
+
+
+def saving_group() -> dist.ProcessGroup:
+    """The processes that share this one's folder, to talk about checkpoints while the others talk about steps."""
+    return dist.new_group(backend="gloo")
 
 
 # ------------------------------------------------------------------------------------------ the model
@@ -308,11 +336,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
     rest(model)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; a whole one itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, in all processes; a whole one itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -341,26 +364,28 @@ def training_step(cfg: StageConfig, model: nn.Module, function: Callable[..., Te
     """
     if shards(model):
 
-        def step(*args: Any, **options: Any) -> Tensor:
+        def sharded(*args: Any, **options: Any) -> Tensor:
             model.set_requires_gradient_sync(_last.get() or cfg.reshard_after_forward)  # type: ignore[operator]
             model.set_requires_all_reduce(_last.get())  # type: ignore[operator]
             return function(*args, **options)
 
-        return step
+        return sharded
     stage = Stage(model, function.__name__)
+    constant = [name for name, _ in stage.named_buffers()]
     ddp_class = nn.parallel.DistributedDataParallel
-    ddp_class._set_params_and_buffers_to_ignore_for_model(stage, [name for name, _ in stage.named_buffers()])  # they are constant
+    ddp_class._set_params_and_buffers_to_ignore_for_model(stage, constant)
     ddp = ddp_class(stage, init_sync=False, gradient_as_bucket_view=True)
     ddp.register_comm_hook(None, add_up)
 
-    def step(*args: Any, **options: Any) -> Tensor:
+    def replicated(*args: Any, **options: Any) -> Tensor:
         with contextlib.nullcontext() if _last.get() else ddp.no_sync():
             return ddp(*args, **options)
 
-    return step
+    return replicated
 
 
-def add_up(state, bucket):  # type: ignore[no-untyped-def] - PyTorch reads annotations, and not from text
+# PyTorch reads a hook's annotations, and not from text: there are none.
+def add_up(state, bucket):  # type: ignore[no-untyped-def]
     """A bucket of gradients (dist.GradBucket), added over the processes: the future of their sums."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
@@ -395,10 +420,11 @@ def each_matrix_once(stacks: list[Tensor], like: list[Tensor], work: Callable[[l
         return work(stacks)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    sharded = isinstance(like[0], DTensor)
-    mesh = like[0].device_mesh if sharded else whole_mesh(like[0].device.type)
+    first: Any = like[0]
+    sharded = isinstance(first, DTensor)
+    mesh = first.device_mesh if sharded else whole_mesh(first.device.type)
     everywhere, by_matrix = [Replicate()] * mesh.ndim, [Shard(0)] * mesh.ndim
-    by_rows = [Shard(1) if q.is_shard() else q for q in like[0].placements] if sharded else everywhere
+    by_rows = [Shard(1) if q.is_shard() else q for q in first.placements] if sharded else everywhere
     shapes = [torch.Size((len(stack), *p.shape)) for stack, p in zip(stacks, like, strict=True)]
 
     def moved(parts: list[Tensor], before: list[Any], after: list[Any]) -> Iterator[Tensor]:

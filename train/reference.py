@@ -70,7 +70,7 @@ def reference_logprobs(
         real = batch.numbers >= 0
         at = batch.numbers[real].numpy()
         wanted = mine and bool(np.isnan(known[at]).any())
-        if parallel.all_reduce_max(wanted):  # a sharded model makes its passes in all processes or in none
+        if parallel.all_reduce_max(wanted)[0]:  # a sharded model makes its passes in all processes or in none
             with parallel.micro_batch(last=False):
                 logps = reference.logprobs(move(batch, reference.device))
             if wanted:

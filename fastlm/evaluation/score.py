@@ -29,9 +29,7 @@ def logps_of(model: Transformer, trunk: Callable[[Tensor], Tensor]) -> Logps:
 
     def logps(tokens: Tensor, index: Tensor, targets: Tensor) -> Tensor:
         h = trunk(tokens).flatten(0, 1)[index]
-        return kernels.linear_logprobs(
-            h, model.head_weight, targets, vocab_size=model.config.vocab_size
-        )
+        return kernels.linear_logprobs(h, model.head_weight, targets, vocab_size=model.config.vocab_size)
 
     return logps
 
@@ -50,9 +48,7 @@ def segment_nats(
     if not compile:
         return -segment_sums(logps_of(model, model), segments, device, budget, progress)
     logps = logps_of(model, compiled(model, device))
-    with torch._dynamo.config.patch(
-        recompile_limit=64
-    ):  # a graph for each shape, one for each bit of the longest length
+    with torch._dynamo.config.patch(recompile_limit=64):  # a graph for each shape, one for each bit of the longest length
         return -segment_sums(logps, segments, device, budget, progress, few_shapes=True)
 
 
@@ -88,9 +84,7 @@ def segment_sums(
     split = batches_of_few_shapes if few_shapes else batches
     totals = torch.zeros(len(segments), *width, dtype=torch.float64, device=device)
     rank, world = ranks()
-    for turn, (batch, rows, length) in enumerate(
-        split(lengths, batch_tokens or BATCH_TOKENS[device.type])
-    ):
+    for turn, (batch, rows, length) in enumerate(split(lengths, batch_tokens or BATCH_TOKENS[device.type])):
         if turn % world != rank:
             continue
         tokens, index, targets, owner = layout([segments[i] for i in batch], rows, length)
@@ -111,9 +105,7 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[tuple[list[int], in
         yield batch, len(batch), lengths[batch[0]]
 
 
-def batches_of_few_shapes(
-    lengths: Sequence[int], budget: int
-) -> Iterator[tuple[list[int], int, int]]:
+def batches_of_few_shapes(lengths: Sequence[int], budget: int) -> Iterator[tuple[list[int], int, int]]:
     """The same, with a power of two of columns, or the longest's, and as many rows in all batches of so many columns."""
     longest = max(lengths, default=0)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -125,9 +117,7 @@ def batches_of_few_shapes(
             yield alike[start : start + rows], rows, length
 
 
-def layout(
-    segments: Sequence[Segment], rows: int, length: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layout(segments: Sequence[Segment], rows: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """tokens (rows, length); of each scored token the flat position that predicts it, its id, and its segment's row."""
     tokens = torch.zeros(rows, length, dtype=torch.long)
     index, targets, owner = [], [], []
@@ -166,9 +156,7 @@ def summarise(protocol: Protocol, nats: np.ndarray, resamples: int = 1000) -> Re
     per_document = np.bincount(group, weights=nats)
     counted = np.bincount(group, weights=[s.n_scored for s in protocol.segments])
     draws = np.random.default_rng(0).integers(len(counted), size=(resamples, len(counted)))
-    low, high = np.exp(
-        np.percentile(per_document[draws].sum(1) / counted[draws].sum(1), [2.5, 97.5])
-    )
+    low, high = np.exp(np.percentile(per_document[draws].sum(1) / counted[draws].sum(1), [2.5, 97.5]))
     total, tokens = float(nats.sum()), int(counted.sum())
     return Result(
         protocol.name, total, tokens, protocol.words, protocol.text_bytes, protocol.how,

@@ -14,7 +14,7 @@ from fastlm.train import parallel
 def stage(cfg: PretrainConfig) -> int:
     if not parallel.is_main_process():
         raise UserError("only the second process knows")
-    return parallel.all_reduce_max(0)
+    return parallel.all_reduce_max(0)[0]
 
 
 if __name__ == "__main__":
