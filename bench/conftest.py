@@ -14,26 +14,55 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import results
-from measure import Contender
+
+from bench.harness import results
+from bench.harness.contender import Contender
 
 ROWS, PATH, ABOUT, ENDS = (pytest.StashKey() for _ in range(4))
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--benchmark", action="store_true", help="measure at full size (default: run each case once, small)")
-    parser.addoption("--results", metavar="FILE", help="where the results go (default: bench/results/<device>-<date>.json)")
-    parser.addoption("--compare", metavar="FILE", help="fail where a ratio fell since this result file was written")
-    parser.addoption("--cases", metavar="FILE", help="write name, group, case and peer of what is collected (bench/gpu.py)")
-    parser.addoption("--stamp", metavar="JSON", default="{}", help="fields that every row gets (bench/gpu.py)")
-    parser.addoption("--seconds", type=float, default=float("inf"), help="begin no further case after so many seconds")
+    parser.addoption(
+        "--benchmark",
+        action="store_true",
+        help="measure at full size (default: run each case once, small)",
+    )
+    parser.addoption(
+        "--results",
+        metavar="FILE",
+        help="where the results go (default: bench/results/<device>-<date>.json)",
+    )
+    parser.addoption(
+        "--compare",
+        metavar="FILE",
+        help="fail where a ratio fell since this result file was written",
+    )
+    parser.addoption(
+        "--cases",
+        metavar="FILE",
+        help="write name, group, case and peer of what is collected (bench/scripts/gpu.py)",
+    )
+    parser.addoption(
+        "--stamp",
+        metavar="JSON",
+        default="{}",
+        help="fields that every row gets (bench/scripts/gpu.py)",
+    )
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="begin no further case after so many seconds",
+    )
 
 
 def pytest_configure(config) -> None:
     measuring = config.getoption("--benchmark")
     if not measuring:
         config.option.benchmark_disable = True
-    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # a case may time itself
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Benchmark fixture was not used"
+    )  # a case may time itself
     config.stash[ROWS] = []
     config.stash[ENDS] = time.monotonic() + config.getoption("--seconds")
     config.stash[ABOUT] = results.machine() | ({} if measuring else {"kind": "rehearsal"})
@@ -70,7 +99,9 @@ def place(item) -> dict[str, str]:
 
 def pytest_collection_finish(session) -> None:
     if file := session.config.getoption("--cases"):
-        found = [{"name": i.nodeid, **place(i), "peer": contender_of(i) or "case"} for i in session.items]
+        found = [
+            {"name": i.nodeid, **place(i), "peer": contender_of(i) or "case"} for i in session.items
+        ]
         Path(file).write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -107,7 +138,10 @@ def pytest_make_collect_report(collector):
     report = yield
     if report.skipped:
         where = {"group": collector.path.stem.removeprefix("test_"), "case": "all", "peer": "case"}
-        keep(collector.config, [where | {"missing": str(report.longrepr[2]).removeprefix("Skipped: ")[:300]}])
+        keep(
+            collector.config,
+            [where | {"missing": str(report.longrepr[2]).removeprefix("Skipped: ")[:300]}],
+        )
     return report
 
 
@@ -157,7 +191,9 @@ def record(request, benchmark):
         keep(request.config, rows)
         if not request.config.getoption("--benchmark"):
             return
-        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        with request.config.pluginmanager.get_plugin(
+            "capturemanager"
+        ).global_and_fixture_disabled():
             for row in rows:
                 print(f"\n{where['case']}: {results.line(row)}", end="", flush=True)
 
@@ -170,7 +206,11 @@ def report(request, record):
 
     def note(**values: float) -> None:
         where = place(request.node)
-        ours = [r for r in request.config.stash[ROWS] if r["group"] == where["group"] and r["case"] == where["case"]]
+        ours = [
+            r
+            for r in request.config.stash[ROWS]
+            if r["group"] == where["group"] and r["case"] == where["case"]
+        ]
         mine = [r for r in ours if r["peer"] == "ours" and "median" in r]
         if mine:
             keep(request.config, [mine[0] | {"measures": mine[0].get("measures", {}) | values}])
@@ -184,7 +224,9 @@ def report(request, record):
 def take_turns(benchmark, measuring, record):
     """take_turns(ours, rivals, rounds): seconds of each round, by name ("ours" and the rivals'), or None when not measuring."""
 
-    def run(ours: Callable, rivals: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list[float]] | None:
+    def run(
+        ours: Callable, rivals: dict[str, Callable], rounds: int, warmup: int = 2
+    ) -> dict[str, list[float]] | None:
         if not measuring:
             for contender in (ours, *rivals.values()):
                 contender()

@@ -138,12 +138,6 @@ COMMANDS = {
         "registers, traffic and projected time of every Triton kernel",
         example="fastlm kernels --targets sm_90",
     ),
-    "bench report": Command(
-        "BenchConfig",
-        "fastlm.bench_report:report",
-        "tables and charts from the benchmarks' results",
-        example="fastlm bench report",
-    ),
     "doctor": Command(
         "DoctorConfig",
         "fastlm.doctor:doctor",

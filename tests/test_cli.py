@@ -14,8 +14,6 @@ from fastlm import __version__, config
 from fastlm.cli import COMMANDS, main
 from fastlm.config.command_line import flags
 
-GROUPS = ("data", "bench")
-
 
 def last_line(code: str) -> str:
     """The last line that the code prints in a Python of its own."""
@@ -32,12 +30,11 @@ def test_help_lists_every_command_with_its_purpose(argv, capsys):
     assert max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_help_of_a_group_lists_its_commands(group, capsys):
-    assert main([group, "--help"]) == 0
+def test_help_of_a_group_lists_its_commands(capsys):
+    assert main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     for name, command in COMMANDS.items():
-        assert (command.help in text) == name.startswith(f"{group} ")
+        assert (command.help in text) == name.startswith("data ")
 
 
 def test_every_command_names_a_class_a_function_and_fields_that_exist():
@@ -186,12 +183,6 @@ MISTAKES = [
     ("kernels --targets sm_91", "no target 'sm_91'; expected some of sm_80"),
     ("kernels --against ligr", "--against is 'ligr'; did you mean liger?"),
     ("kernels sm_90", "unexpected argument 'sm_90'; options are written --name value"),
-    ("bench", "bench is followed by report; see fastlm bench --help"),
-    ("bench repot", "bench is followed by report; got 'repot'"),
-    (
-        "bench report --results {full}",
-        "no results in {full}; write some: pytest bench/ --benchmark",
-    ),
     ("doctor me", "unexpected argument 'me'; it takes no arguments"),
     ("doctor --json", "unknown option --json; see --help"),
 ]

@@ -19,6 +19,7 @@ from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_batch, 
 from fastlm.errors import check
 from fastlm.interop.open_model import open_model
 from fastlm.model import Transformer, count_parameters, training_flops_per_token
+from fastlm.model.old_names import old_names
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import parallel
 from fastlm.train.run import cache_folder, check_start, choose_attention, settle_memory
@@ -158,9 +159,11 @@ def with_lengths(cfg: C, longest: int, group: int) -> C:
 
 
 def model_hash(model: Transformer) -> str:
-    """SHA-256 of the parameters, 16 hex digits."""
+    """SHA-256 of the parameters, 16 hex digits; under their old names, which older runs noted."""
     digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
+    parameters = dict(model.named_parameters())
+    for old, name in old_names(parameters).items():
+        p = parameters[name]
+        digest.update(old.encode())
         digest.update(parallel.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

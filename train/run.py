@@ -24,7 +24,8 @@ from fastlm.config import ModelConfig, StageConfig
 from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
 from fastlm.errors import UserError, check
-from fastlm.model import Transformer, keep_attention, keep_what_fits
+from fastlm.model import Transformer, keep_what_fits
+from fastlm.model.memory import keep_attention
 from fastlm.monitor import Monitor, sparkline
 from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs, set_deterministic
 from fastlm.tokenizer import Tokenizer

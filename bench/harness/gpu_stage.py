@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from harness.gpu_timing import device, energy_meter, on_gpu, rehearsing
-from harness.stand_ins import stand_in
-from harness.words import word_tokenizer
+from bench.harness.gpu_timing import device, energy_meter, on_gpu, rehearsing
+from bench.harness.stand_ins import stand_in
+from bench.harness.words import word_tokenizer
 
 STOOD_IN = stand_in()  # before fastlm's loop is imported, which wants these packages
 

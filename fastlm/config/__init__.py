@@ -1,7 +1,6 @@
 """Configuration: frozen dataclasses of plain values, one for each command, and the presets."""
 
 from fastlm.config.commands import (
-    BenchConfig,
     ChatConfig,
     DataInspectConfig,
     DataPrepareConfig,
@@ -27,7 +26,6 @@ from fastlm.config.training import (
 
 __all__ = [
     "PRESETS",
-    "BenchConfig",
     "ChatConfig",
     "DataInspectConfig",
     "DataPrepareConfig",

@@ -210,16 +210,6 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """Tables and charts from the results that pytest bench/ --benchmark wrote."""
-
-    results: str = "bench/results"
-    """Folder with the result files."""
-    out: str = "docs/benchmarks.md"
-    """The page to write; its charts go into a folder of the same name beside it."""
-
-
-@dataclass(frozen=True)
 class PipelineConfig:
     """Pretrain, SFT, DPO, and the evaluation of each.
 

@@ -177,7 +177,7 @@ USE = [
     ),
     Case(
         "bench report",
-        "fastlm bench report --results {root}/bench/results --out {work}/benchmarks.md",
+        "python -m bench.scripts.report --results {root}/bench/results --out {work}/benchmarks.md",
         says="charts",
     ),
 ]

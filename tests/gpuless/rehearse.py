@@ -117,7 +117,7 @@ def arguments(case: Case) -> list[str]:
         return rest
     assert kind == "gpu", case.command
     results = str(WORK / "gpu.json")
-    return [str(ROOT / "bench" / "gpu.py"), "--part", rest[0], "--results", results]
+    return ["-m", "bench.scripts.gpu", "--part", rest[0], "--results", results]
 
 
 def run(case: Case, python: str) -> tuple[int, str]:
