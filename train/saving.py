@@ -91,3 +91,4 @@ class Saver:
             self.pending.digests.exception()
         parallel.all_reduce_max(0)
         self.publish()
+        parallel.all_reduce_max(0)
