@@ -72,6 +72,22 @@ COMMANDS = {
         required=("models",),
         large_blocks=True,
     ),
+    "report": Command(
+        "ReportConfig",
+        "fastlm.report.command:report",
+        "runs as one page: curves, samples and figures, for a browser",
+        example="fastlm report runs/pretrain-demo",
+        argument="runs...",
+        required=("runs",),
+    ),
+    "watch": Command(
+        "WatchConfig",
+        "fastlm.report.watch:watch",
+        "follow runs in a browser while they train",
+        example="fastlm watch runs/pretrain-demo",
+        argument="runs...",
+        required=("runs",),
+    ),
     "lm-eval": Command(
         "LmEvalConfig",
         "fastlm.evaluation.lm_eval_model:run_lm_eval",

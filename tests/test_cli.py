@@ -183,6 +183,13 @@ MISTAKES = [
     ("kernels --targets sm_91", "no target 'sm_91'; expected some of sm_80"),
     ("kernels --against ligr", "--against is 'ligr'; did you mean liger?"),
     ("kernels sm_90", "unexpected argument 'sm_90'; options are written --name value"),
+    ("report", "report needs RUNS: Folders of runs, or of a pipeline"),
+    ("report no/such/run", "no/such/run does not exist; give the folder of a run or of a pipeline"),
+    ("report {full}", "{full} holds no metrics.jsonl; give the folder of a run or of a pipeline"),
+    ("report runs/x --out page.txt", "--out is page.txt, expected a name that ends with .html"),
+    ("watch", "watch needs RUNS: Folders of runs, or of a pipeline"),
+    ("watch no/such/run", "no/such/run does not exist; give the folder of a run or of a pipeline"),
+    ("watch runs/x --port 70000", "port is 70000; it must lie in [0, 65535]"),
     ("doctor me", "unexpected argument 'me'; it takes no arguments"),
     ("doctor --json", "unknown option --json; see --help"),
 ]

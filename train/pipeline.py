@@ -25,6 +25,7 @@ from fastlm.evaluation.evaluate import open_scorer, read_documents, views
 from fastlm.evaluation.score import segment_nats, summarise
 from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
+from fastlm.report.command import write_report
 from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import loop, parallel
@@ -72,6 +73,9 @@ def pipeline(cfg: PipelineConfig) -> int:
         rows.append({"model": name} | score(cfg, place, console))
     files.write_json(out / "results.json", rows)
     show(console, cfg, rows)
+    page = out / "report.html"
+    write_report((str(out),), page, "", True, pick_device(cfg.eval.device), console)
+    print(f"Curves and samples: {page}")
     return 0
 
 

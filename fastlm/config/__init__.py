@@ -12,7 +12,9 @@ from fastlm.config.commands import (
     KernelsConfig,
     LmEvalConfig,
     PipelineConfig,
+    ReportConfig,
     Sampling,
+    WatchConfig,
 )
 from fastlm.config.model import PRESETS, ModelConfig
 from fastlm.config.training import (
@@ -41,8 +43,10 @@ __all__ = [
     "OptimConfig",
     "PipelineConfig",
     "PretrainConfig",
+    "ReportConfig",
     "Sampling",
     "SftConfig",
     "StageConfig",
     "TuningConfig",
+    "WatchConfig",
 ]

@@ -210,6 +210,38 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Write runs as one page: curves, samples and figures, for a browser."""
+
+    runs: tuple[str, ...] = ()
+    """Folders of runs, or of a pipeline; several are laid over one another."""
+    out: str = ""
+    """The page (default: report.html in the folder, of several runs here); the same in Markdown is
+    written beside it."""
+    data: str = ""
+    """Text to score the models on (default: that of the first run, else python-stdlib)."""
+    scores: bool = True
+    """Load each model, score it on the beginning of held-out text, and write samples."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Follow runs in a browser: their report without samples, made anew as they go on."""
+
+    runs: tuple[str, ...] = ()
+    """Folders of runs, or of a pipeline; several are laid over one another."""
+    port: int = 8642
+    """Port of the page."""
+    host: str = "127.0.0.1"
+    """Address of this machine that the page is served at; any but the default lets others see it."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.port < 65536, f"port is {self.port}; it must lie in [0, 65535]")
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """Pretrain, SFT, DPO, and the evaluation of each.
 
