@@ -29,7 +29,7 @@ rehearse:
 bench: .venv/developer
 	$(INSTALL) '.[bench]'
 	$(BIN)/python -m pytest bench --benchmark; missed=$$?; \
-	$(BIN)/python -m bench.scripts.cpu_scale && $(BIN)/python -m bench.scripts.report && exit $$missed
+	$(BIN)/python -m bench.scripts.cpu_scale && $(BIN)/python -m bench.scripts.write_page && exit $$missed
 
 lint: .venv/developer
 	$(BIN)/ruff check .

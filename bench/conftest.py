@@ -1,8 +1,9 @@
-"""Benchmarks: `pytest bench/` runs every case once, small, as a smoke test; `pytest bench/ --benchmark` measures.
+"""`pytest bench/ --benchmark` measures; `pytest bench/` runs every case once, small.
 
-Contenders take turns within every round, so that a machine that slows down slows all of them, and ratios are taken round by
-round. Results are printed as they come and kept in bench/results/<device>-<date>.json (results.py), after every case;
-`--compare FILE` fails where a ratio fell since that file was written. `--benchmark-json FILE` is pytest-benchmark's own file.
+Contenders take turns within every round, so that a machine that slows down slows all of them, and
+ratios are taken round by round. Results are printed as they come and kept in
+bench/results/<device>-<date>.json (results.py), after every case; `--compare FILE` fails where a
+ratio fell since that file was written. `--benchmark-json FILE` is pytest-benchmark's own file.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def pytest_collection_finish(session) -> None:
 
 
 def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
-    """Without a GPU its cases can be rehearsed (`make gpu`, or pytest bench/ alone), not measured."""
+    """Without a GPU its cases are rehearsed (`make gpu`, or pytest bench/ alone), not measured."""
     import torch
 
     if config.getoption("--benchmark") and not torch.cuda.is_available():
@@ -166,17 +167,23 @@ def measuring(request) -> bool:
 
 @pytest.fixture
 def record(request, benchmark):
-    """record(values, unit): rows of contenders that took turns; record(peer="liger", missing=why) or failed=why.
+    """record(values, unit): rows of contenders that took turns, printed when measuring.
 
-    measures: {contender: {name: number}}, such as tokens per second and GB/s, kept beside its row; notes: {contender: words};
-    fields: what every row gets beside that. case: a name beside the test's own. Printed at once when measuring.
+    record(peer="liger", missing=why), or failed=why: a contender that has no figures. measures:
+    {contender: {name: number}}, such as tokens per second, kept beside its row; notes: {contender:
+    words}; fields: what every row gets; case: a name beside the test's own.
     """
 
     def add(
-        values: dict[str, list[float]] | None = None, unit: str = "s", case: str = "", peer: str = "ours",
-        measures: dict[str, dict[str, float]] | None = None, notes: dict[str, str] | None = None,
-        fields: dict[str, object] | None = None, **why: str,
-    ) -> None:  # fmt: skip
+        values: dict[str, list[float]] | None = None,
+        unit: str = "s",
+        case: str = "",
+        peer: str = "ours",
+        measures: dict[str, dict[str, float]] | None = None,
+        notes: dict[str, str] | None = None,
+        fields: dict[str, object] | None = None,
+        **why: str,
+    ) -> None:
         where = place(request.node)
         where["case"] = " / ".join(filter(None, (where["case"], case)))
         rows = results.timed_rows(**where, unit=unit, values=values or {})
@@ -201,8 +208,8 @@ def record(request, benchmark):
 
 
 @pytest.fixture
-def report(request, record):
-    """report(name=number, ...): figures that belong to the case's own row, as tokens per second."""
+def add_measures(request, record):
+    """add_measures(name=number, ...): figures of the case's own row, as tokens per second."""
 
     def note(**values: float) -> None:
         where = place(request.node)
@@ -222,7 +229,10 @@ def report(request, record):
 
 @pytest.fixture
 def take_turns(benchmark, measuring, record):
-    """take_turns(ours, rivals, rounds): seconds of each round, by name ("ours" and the rivals'), or None when not measuring."""
+    """take_turns(ours, rivals, rounds): seconds of each round, by name.
+
+    The names are "ours" and the rivals'; None when not measuring.
+    """
 
     def run(
         ours: Callable, rivals: dict[str, Callable], rounds: int, warmup: int = 2
@@ -269,7 +279,7 @@ def contender(measuring):
 
 @pytest.fixture
 def kernels_on_device():
-    """On a machine without a GPU, CPU tensors take the Triton kernels, which Triton's interpreter then runs."""
+    """Without a GPU, CPU tensors take the Triton kernels, run by Triton's interpreter."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""SFT and DPO of a 16M-parameter model against TRL's trainers: real tokens and pairs per second, and memory.
+"""SFT and DPO of a 16M-parameter model against TRL's trainers: speed and memory.
 
-dim 256, 4 layers, vocabulary 50,257, length 512, fp32; each run in a process of its own, in turns. The data are Code Alpaca
-and AlpacaEval's pairs from the folder shared/data beside the project. The targets: five times the speed, a quarter of the
-memory.
+dim 256, 4 layers, vocabulary 50,257, length 512, fp32; each run in a process of its own, in turns.
+The data are Code Alpaca and AlpacaEval's pairs from the folder shared/data beside the project. The
+targets: five times the speed, a quarter of the memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(name: str, model: Path, data: Path) -> dict:
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_alignment(stage, measuring, record, benchmark, tmp_path):
-    """SFT in real tokens per second, DPO in pairs per second with the reference's pass; peak memory of each process."""
+    """SFT in real tokens per second, DPO in pairs per second with its reference pass; memory."""
     from bench.peers.alignment import make_model, turn
 
     model = make_model(tmp_path / "model", "full" if measuring else "small")
@@ -74,8 +74,11 @@ def test_alignment(stage, measuring, record, benchmark, tmp_path):
         if stage == "sft"
         else ("pairs_per_second", 1, "a pair")
     )
-    record({name: [many / v for v in values] for name, values in speed.items()}, case=what,
-           measures={name: {unit: statistics.median(values)} for name, values in speed.items()})  # fmt: skip
+    record(
+        {name: [many / v for v in values] for name, values in speed.items()},
+        case=what,
+        measures={name: {unit: statistics.median(values)} for name, values in speed.items()},
+    )
     record(memory, unit="peak GiB", case="memory")
     if "trl" not in names:
         record(peer="trl", missing="trl is not installed")
@@ -83,5 +86,6 @@ def test_alignment(stage, measuring, record, benchmark, tmp_path):
     faster = statistics.median(u / t for u, t in zip(speed["ours"], speed["trl"], strict=True))
     smaller = memory["trl"][0] / memory["ours"][0]
     assert faster >= FASTER and smaller >= SMALLER, (  # noqa: PT018 (one line that has both figures)
-        f"{stage}: {faster:.2f} times TRL's speed (target {FASTER:g}), a {smaller:.2f}th of its memory (target {SMALLER:g})"
+        f"{stage}: {faster:.2f} times TRL's speed (target {FASTER:g}), "
+        f"a {smaller:.2f}th of its memory (target {SMALLER:g})"
     )

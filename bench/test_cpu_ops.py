@@ -1,4 +1,4 @@
-"""Each op on the CPU against eager PyTorch, Inductor and a copy of as many bytes; attention against PyTorch's."""
+"""Each op on the CPU against eager PyTorch, Inductor and a copy; attention against PyTorch's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from bench.peers.operations import OPS, OURS, PLAIN, a_copy, inputs, moved, part
 from fastlm.kernels.attention import attention
 from fastlm.kernels.native import keep_large_blocks
 
-ATTENTION = {  # rows, tokens, heads, key/value heads: of the 30M model, of a 135M one, of a long text
+# rows, tokens, heads, key/value heads: of the 30M model, of a 135M one, of a long text
+ATTENTION = {
     "8x256, 6 heads": (8, 256, 6, 6),
     "4x1024, 9 and 3 heads": (4, 1024, 9, 3),
     "1x4096, 6 heads": (1, 4096, 6, 6),
@@ -44,7 +45,7 @@ def torch_attention(q, k, v):
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 @pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
-def test_cpu_attention(shape, part, measuring, take_turns, report):
+def test_cpu_attention(shape, part, measuring, take_turns, add_measures):
     """Causal attention in plain rows, heads of 64 numbers."""
     keep_large_blocks()
     rows, length, heads, kv_heads = shape
@@ -57,4 +58,4 @@ def test_cpu_attention(shape, part, measuring, take_turns, report):
     )
     if found:  # the forward has 2 products of T^2 / 2 x Dh, the backward 5
         flops = (2 if part == "forward" else 5) * rows * heads * length**2 * 64
-        report(gflops=flops / statistics.median(found["ours"]) / 1e9)
+        add_measures(gflops=flops / statistics.median(found["ours"]) / 1e9)

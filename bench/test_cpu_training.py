@@ -1,4 +1,4 @@
-"""A training step on the CPU against Hugging Face Llama and the matmul bound, the head's loss, and the start-up time."""
+"""A training step on the CPU against Hugging Face Llama; the head's loss; the start-up time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_cpu_training_step(mode, contender, measuring, record, benchmark):
-    """30M parameters, batch 8 x 256, fp32: against Hugging Face Llama, against the matmuls alone, and the memory."""
+    """30M parameters, batch 8 x 256, fp32: Hugging Face Llama, the matmuls alone, memory."""
     pytest.importorskip(
         "transformers", reason="transformers, the peer of this case, is not installed"
     )
@@ -55,7 +55,7 @@ def test_cpu_training_step(mode, contender, measuring, record, benchmark):
 
 
 def test_cpu_linear_cross_entropy(contender, measuring, record, benchmark):
-    """N = 4096, D = 384, V = 50257, forward and backward: against torch's own, against matmul + cross_entropy; memory."""
+    """N = 4096, D = 384, V = 50257, forward and backward: torch's own, matmul + cross_entropy."""
     names = {"ours": "our head", "matmul + cross_entropy": "plain head"}
     if hasattr(F, "linear_cross_entropy"):
         names["torch linear_cross_entropy"] = "torch head"
@@ -75,12 +75,15 @@ def test_cpu_linear_cross_entropy(contender, measuring, record, benchmark):
         )
 
 
-def test_cpu_start_up(measuring, report, benchmark, tmp_path):
-    """`fastlm --help`, and an eager run from the command to its first step, tokenising and a validation included."""
+def test_cpu_start_up(measuring, add_measures, benchmark, tmp_path):
+    """`fastlm --help`, and an eager run from the command to its first step.
+
+    The run tokenises its text and validates.
+    """
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4000, encoding="utf-8")
-    run = ["pretrain", "--preset", "tiny", "--steps", "1", "--data", str(text), "--seq-len", "64", "--batch-rows", "4",
-           "--device", "cpu", "--cache", str(tmp_path / "cache")]  # fmt: skip
+    options = "pretrain --preset tiny --steps 1 --seq-len 64 --batch-rows 4 --device cpu"
+    run = [*options.split(), "--data", str(text), "--cache", str(tmp_path / "cache")]
 
     def timed(*arguments: str) -> float:
         start = time.perf_counter()
@@ -106,11 +109,13 @@ def test_cpu_start_up(measuring, report, benchmark, tmp_path):
     ]
     if measuring:  # the smoke test leaves the run to the tests of the command line
         first = [first_step(*run, "--out", str(tmp_path / f"run{i}")) for i in range(3)]
-        report(help_seconds=statistics.median(helps), first_step_seconds=statistics.median(first))
+        add_measures(
+            help_seconds=statistics.median(helps), first_step_seconds=statistics.median(first)
+        )
 
 
 def test_cpu_scale_point(benchmark):
-    """One small point of the scale curve, which has a command of its own: bench/scripts/cpu_scale.py."""
+    """One small point of the scale curve, whose command is bench/scripts/cpu_scale.py."""
     from bench.scripts.cpu_scale import Point, run
 
     found = benchmark.pedantic(

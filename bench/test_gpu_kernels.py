@@ -44,7 +44,7 @@ OPTIONS = {"dtype": torch.bfloat16}
 
 @cache
 def compiled(op: str):
-    """One compiled function for all parts and shapes of an operation; rehearsed without Inductor."""
+    """One compiled function for all parts and shapes of an operation; eager in a rehearsal."""
     backend = "inductor" if on_gpu() else "eager"
     return torch.compile(PLAIN[op], dynamic=False, fullgraph=True, backend=backend)
 

@@ -2,9 +2,9 @@
 
 "ours" is the whole stage for 300 steps: Muon, clipping, monitor, prefetched batches, the last
 validation and checkpoint; its loss curve is kept. Each other contender is 30 steps of it with one
-thing changed, or a peer, in a process of its own (bench/scripts/gpu.py starts one for each). "plain PyTorch
-compiled" is the same loop with the fused operations written in plain PyTorch. Times are those
-between the starts of neighbouring steps on the GPU's clock, after ten steps.
+thing changed, or a peer, in a process of its own (bench/scripts/gpu.py starts one for each). "plain
+PyTorch compiled" is the same loop with the fused operations written in plain PyTorch. Times are
+those between the starts of neighbouring steps on the GPU's clock, after ten steps.
 """
 
 from __future__ import annotations

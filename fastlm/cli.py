@@ -134,7 +134,7 @@ COMMANDS = {
     ),
     "data prepare": Command(
         "DataPrepareConfig",
-        "fastlm.data.commands:prepare",
+        "fastlm.data.prepare_and_inspect:prepare",
         "tokenise text into a folder, to train from it later",
         example="fastlm data prepare FILE.jsonl --out DIR",
         argument="sources...",
@@ -142,7 +142,7 @@ COMMANDS = {
     ),
     "data inspect": Command(
         "DataInspectConfig",
-        "fastlm.data.commands:inspect",
+        "fastlm.data.prepare_and_inspect:inspect",
         "show what a prepared folder holds, and check every hash",
         example="fastlm data inspect DIR",
         argument="folder",

@@ -57,7 +57,7 @@ class Tuning(Generic[C]):
 
     @cached_property
     def room(self) -> tuple[int, int]:
-        """Segments and keys that a micro-batch may have: one size for all, so nothing compiles twice."""
+        """Segments and keys that a micro-batch may have: one size, so that nothing compiles twice."""
         sizes = [self.train.room(self.micro_rows)]
         if self.held_out is not None:
             sizes.append(self.held_out.room(self.micro_rows))
@@ -103,8 +103,8 @@ class Tuning(Generic[C]):
 def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
     """Open the model and the examples, pack them, settle the steps, and say so.
 
-    load: reads the examples. group: sequences that belong together, two in a pair of answers. share:
-    whether a pair's prompt is computed once for both.
+    load: reads the examples. group: sequences that belong together, two in a pair of answers.
+    share: whether a pair's prompt is computed once for both.
     """
     device = check_start(cfg)
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
@@ -134,7 +134,7 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
 
 
 def read_examples(cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]) -> Examples:
-    """The examples of a stage; one process of each machine reads them, the others find its cache."""
+    """The examples of a stage; the main process of each machine reads them, the others its cache."""
     with parallel.main_process_first():
         return load(
             cfg.data,

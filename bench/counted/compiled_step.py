@@ -1,16 +1,21 @@
-"""The GPU program of a whole compiled training step, counted without a GPU: bytes, launches, memory, and a projected time.
+"""A whole compiled training step's GPU program, counted without a GPU: bytes, launches, memory.
 
-    python -m bench.counted.compiled_step [--preset modern-253m] [--rows 32] [--seq-len 1024] [--stage pretrain] [--plain] [--json]
-    python -m bench.counted.compiled_step --trainer [--before] [--preset modern-253m] [--rows 32] [--seq-len 1024]
+    python -m bench.counted.compiled_step [--preset modern-253m] [--rows 32] [--seq-len 1024]
+                                          [--stage pretrain] [--plain] [--json]
+    python -m bench.counted.compiled_step --trainer [--before] [--preset modern-253m]
+                                          [--rows 32] [--seq-len 1024]
 
-Counted with tests/gpuless/gpucompile.py. The fused ops are counted with their own traffic: what they take in and give out, and
-what they move inside (norms' partial sums; for the head's loss two passes over the logits, since their second read
-finds them in the L2 cache (docs/kernels.md), and the cast of its weight). What is kept for the backward is decided as on an
-80 GB GPU.
---plain: the same model written in plain PyTorch. --trainer: the whole step of fastlm pretrain, with clipping, Muon and
-AdamW (optimizer_step.py); --before: that step, 32 x 1024, as it was before the optimizers had kernels of their own. Every
-time printed is a projection from counts, not a measurement; attention's own (attention_ms) is beside the projected time, not
-in it, but in the trainer's.
+Counted with tests/gpuless/gpucompile.py. The fused ops are counted with their own traffic: what
+they take in and give out, and what they move inside (norms' partial sums; for the head's loss two
+passes over the logits, since their second read finds them in the L2 cache (docs/kernels.md), and
+the cast of its weight). What is kept for the backward is decided as on an 80 GB GPU.
+
+--plain: the same model written in plain PyTorch. --trainer: the whole step of fastlm pretrain, with
+clipping, Muon and AdamW (optimizer_step.py); --before: that step, 32 x 1024, as it was before the
+optimizers had kernels of their own.
+
+Every time printed is a projection from counts, not a measurement. Attention's own (attention_ms)
+stands beside the projected time and is not in it, but is in the trainer's.
 """
 
 from __future__ import annotations
@@ -94,7 +99,10 @@ def plain_operations():
 
 
 def inside(name: str, config, tokens: int, counted: int) -> tuple[int, int]:
-    """(bytes, launches) of one call of a fused op beside what it takes in and gives out; for the head's ops, in all."""
+    """(bytes, launches) of a fused op's call, beside what it takes in and gives out.
+
+    For the head's ops, in all.
+    """
     from fastlm.kernels.rms_norm import _partials
 
     if "rms_norm_backward" in name:
@@ -152,7 +160,10 @@ def sft_step(model, config, rows: int, seq_len: int):
 
 
 def dpo_step(model, config, rows: int, seq_len: int):
-    """Packed pairs of answers, half of the targets counted, the reference's log-probabilities read from their file."""
+    """Packed pairs of answers, half of the targets counted.
+
+    The reference's log-probabilities are read from their file.
+    """
     from fastlm.train import losses
 
     counted, units = rows * seq_len // 2, 4 * rows
@@ -169,9 +180,10 @@ def dpo_step(model, config, rows: int, seq_len: int):
 
 
 def attention_ms(config, tokens: int, length: int) -> float:
-    """Causal attention's two products in documents of so many tokens, forward and backward, at 700 TFLOP/s.
+    """Time of causal attention's two products, forward and backward, at 700 TFLOP/s.
 
-    gpucompile.py has no count for attention's operator; the projected time leaves it out, and this is what is left out.
+    In documents of so many tokens. gpucompile.py has no count for attention's operator: the
+    projected time leaves it out, and this is what is left out.
     """
     return 1e3 * tokens * config.n_layers * 6 * length * config.n_heads * config.head_dim / 700e12
 
@@ -180,7 +192,10 @@ STEPS = {"pretrain": pretrain_step, "sft": sft_step, "dpo": dpo_step}
 
 
 def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "pretrain") -> dict:
-    """Counts of one compiled step of a stage: rows x seq_len tokens, bf16 autocast, forward and backward."""
+    """Counts of one compiled step of a stage, forward and backward, under bf16 autocast.
+
+    The step has rows x seq_len tokens.
+    """
     from gpucompile import DEVICE, compile_for_gpu
 
     import fastlm.kernels.flops
@@ -214,7 +229,8 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
     with swapped, mock.patch("fastlm.kernels.native.available", unavailable):
         report = compile_for_gpu(step, build)
     generated = sum(g.generated_bytes for g in report.graphs)
-    # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no GPU attention does
+    # attention is traced as its CPU operator, which wants its log-sum-exp transposed (a few MB): no
+    # GPU attention does
     attention = sum(
         n for g in report.graphs for k, n in g.launches.items() if "attention_for_cpu" in k
     )
@@ -249,23 +265,38 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
     traffic = generated / 1e9 + sum(row[2] for row in fused.values())
     seconds = matmul_s + head_s + traffic / 3000
     return {
-        "tokens": tokens, "plain": plain,
-        "traffic_gb": traffic, "generated_gb": generated / 1e9, "generated_launches": launches,
+        "tokens": tokens,
+        "plain": plain,
+        "traffic_gb": traffic,
+        "generated_gb": generated / 1e9,
+        "generated_launches": launches,
         "launches": launches + sum(row[1] for row in fused.values()),
         "cpu_attention_launches": attention,
         "saved_gb": report.graphs[0].saved_bytes / 1e9,
         # dW of the head, fp32, read and written by its matmuls: in no other figure here
-        "head_dw_gb": (2 * head_chunks(config, box["counted"]) - 1) * 4 * config.padded_vocab_size * config.dim / 1e9,
+        "head_dw_gb": (2 * head_chunks(config, box["counted"]) - 1)
+        * 4
+        * config.padded_vocab_size
+        * config.dim
+        / 1e9,
         "matmul_ms": 1e3 * (matmul_s + head_s),
-        "attention_ms": attention_ms(config, tokens, seq_len if stage == "pretrain" else seq_len // 8),
-        "projected_ms": 1e3 * seconds, "projected_tokens_per_s": tokens / seconds,
+        "attention_ms": attention_ms(
+            config, tokens, seq_len if stage == "pretrain" else seq_len // 8
+        ),
+        "projected_ms": 1e3 * seconds,
+        "projected_tokens_per_s": tokens / seconds,
         "fused": fused,
-        "generated": {f"{g.which} {k}": n for g in report.graphs for k, n in g.launches.most_common()},
-    }  # fmt: skip
+        "generated": {
+            f"{g.which} {k}": n for g in report.graphs for k, n in g.launches.most_common()
+        },
+    }
 
 
 class Part(NamedTuple):
-    """One part of the trainer's step: what passes through kernels that are not matmuls, in how many launches, and times."""
+    """One part of the trainer's step: attention, matmuls, or what passes through other kernels.
+
+    gb and launches: of the kernels that are not matmuls.
+    """
 
     name: str
     gb: float
@@ -274,12 +305,14 @@ class Part(NamedTuple):
     expected_ms: float  # at the rates that are assumed to be reached
 
 
-# Assumed: kernels reach 85% of 3.0 TB/s, matmuls 90% of 700 TFLOP/s; attention 288 TFLOP/s, which is cuDNN's forward with
-# heads of 64 at 1,024 tokens in the FlashAttention-3 paper (Shah et al. 2024).
+# Assumed: kernels reach 85% of 3.0 TB/s, matmuls 90% of 700 TFLOP/s; attention 288 TFLOP/s, which
+# is cuDNN's forward with heads of 64 at 1,024 tokens in the FlashAttention-3 paper (Shah et al.
+# 2024).
 KERNELS_REACH = 0.85
 MATMULS_REACH = 0.9
 ATTENTION_REACHES = 288 / 700
-# Counted at commit d3e1301 by the same functions; the launches of its clipping are those that PyTorch made on fakegpu.
+# Counted at commit d3e1301 by the same functions; the launches of its clipping are those that
+# PyTorch made on fakegpu.
 BEFORE = ROOT / "bench" / "results" / "before" / "trainer-step.json"
 
 
@@ -309,7 +342,8 @@ def models() -> dict:
 def trainer_step(config, rows: int, seq_len: int) -> list[Part]:
     """The parts of a step of fastlm pretrain with Muon, and their sum.
 
-    Not in it: batches, which are copied beside the step before (0.5 MB for 32,768 tokens), and gaps between launches.
+    Not in it: batches, which are copied beside the step before (0.5 MB for 32,768 tokens), and gaps
+    between launches.
     """
     from bench.counted import optimizer_step
 
@@ -339,7 +373,8 @@ def print_trainer_step(config, rows: int, seq_len: int, parts: list[Part]) -> No
     from fastlm.model import training_flops_per_token
 
     print(
-        f"{'projected, not measured':34} {'GB':>6} {'launches':>8} {'bound, ms':>9} {'expected, ms':>12}"
+        f"{'projected, not measured':34} {'GB':>6} {'launches':>8} "
+        f"{'bound, ms':>9} {'expected, ms':>12}"
     )
     for p in parts:
         print(f"{p.name:34} {p.gb:6.2f} {p.launches:8} {p.bound_ms:9.2f} {p.expected_ms:12.2f}")
@@ -379,9 +414,9 @@ def main() -> None:
         if isinstance(value, dict):
             print(f"{key}:")
             for name, row in value.items():
-                print(
-                    f"    {name}: {row if isinstance(row, int) else f'{row[0]} calls, {row[1]} launches, {row[2]:.2f} GB'}"
-                )
+                if not isinstance(row, int):
+                    row = f"{row[0]} calls, {row[1]} launches, {row[2]:.2f} GB"
+                print(f"    {name}: {row}")
         else:
             print(f"{key}: {value:,.1f}" if isinstance(value, float) else f"{key}: {value}")
 

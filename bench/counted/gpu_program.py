@@ -1,13 +1,18 @@
-"""What the compiled GPU programs cost, counted without a GPU, into bench/results: so that a change that costs the GPU shows.
+"""What the compiled GPU programs cost, counted without a GPU, into bench/results.
 
-    python -m bench.counted.gpu_program [steps] [kernels] [scale] [trainer] [--only WORDS] [--results FILE]
+    python -m bench.counted.gpu_program [steps] [kernels] [scale] [trainer]
+                                        [--only WORDS] [--results FILE]
 
-steps: the pretrain, SFT and DPO step of three models, beside the same models in plain PyTorch under torch.compile
-(compiled_step.py). kernels: the kernels' PTX executed in a simulator, beside Liger-Kernel's where it is installed
-(simulated_kernels.py). scale: the pretrain step of modern-253m as batch, sequence length, vocabulary and model grow. trainer:
-the whole step of fastlm pretrain, optimizers included, of four models, and what it was. Everything is counted; times are
-projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. They are
-counted with tests/gpuless. About 15 minutes on one core for all parts.
+steps    the pretrain, SFT and DPO step of three models, beside the same models in plain PyTorch
+         under torch.compile (compiled_step.py)
+kernels  the kernels' PTX executed in a simulator, beside Liger-Kernel's where it is installed
+         (simulated_kernels.py)
+scale    the pretrain step of modern-253m as batch, sequence length, vocabulary and model grow
+trainer  the whole step of fastlm pretrain, optimizers included, of four models, and what it was
+
+A change that costs the GPU shows here. Everything is counted, with tests/gpuless; times are
+projected from the counts (3.0 TB/s, 700 TFLOP/s) and never measured. About 15 minutes on one core
+for all parts.
 """
 
 from __future__ import annotations
@@ -47,8 +52,12 @@ def steps(only: str) -> Iterator[list[dict]]:
             }
             for counts in found.values():
                 counts["ms"] = counts["projected_ms"] + counts["attention_ms"]
-            units = {"traffic_gb": "GB through kernels that are not matmuls", "launches": "launches of them",
-                     "saved_gb": "GB saved for the backward", "ms": "ms, projected"}  # fmt: skip
+            units = {
+                "traffic_gb": "GB through kernels that are not matmuls",
+                "launches": "launches of them",
+                "saved_gb": "GB saved for the backward",
+                "ms": "ms, projected",
+            }
             for key, unit in units.items():
                 yield results.timed_rows(
                     "compiled step", case, unit, {peer: [f[key]] for peer, f in found.items()}
@@ -74,14 +83,28 @@ def kernels(only: str) -> Iterator[list[dict]]:
 
 
 def scale(only: str) -> Iterator[list[dict]]:
-    """Projected time per token, the part of it that is matmuls, and memory, along four axes from modern-253m at 32 x 1024."""
+    """Projected time per token, its matmuls, and memory, as modern-253m at 32 x 1024 grows.
+
+    Along four axes.
+    """
     points = [
         *(("sequence length", n, BASE, 32768 // n, n) for n in (128, 256, 512, 1024, 2048, 4096)),
         *(("batch rows", n, BASE, n, 1024) for n in (1, 4, 16, 32)),
-        *(("vocabulary", n, replace(BASE, vocab_size=n), 32, 1024) for n in (1024, 8192, 50257, 131072)),
-        *(("million parameters", round(count_parameters(c) / 1e6), c, 32, 1024)
-          for c in (PRESETS["tiny"], SMALL, replace(PRESETS["modern-124m"], max_seq_len=4096), BASE, LARGE)),
-    ]  # fmt: skip
+        *(
+            ("vocabulary", n, replace(BASE, vocab_size=n), 32, 1024)
+            for n in (1024, 8192, 50257, 131072)
+        ),
+        *(
+            ("million parameters", round(count_parameters(c) / 1e6), c, 32, 1024)
+            for c in (
+                PRESETS["tiny"],
+                SMALL,
+                replace(PRESETS["modern-124m"], max_seq_len=4096),
+                BASE,
+                LARGE,
+            )
+        ),
+    ]
     known: dict[tuple, dict] = {}
     for axis, at, config, rows, length in points:
         if only not in axis:
@@ -114,7 +137,7 @@ def scale(only: str) -> Iterator[list[dict]]:
 
 
 def trainer(only: str) -> Iterator[list[dict]]:
-    """The whole step of fastlm pretrain, and the same before the optimizers had kernels of their own."""
+    """The whole step of fastlm pretrain, beside the same without kernels for the optimizers."""
     for name, before in compiled_step.trainer_steps_before().items():
         case = f"{name}, 32 x 1024"
         if only not in case:
@@ -123,8 +146,12 @@ def trainer(only: str) -> Iterator[list[dict]]:
             "ours": compiled_step.trainer_step(compiled_step.models()[name], 32, 1024)[-1],
             "before": before[-1],
         }
-        units = {"gb": "GB through kernels that are not matmuls", "launches": "launches of them",
-                 "bound_ms": "ms, lower bound", "expected_ms": "ms, expected"}  # fmt: skip
+        units = {
+            "gb": "GB through kernels that are not matmuls",
+            "launches": "launches of them",
+            "bound_ms": "ms, lower bound",
+            "expected_ms": "ms, expected",
+        }
         for field, unit in units.items():
             values = {peer: [getattr(total, field)] for peer, total in totals.items()}
             yield results.timed_rows("trainer step", case, unit, values)
@@ -143,9 +170,12 @@ def main() -> None:
     args = parser.parse_args()
     machine = results.machine()
     about = {
-        "kind": "projected", "device": "One H100, projected", "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "hardware": {"memory": "3.0 TB/s", "bf16 matmuls": "700 TFLOP/s"}, "versions": machine["versions"],
-    }  # fmt: skip
+        "kind": "projected",
+        "device": "One H100, projected",
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "hardware": {"memory": "3.0 TB/s", "bf16 matmuls": "700 TFLOP/s"},
+        "versions": machine["versions"],
+    }
     for part in args.parts or PARTS:
         stamp = {"command": f"python -m bench.counted.gpu_program {part}", "date": about["date"]}
         for rows in PARTS[part](args.only):

@@ -1,7 +1,8 @@
-"""What clipping and the optimizers ask of a GPU in one step, counted on tensors without storage: bytes, FLOPs, launches.
+"""Clipping and the optimizers in one GPU step, counted without storage: bytes, FLOPs, launches.
 
-Each operation that PyTorch is asked for counts with what it reads and writes, each tensor once; a kernel of our own with
-kernels/updates.py's PASSES, which a test counts. A pass over a list is as many launches as PyTorch makes of it.
+Each operation that PyTorch is asked for counts with what it reads and writes, each tensor once; a
+kernel of our own with kernels/updates.py's PASSES, which a test counts. A pass over a list is as
+many launches as PyTorch makes of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ WRITTEN_ONLY = ("copy_", "zero_", "fill_", "_foreach_zero_")
 
 @dataclass
 class Part:
-    """Counts of one part of a step. matmul_s: each matmul at its own bound, by FLOPs or by bytes."""
+    """Counts of one part of a step.
+
+    matmul_s: each matmul at its own bound, by FLOPs or by bytes.
+    """
 
     traffic: float = 0.0
     launches: int = 0

@@ -1,10 +1,11 @@
-"""Our kernels' and Liger-Kernel's compiled for an H100 and executed on the CPU: sectors, requests, conflicts, lower bounds.
+"""Our kernels and Liger-Kernel's, compiled for an H100 and executed on the CPU.
 
     python -m bench.counted.simulated_kernels [--liger]
 
-Executed by tests/gpuless/ptxsim; --liger needs the package liger-kernel. Columns: bytes a row, sector bytes per byte
-asked for and bytes a request on the streamed operands, shared-memory bank conflicts per thousand instructions, and the issue
-and special-function bounds as shares of the memory bound (3.0 TB/s). Projections from counts, not measurements.
+Executed by tests/gpuless/ptxsim; --liger needs the package liger-kernel. Columns: bytes a row,
+sector bytes per byte asked for and bytes a request on the streamed operands, shared-memory bank
+conflicts per thousand instructions, and the issue and special-function bounds as shares of the
+memory bound (3.0 TB/s). Projections from counts, not measurements.
 """
 
 from __future__ import annotations
@@ -40,9 +41,13 @@ def counts(case) -> dict[str, float]:
         s.instructions.total() for _, s in record
     )
     return {
-        "bytes a row": asked / rows, "sector bytes / byte": sectors / asked, "bytes / request": asked / requests,
-        "conflicts / 1000": 1e3 * conflicts, "issue / memory": issue / memory, "special / memory": mufu / memory,
-    }  # fmt: skip
+        "bytes a row": asked / rows,
+        "sector bytes / byte": sectors / asked,
+        "bytes / request": asked / requests,
+        "conflicts / 1000": 1e3 * conflicts,
+        "issue / memory": issue / memory,
+        "special / memory": mufu / memory,
+    }
 
 
 def chosen_cases(liger: bool) -> list:

@@ -1,4 +1,7 @@
-"""Two charts as SVG text: ratios as dots with their spread, and costs as curves. The same rows always give the same text."""
+"""Two charts as SVG text: ratios as dots with their spread, and costs as curves.
+
+The same rows always give the same text.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,13 @@ def text(x: float, y: float, words: str, anchor: str = "start", more: str = "") 
 def line(
     x1: float, y1: float, x2: float, y2: float, colour: str = "#dddddd", width: float = 1
 ) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
 
 
 def svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img">'
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     inside = [
         f"<title>{escape(title)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
@@ -54,7 +59,10 @@ def legend(peers: list[str], y: float) -> list[str]:
 
 
 def dots(title: str, rows: list[Row]) -> str:
-    """Each case a line, each contender a dot at its ratio to ours, a bar from the tenth to the ninetieth percentile."""
+    """Each case a line, each contender a dot at its ratio to ours.
+
+    A bar goes from the tenth to the ninetieth percentile.
+    """
     cases = list(dict.fromkeys((row["case"], row["unit"]) for row in rows))
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     left, right, top, step = 20 + 6.2 * max(len(f"{c}, {u}") for c, u in cases), 20.0, 58.0, 16.0
@@ -95,7 +103,10 @@ def dots(title: str, rows: list[Row]) -> str:
 
 
 def curves(axis: str, rows: list[Row]) -> str:
-    """The median of each contender over the axis, both logarithmic; the unit is that of the first row."""
+    """The median of each contender over the axis, both logarithmic.
+
+    The unit is that of the first row.
+    """
     unit = rows[0]["unit"]
     rows = [row for row in rows if row.get("unit") == unit]
     peers = list(dict.fromkeys(row["peer"] for row in rows))

@@ -18,7 +18,10 @@ def ratio(others: list[float], ours: list[float]) -> float:
 
 
 class Contender:
-    """One contender of contenders.py in a process of its own, which waits between its turns; small ones stay in this one."""
+    """One contender of contenders.py in a process of its own, which waits between its turns.
+
+    Small ones stay in this one.
+    """
 
     def __init__(self, name: str, small: bool):
         self.process = None

@@ -196,7 +196,7 @@ class Seen:
         return found
 
     def losses(self, every: int) -> list[list[float]]:
-        """[step, loss] of every so-manieth step and of the last."""
+        """[step, loss] of one step in `every`, and of the last."""
         rows = [(row["step"], row["loss"]) for row in self.metrics if "loss" in row]
         return [[step, loss] for step, loss in rows if step % every == 0 or step == rows[-1][0]]
 

@@ -1,7 +1,7 @@
 """docs/benchmarks.md and its charts, from the JSON files that the benchmarks write.
 
-results.py says what a row is. The text under a heading `## GROUP` of notes.md in the same folder stands above that group's
-tables. The same files always give the same page.
+results.py says what a row is. The text under a heading `## GROUP` of notes.md in the same folder
+stands above that group's tables. The same files always give the same page.
 """
 
 from __future__ import annotations
@@ -45,14 +45,24 @@ def section(
 
 
 def render(folder: Path) -> tuple[str, dict[str, str]]:
-    """(docs/benchmarks.md, its charts by file name). Raises UserError where there are no results or a file is broken."""
+    """The text of docs/benchmarks.md, and its charts by file name.
+
+    Raises UserError where there are no results or a file is broken.
+    """
     files = sorted(folder.glob("*.json"))
     if not files:
         raise UserError(f"no results in {folder}; write some: pytest bench/ --benchmark")
     words = notes(folder)
     charts: dict[str, str] = {}
-    out = ["<!-- Written by `python -m bench.scripts.report` from bench/results; the words are in bench/results/notes.md. -->", "",
-           "# Benchmarks", "", words.get("method", ""), ""]  # fmt: skip
+    out = [
+        "<!-- Written by `python -m bench.scripts.write_page` from bench/results; "
+        "the words are in bench/results/notes.md. -->",
+        "",
+        "# Benchmarks",
+        "",
+        words.get("method", ""),
+        "",
+    ]
     for kind, heading in (
         ("measured", "Measured"),
         ("projected", "Projections: counted, not measured"),
@@ -80,7 +90,10 @@ def render(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def write(folder: Path, out: Path) -> list[Path]:
-    """Write the page and its charts, into a folder named like the page beside it. Returns what was written."""
+    """Write the page and its charts, into a folder named like the page beside it.
+
+    Returns what was written.
+    """
     text, charts = render(folder)
     images = out.with_suffix("")
     images.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,21 @@
-"""The file that benchmarks write: what was measured, on what machine, with which versions, by which command.
+"""The file that benchmarks write: what was measured, where, with which versions and command.
 
-A row is one quantity of one contender in one case; an earlier row of the same group, case, contender and unit is replaced:
+A row is one quantity of one contender in one case. It replaces an earlier row of the same group,
+case, contender and unit:
 
-    {"group", "case", "peer", "unit", "median", "q10", "q90", "rounds", "ratio": {"median", "q10", "q90"}, "measures": {...}}
+    {"group", "case", "peer", "unit", "median", "q10", "q90", "rounds",
+     "ratio": {"median", "q10", "q90"}, "measures": {...}}
     {"group", "case", "peer", "missing": why}       a contender that is not installed: never a pass
     {"group", "case", "peer", "failed": why}
 
-Rows of a GPU (bench/scripts/gpu.py) also have "part", "device", "attention", "torch", "triton" and "run", the time that it began.
-Their peers are often measured in processes of their own; the ratio is then that of the medians, from the worst to the best
-tenth. "note" says in words what a figure cannot, such as "not checked: rehearsal".
+Rows of a GPU (bench/scripts/gpu.py) also have "part", "device", "attention", "torch", "triton" and
+"run", the time that it began. Their peers are often measured in processes of their own; the ratio
+is then that of the medians, from the worst to the best tenth. "note" says in words what a figure
+cannot, such as "not checked: rehearsal".
 
-Less is better in every unit. ratio is the contender's value over ours, taken round by round: above 1 ours is better. Where
-the contender is a ceiling (a copy of as many bytes, the matmuls alone) it is the share of the ceiling that ours reaches.
+Less is better in every unit. ratio is the contender's value over ours, taken round by round: above
+1 ours is better. Where the contender is a ceiling (a copy of as many bytes, the matmuls alone) it
+is the share of the ceiling that ours reaches.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 CEILINGS = ("copy", "matmul")
-NOISE = 0.15  # medians of ratios move by a tenth from run to run on two busy cores; wider spreads are seen in the rounds
+# Medians of ratios move by a tenth from run to run on two busy cores; wider spreads are seen in the
+# rounds themselves.
+NOISE = 0.15
 PACKAGES = (
     "torch",
     "triton",
@@ -53,7 +59,10 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def timed_rows(group: str, case: str, unit: str, values: dict[str, list[float]]) -> list[dict]:
-    """Rows of contenders that took turns: values by name, one a round; the ratio to "ours" round by round."""
+    """Rows of contenders that took turns: values by name, one a round.
+
+    The ratio to "ours" round by round.
+    """
     rows = []
     for peer, series in values.items():
         row = {
@@ -78,7 +87,10 @@ def ours(row: dict) -> bool:
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """The rows with a ratio where ours was measured in another process: medians, and the tenths furthest apart."""
+    """The rows with a ratio where ours was measured in another process.
+
+    Medians, and the tenths furthest apart.
+    """
     mine = {
         key(row)[:2] + key(row)[3:]: row
         for row in rows
@@ -101,7 +113,10 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
 
 def place(file: str, test: str, contender: str = "") -> dict[str, str]:
-    """Group and case of a test: its file's and its own name, without the contender where it measures one alone."""
+    """Group and case of a test, from its file's and its own name.
+
+    contender: the one that it measures alone, if it does.
+    """
     group = file.removeprefix("test_")
     name, _, parameters = test.removeprefix("test_").rstrip("]").partition("[")
     if contender:
@@ -130,7 +145,10 @@ def key(row: dict) -> tuple:
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """Old rows and new ones; a measurement also replaces what was missing or failed, and the other way round."""
+    """Old rows and new ones, where a new one replaces an old one of its contender.
+
+    A measurement also replaces what was missing or failed, and the other way round.
+    """
     replaced = {key(row)[:3] for row in new if "missing" in row or "failed" in row} | {
         (*key(row)[:3], "") for row in new
     }
@@ -145,7 +163,10 @@ def read(path: Path) -> dict:
 
 
 def save(path: Path, about: dict, rows: list[dict]) -> None:
-    """Merge the rows into the file; whoever reads it sees the file before or after, never half of it."""
+    """Merge the rows into the file.
+
+    Whoever reads it sees the file before or after, never half of it.
+    """
     old = read(path)["rows"] if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -157,11 +178,11 @@ def save(path: Path, about: dict, rows: list[dict]) -> None:
 
 
 def falls(old: list[dict], new: list[dict], band: float = NOISE) -> list[str]:
-    """What became worse: ratios that fell by more than the band, contenders measured before that now fail.
+    """What became worse: ratios that fell, and contenders that were measured and now fail.
 
-    A ratio fell where its median is below the earlier one by more than the band, and nine in ten rounds are below nine in ten
-    of the earlier ones. Only ratios are compared, never times: another machine, or the same one busier, has other times and
-    about these ratios.
+    A ratio fell where its median is below the earlier one by more than the band, and nine in ten
+    rounds are below nine in ten of the earlier ones. Only ratios are compared, never times: another
+    machine, or the same one busier, has other times and about these ratios.
     """
     before, found = {key(row): row for row in old}, []
     measured = {key(row)[:3] for row in old if "median" in row}
@@ -173,7 +194,8 @@ def falls(old: list[dict], new: list[dict], band: float = NOISE) -> list[str]:
             was, now = earlier["ratio"]["median"], row["ratio"]["median"]
             if now < (1 - band) * was and row["ratio"]["q90"] < earlier["ratio"]["q10"]:
                 found.append(
-                    f"{name}, {row['unit']}: the ratio fell from {was:.2f} to {now:.2f}, by more than {band:.0%}"
+                    f"{name}, {row['unit']}: the ratio fell from {was:.2f} to {now:.2f}, "
+                    f"by more than {band:.0%}"
                 )
     return found
 
@@ -182,7 +204,10 @@ def comparison(old: list[dict], new: list[dict]) -> tuple[list[str], bool]:
     """(what to print, whether it is a failure): a ratio fell, or there was none to compare."""
     found, known = falls(old, new), {key(row) for row in old if "ratio" in row}
     compared = sum(key(row) in known for row in new if "ratio" in row)
-    first = f"{compared} ratios compared, {len(known) - compared} of the file's ratios were not taken this time"
+    first = (
+        f"{compared} ratios compared, "
+        f"{len(known) - compared} of the file's ratios were not taken this time"
+    )
     return [first, *found], bool(found) or not compared
 
 
@@ -229,18 +254,23 @@ def machine() -> dict:
     import torch
 
     hardware: dict[str, object] = {
-        "cpu": cpu_name(), "cpus": os.cpu_count(), "torch_threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }  # fmt: skip
+    }
     device = f"{hardware['cpu']} {hardware['cpus']} cpus"
     versions = {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := version(p))}
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         device = gpu.name
         hardware |= {
-            "gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1), "multiprocessors": gpu.multi_processor_count,
-            "capability": f"{gpu.major}.{gpu.minor}", "l2_mib": getattr(gpu, "L2_cache_size", 0) / 2**20,
-        }  # fmt: skip
+            "gpu": gpu.name,
+            "gpu_memory_gib": round(gpu.total_memory / 2**30, 1),
+            "multiprocessors": gpu.multi_processor_count,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "l2_mib": getattr(gpu, "L2_cache_size", 0) / 2**20,
+        }
         hardware["driver"] = gpu_driver()
         versions["cuda"] = str(torch.version.cuda or torch.version.hip)
     versions["fastlm"] = commit()

@@ -1,4 +1,4 @@
-"""Result rows as tables: in Markdown for docs/benchmarks.md, and in a few characters for `make gpu`."""
+"""Result rows as tables: in Markdown for docs/benchmarks.md, and short for `make gpu`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from typing import Any
 Row = dict[str, Any]
 CEILINGS = ("copy", "matmul")
 UNITS = {
-    "tokens_per_second": "tokens/s", "gb_per_second": "GB/s", "tflop_per_second": "TFLOP/s", "gflops": "GFLOP/s",
-    "gb": "GB", "mfu": "MFU", "joules_per_token": "J/token", "mb_per_s": "MB/s",
-    "saved_gb": "GB saved", "state_gb": "GB state", "peak_gib": "GiB peak",
-}  # fmt: skip
+    "tokens_per_second": "tokens/s",
+    "gb_per_second": "GB/s",
+    "tflop_per_second": "TFLOP/s",
+    "gflops": "GFLOP/s",
+    "gb": "GB",
+    "mfu": "MFU",
+    "joules_per_token": "J/token",
+    "mb_per_s": "MB/s",
+    "saved_gb": "GB saved",
+    "state_gb": "GB state",
+    "peak_gib": "GiB peak",
+}
 SHOWN = ("tokens_per_second", "mfu", "gb_per_second", "tflop_per_second")  # in the short table
 
 
@@ -23,7 +31,10 @@ def number(value: float) -> str:
 
 
 def ratio(row: Row) -> str:
-    """How many times ours a peer takes, or the share of a ceiling that ours reaches, with the spread of the rounds."""
+    """How many times ours a peer takes, or the share of a ceiling that ours reaches.
+
+    With the spread of the rounds.
+    """
     r, scale, unit = row["ratio"], *((100, "%") if row["peer"] in CEILINGS else (1, "×"))
     spread = (
         f" ({number(scale * r['q10'])} to {number(scale * r['q90'])})" if row["rounds"] > 1 else ""
@@ -101,7 +112,10 @@ def title(group: str) -> str:
 
 
 def short_table(rows: list[Row]) -> str:
-    """Every case in a few characters: our figure, each contender's ratio, what is missing, failures last: for `make gpu`."""
+    """Every case in a few characters.
+
+    Our figure, each contender's ratio, what is missing, failures last: for `make gpu`.
+    """
     lines = []
     for case, unit in dict.fromkeys((row["case"], row["unit"]) for row in rows if "median" in row):
         mine = [row for row in rows if row["case"] == case and row.get("unit") == unit]

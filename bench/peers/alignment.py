@@ -1,9 +1,12 @@
-"""SFT and DPO by fastlm and by TRL, one run a process: `python -m bench.peers.alignment NAME MODEL DATA full|small`.
+"""SFT and DPO by fastlm and by TRL, one run a process.
 
-The last line printed is JSON: units per second of each step after the first (real tokens for SFT, pairs for DPO, the
-reference's pass included) and the peak memory of the process. fastlm runs through its stage functions and is read from
-metrics.jsonl; TRL runs through its trainers with its own defaults: SFT packed (best fit decreasing), DPO with a second model
-as the reference, called in every step; but fp32 for both, as bf16 is slower on most CPUs.
+    python -m bench.peers.alignment NAME MODEL DATA full|small
+
+The last line printed is JSON: units per second of each step after the first (real tokens for SFT,
+pairs for DPO, the reference's pass included) and the peak memory of the process. fastlm runs
+through its stage functions and is read from metrics.jsonl; TRL runs through its trainers with its
+own defaults: SFT packed (best fit decreasing), DPO with a second model as the reference, called in
+every step; but fp32 for both, as bf16 is slower on most CPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from fastlm.runtime import process_peak_gib
 LENGTH = {"full": 512, "small": 64}
 STEPS = {"full": {"ours": 6, "trl": 3}, "small": {"ours": 2, "trl": 2}}
 ROWS = 4  # a step of SFT; for DPO 4 pairs, or one row of ours, which holds about as many
-ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+ALPACA = (
+    "Below is an instruction that describes a task{}. "
+    "Write a response that appropriately completes the request.\n\n"
+)
 
 
 def make_model(to: Path, size: str) -> Path:
@@ -52,10 +58,18 @@ def ours(stage: str, model: Path, data: Path, size: str, folder: Path) -> list[f
 
     keep_large_blocks()  # as the command line does
     options = {
-        "model": str(model), "data": str(data), "out": str(folder / "run"), "cache": str(folder / "cache"), "device": "cpu",
-        "steps": STEPS[size]["ours"], "max_len": LENGTH[size], "held_out": 0.0, "bad_rows": "skip", "validate_every": 0,
+        "model": str(model),
+        "data": str(data),
+        "out": str(folder / "run"),
+        "cache": str(folder / "cache"),
+        "device": "cpu",
+        "steps": STEPS[size]["ours"],
+        "max_len": LENGTH[size],
+        "held_out": 0.0,
+        "bad_rows": "skip",
+        "validate_every": 0,
         "checkpoint_every": 0,
-    }  # fmt: skip
+    }
     reference_seconds, plain = [], dpo.reference_logprobs
 
     def timed(*arguments):
@@ -111,10 +125,17 @@ def trl(stage: str, model: Path, data: Path, size: str, folder: Path) -> list[fl
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     lines = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
     options = {
-        "output_dir": str(folder / "trl"), "max_steps": STEPS[size]["trl"], "max_length": LENGTH[size], "logging_steps": 1,
-        "per_device_train_batch_size": ROWS, "report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False,
+        "output_dir": str(folder / "trl"),
+        "max_steps": STEPS[size]["trl"],
+        "max_length": LENGTH[size],
+        "logging_steps": 1,
+        "per_device_train_batch_size": ROWS,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
         "disable_tqdm": True,
-    }  # fmt: skip
+    }
     common = {"processing_class": tokenizer, "callbacks": [clock]}
     if stage == "sft":
         examples = Dataset.from_list([alpaca(line) for line in lines if line["output"]])
@@ -143,7 +164,10 @@ def alpaca(line: dict[str, str]) -> dict[str, str]:
 
 
 def turn(name: str, model: Path, data: Path, size: str) -> dict:
-    """name: "ours sft", "ours dpo", "trl sft" or "trl dpo". Rates of the steps after the first, and the peak memory."""
+    """name: "ours sft", "ours dpo", "trl sft" or "trl dpo".
+
+    Rates of the steps after the first, and the peak memory.
+    """
     who, stage = name.split()
     with tempfile.TemporaryDirectory() as folder:
         rates = {"ours": ours, "trl": trl}[who](stage, model, data, size, Path(folder))

@@ -1,7 +1,10 @@
-"""Contenders that need a process of their own: `python -m bench.peers.contenders NAME full|small`, then one turn per line of stdin.
+"""Contenders that need a process of their own.
 
-A process of its own gives each its own peak memory and its own allocator settings: fastlm keeps large blocks, as its
-command line does; the others run as their users run them.
+    python -m bench.peers.contenders NAME full|small
+
+Then one turn per line of stdin. A process of its own gives each its own peak memory and its own
+allocator settings: fastlm keeps large blocks, as its command line does; the others run as their
+users run them.
 """
 
 from __future__ import annotations
@@ -75,9 +78,16 @@ def hugging_face(size: str, compiled: bool) -> Callable[[], None]:
 
     vocab, dim, layers, heads, ffn, _, length = SHAPE[size]
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ffn,
-        max_position_embeddings=length, tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
     model, x = LlamaForCausalLM(config), tokens(size)
     forward = torch.compile(model) if compiled and size == "full" else model
     adamw = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)

@@ -1,4 +1,7 @@
-"""Contenders that score and write with a 135M Llama (SmolLM2's shape, random weights: speed does not depend on them), fp32."""
+"""Contenders that score and write with a 135M Llama, fp32.
+
+SmolLM2's shape with random weights: speed does not depend on them.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +60,18 @@ def their_model(size: str, vocab_size: int = 0):
 
     c = shape(size, vocab_size)
     config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, max_position_embeddings=c.max_seq_len,
-        tie_word_embeddings=True, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        intermediate_size=c.ffn_dim,
+        max_position_embeddings=c.max_seq_len,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -94,7 +105,10 @@ def their_windows(size: str, rows: int) -> Callable[[], None]:
 
 
 def sliding(ids: Tensor, window: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loop of the Hugging Face guide on perplexity: windows by half, what was scored before is -100."""
+    """The loop of the Hugging Face guide on perplexity.
+
+    Windows by half, what was scored before is -100.
+    """
     done = 0
     for begin in range(0, len(ids), window // 2):
         end = min(begin + window, len(ids))
@@ -141,7 +155,7 @@ def our_word(size: str) -> Callable[[], None]:
 
 
 def lm_eval_word(size: str) -> Callable[[], None]:
-    """lm-eval's rolling log-likelihood of the same texts, by its own Hugging Face model, eight windows at a time."""
+    """lm-eval's rolling log-likelihood of the same texts, eight windows at a time."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer

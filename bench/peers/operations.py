@@ -1,4 +1,4 @@
-"""The operations that are measured, ours and the same in plain PyTorch, on any device: inputs and the elements they move."""
+"""The operations that are measured, ours and the same in plain PyTorch, on any device."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ MOVED = {
 
 
 def moved(op: str, rows: int, width: int, part: str) -> int:
-    """Elements read and written at least, by the forward, the backward or both: each operand once."""
+    """Elements that the forward, the backward or both must read and write: each operand once."""
     forward, backward = (passes * rows * width for passes in MOVED[op])
     return {"forward": forward, "backward": backward, "both": forward + backward}[part]
 
 
 def inputs(op: str, rows: int, width: int, **options) -> tuple[list[Tensor], list[Tensor]]:
-    """Random tensors: those that get a gradient, and those that get none. options: dtype and device."""
+    """Random tensors: those that get a gradient, and those that get none.
+
+    options: dtype and device.
+    """
     if op == "rope":
         angles = torch.rand(rows, 32, device=options.get("device")) * 6.3
         return [torch.randn(1, rows, width // 64, 64, **options) for _ in range(2)], [
@@ -86,7 +89,10 @@ OURS: dict[str, Callable] = {
 def part_of(
     function: Callable, given: tuple[list[Tensor], list[Tensor]], part: str
 ) -> Callable[[], object]:
-    """A call of the function's forward on inputs without gradients, of its backward alone (the graph kept), or of both."""
+    """A call of the function's forward, of its backward, or of both.
+
+    The forward alone runs on inputs without gradients; the backward alone keeps the graph.
+    """
     leaves, rest = [x.detach().requires_grad_(part != "forward") for x in given[0]], given[1]
 
     def forward():
@@ -103,7 +109,7 @@ def part_of(
 
 
 def a_copy(elements: int, **options) -> Callable[[], object]:
-    """A copy that reads and writes as many elements in all: the ceiling of an operation that does nothing but move them."""
+    """A copy that reads and writes as many elements in all: no operation can be faster."""
     source = torch.randn(elements // 2, **options)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

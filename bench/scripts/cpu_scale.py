@@ -1,8 +1,11 @@
-"""Cost per token and memory on this CPU as sequence length, batch, vocabulary and model grow: `python -m bench.scripts.cpu_scale`.
+"""Cost per token and memory on this CPU as sequence, batch, vocabulary and model grow.
 
-About 5 minutes on two slow cores, unattended. Every point runs in a process of its own (its peak memory is its own): a warm-up
-step, then steps of forward, backward, clipping and AdamW in fp32, eager, each beside a matmul that gives the machine's rate at
-that moment. The row "matmul" is what the step's FLOPs alone would take at that rate.
+    python -m bench.scripts.cpu_scale
+
+About 5 minutes on two slow cores, unattended. Every point runs in a process of its own (its peak
+memory is its own): a warm-up step, then steps of forward, backward, clipping and AdamW in fp32,
+eager, each beside a matmul that gives the machine's rate at that moment. The row "matmul" is what
+the step's FLOPs alone would take at that rate.
 """
 
 from __future__ import annotations
@@ -40,8 +43,15 @@ class Point:
     @property
     def config(self) -> ModelConfig:
         heads = max(1, self.dim // 64)
-        return ModelConfig(vocab_size=self.vocab_size, dim=self.dim, n_layers=self.n_layers, n_heads=heads, n_kv_heads=heads,
-                           ffn_dim=3 * self.dim, max_seq_len=self.seq_len)  # fmt: skip
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            dim=self.dim,
+            n_layers=self.n_layers,
+            n_heads=heads,
+            n_kv_heads=heads,
+            ffn_dim=3 * self.dim,
+            max_seq_len=self.seq_len,
+        )
 
 
 def points() -> list[tuple[str, float, Point]]:
@@ -61,7 +71,7 @@ def points() -> list[tuple[str, float, Point]]:
 
 
 def run(p: Point, seconds: float) -> dict:
-    """Seconds of each step, those of its FLOPs at the rate measured beside it, and the peak memory of this process."""
+    """Seconds of each step and of its FLOPs at the rate measured beside it; peak memory."""
     keep_large_blocks()
     model = build(p.config, 0, torch.device("cpu"))
     tokens = torch.randint(

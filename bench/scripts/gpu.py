@@ -1,7 +1,7 @@
 """`make gpu`: everything that a rented GPU is to settle, in five parts of at most 9 minutes each.
 
-    python -m bench.scripts.gpu [--part gate|train|kernels|tuning|tests] [--results FILE] [--seconds 540]
-                        [--only WORDS]
+    python -m bench.scripts.gpu [--part gate|train|kernels|tuning|tests] [--results FILE]
+                                [--seconds 540] [--only WORDS]
 
 gate      what this GPU reaches; gradients against fp32; no waits and no late compilation in a step
 train     fastlm's own pretraining of modern-253m for 300 steps, by kind of kernel; A/B of 30 steps

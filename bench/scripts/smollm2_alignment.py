@@ -1,10 +1,12 @@
-"""SmolLM2-135M-Instruct through the command line: SFT, DPO, perplexity around them, export, and transformers' generate.
+"""SmolLM2-135M-Instruct through SFT, DPO, perplexity, export, and transformers' generate.
 
-    python -m bench.scripts.smollm2_alignment FOLDER [--steps 20] [--rows 2] [--max-len 256] [--tokens 4096] [--keep DIR]
+    python -m bench.scripts.smollm2_alignment FOLDER [--steps 20] [--rows 2] [--max-len 256]
+                                              [--tokens 4096] [--keep DIR]
 
-FOLDER is the model as a Hugging Face folder; data come from the folder shared/data beside the project (--data). The table has
-the held-out loss before and after each stage and the perplexity of the first tokens of WikiText-2 (raw, test split, windows
-of 1024). The exit code is 1 where a loss does not fall, perplexity grows by more than --tolerance, or the export fails.
+FOLDER is the model as a Hugging Face folder; data come from the folder shared/data beside the
+project (--data). The table has the held-out loss before and after each stage and the perplexity of
+the first tokens of WikiText-2 (raw, test split, windows of 1024). The exit code is 1 where a loss
+does not fall, perplexity grows by more than --tolerance, or the export fails.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ PROMPT = "Write a Python function that returns the sum of two numbers."
 
 
 def fastlm(*arguments: str | Path) -> str:
-    """A fastlm command in a process of its own; its output. It is printed first, so that it can be run by hand."""
+    """A fastlm command in a process of its own; its output.
+
+    It is printed first, so that it can be run by hand.
+    """
     words = [str(a) for a in arguments]
     print(f"$ fastlm {shlex.join(words)}", flush=True)
     done = subprocess.run(
@@ -122,10 +127,14 @@ def stages(args: argparse.Namespace, folder: Path) -> int:
     ):
         started, run = time.perf_counter(), folder / stage
         rates = [f"--optim.{kind}lr={lr}" for kind in ("", "embedding-", "head-")]
-        fastlm(stage, model, "--data", args.data / data, "--template", "tokenizer", "--steps", str(args.steps), "--batch-rows",
-               str(args.rows), "--micro-batch-rows", "1", "--max-len", str(args.max_len), "--row-len", str(row_len),
-               "--held-out", "0.01", "--bad-rows", "skip", "--validate-every", str(args.steps), "--optim.warmup-steps", "2",
-               *rates, "--device", "cpu", "--cache", folder / "cache", "--out", run)  # fmt: skip
+        options = (
+            f"--template tokenizer --steps {args.steps} --validate-every {args.steps} "
+            f"--batch-rows {args.rows} --micro-batch-rows 1 --max-len {args.max_len} "
+            f"--row-len {row_len} --held-out 0.01 --bad-rows skip --optim.warmup-steps 2 "
+            f"--device cpu"
+        )
+        folders = ["--data", args.data / data, "--cache", folder / "cache", "--out", run]
+        fastlm(stage, model, *folders, *options.split(), *rates)
         seconds = time.perf_counter() - started
         first, last = losses(run)
         model = run
@@ -142,8 +151,11 @@ def stages(args: argparse.Namespace, folder: Path) -> int:
     steady = all(
         after[3] <= before[3] * (1 + args.tolerance) for before, after in itertools.pairwise(table)
     )
-    print(f"\nlosses fall: {fell}; perplexity stays within {args.tolerance:.0%} of the stage before: {steady}; "
-          f"transformers generates: {bool(answer.strip())}")  # fmt: skip
+    print(
+        f"\nlosses fall: {fell}; "
+        f"perplexity stays within {args.tolerance:.0%} of the stage before: {steady}; "
+        f"transformers generates: {bool(answer.strip())}"
+    )
     return 0 if fell and steady and answer.strip() else 1
 
 

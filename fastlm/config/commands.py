@@ -109,7 +109,8 @@ class EvalConfig:
     compile: bool = False
     """Compile the model with torch.compile: worth it for a long text."""
     tf32: bool = False
-    """On a GPU, multiply in TF32: several times as fast, with inputs rounded to 10 bits of mantissa."""
+    """On a GPU, multiply in TF32: several times as fast, with inputs rounded to 10 bits of
+    mantissa."""
     json: bool = False
     """Print JSON instead of a table."""
     device: str = "auto"
@@ -235,7 +236,8 @@ class WatchConfig:
     port: int = 8642
     """Port of the page."""
     host: str = "127.0.0.1"
-    """Address of this machine that the page is served at; any but the default lets others see it."""
+    """Address of this machine that the page is served at; any but the default lets others see
+    it."""
 
     def __post_init__(self) -> None:
         check(0 <= self.port < 65536, f"port is {self.port}; it must lie in [0, 65535]")

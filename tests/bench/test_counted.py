@@ -16,15 +16,18 @@ from fastlm.config import PRESETS
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 def test_the_gpu_program_costs_no_more_than_the_results_say(stage):
     """Bytes moved, launches and bytes saved of the compiled step of `tiny`, counted again."""
-    done = python("-m", "bench.counted.compiled_step", "--preset", "tiny", "--rows", "32", "--seq-len", "256", "--stage", stage, "--json",
-                  cwd=ROOT)  # fmt: skip
+    options = f"--preset tiny --rows 32 --seq-len 256 --stage {stage} --json"
+    done = python("-m", "bench.counted.compiled_step", *options.split(), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     now, kept = (
         json.loads(done.stdout.splitlines()[-1]),
         results.read(BENCH / "results" / "h100-projected.json")["rows"],
     )
-    units = {"GB through kernels that are not matmuls": "traffic_gb", "launches of them": "launches",
-             "GB saved for the backward": "saved_gb"}  # fmt: skip
+    units = {
+        "GB through kernels that are not matmuls": "traffic_gb",
+        "launches of them": "launches",
+        "GB saved for the backward": "saved_gb",
+    }
     rows = [
         r
         for r in kept

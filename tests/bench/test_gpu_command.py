@@ -11,9 +11,7 @@ import pytest
 import torch
 from helpers.benchmarks import BENCH, ROOT, python, row
 
-from bench.harness import (
-    results,
-)
+from bench.harness import results
 from bench.scripts import gpu
 
 
@@ -39,7 +37,10 @@ def measured(milliseconds: float) -> dict[str, Any]:
 
 @pytest.fixture
 def train(tmp_path, monkeypatch) -> Callable[..., tuple[int, dict[str, dict]]]:
-    """Part train on invented cases: answers by peer, each (exit code of its process, what its rows hold)."""
+    """Part train on invented cases.
+
+    Answers by peer, each (exit code of its process, what its rows hold).
+    """
     path, about = tmp_path / "gpu.json", results.machine()
 
     def call(

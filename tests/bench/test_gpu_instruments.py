@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 
-from bench.harness import (
-    gpu_profile,
-    stand_ins,
-    words,
-)
+from bench.harness import gpu_profile, stand_ins, words
 
 SDPA_KERNEL = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma"
 
 
 def trace() -> dict[str, Any]:
-    """Two steps as torch.profiler writes them: launches on the host at ts, kernels on the device much later."""
+    """Two steps as torch.profiler writes them.
+
+    Launches on the host at ts, kernels on the device much later.
+    """
     events: list[dict[str, Any]] = []
 
     def span(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: Any) -> None:
@@ -49,8 +48,14 @@ def trace() -> dict[str, Any]:
 def test_a_profile_is_added_up_by_what_launched_a_kernel_and_by_its_name():
     table = gpu_profile.categories(trace(), 2)
     assert {name: round(found["ms"], 6) for name, found in table.items()} == {
-        "matmul": 0.5, "attention": 0.2, "ours": 0.03, "optimizer": 0.08, "generated": 0.02, "copies": 0.01, "other": 0.03,
-    }  # fmt: skip
+        "matmul": 0.5,
+        "attention": 0.2,
+        "ours": 0.03,
+        "optimizer": 0.08,
+        "generated": 0.02,
+        "copies": 0.01,
+        "other": 0.03,
+    }
     assert all(found["kernels"] == 1 for found in table.values())
     assert gpu_profile.longest(trace(), 2, 2) == [
         ["nvjet_sm90_tst_128x256", 0.5],

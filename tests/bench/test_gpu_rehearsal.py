@@ -13,9 +13,7 @@ import pytest
 from helpers.benchmarks import ROOT, python
 from packaging.requirements import Requirement
 
-from bench.harness import (
-    tables,
-)
+from bench.harness import tables
 
 ENOUGH = ("torch", "triton", "numpy", "pytest", "pytest-benchmark")
 
@@ -46,7 +44,7 @@ def bare_python(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_fastlm_s_own_loop_with_nothing_but_torch_triton_numpy_and_pytest(tmp_path):
-    """Pretraining to its end, its checkpoint and SFT from it, in a Python without any other package."""
+    """Pretraining to its end, and SFT from it, in a Python without any other package."""
     out = tmp_path / "gpu.json"
     bare = bare_python(tmp_path / "bare")
     done = python(
@@ -116,8 +114,20 @@ peers_gpu.liger, peers_gpu.absent = broken, lambda package, module: ""
 def test_a_contender_that_fails_is_recorded_and_the_others_are_measured(tmp_path):
     (tmp_path / "with_a_broken_peer.py").write_text(BROKEN, encoding="utf-8")
     out = tmp_path / "now.json"
-    done = python("-m", "pytest", "-q", "-p", "with_a_broken_peer", "bench/test_gpu_kernels.py", "-k", "swiglu-4096x4096-both",
-                  "--results", out, cwd=ROOT, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))  # fmt: skip
+    done = python(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "with_a_broken_peer",
+        "bench/test_gpu_kernels.py",
+        "-k",
+        "swiglu-4096x4096-both",
+        "--results",
+        out,
+        cwd=ROOT,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]),
+    )
     assert done.returncode == 0, done.stdout
     rows = {r["peer"]: r for r in json.loads(out.read_text())["rows"]}
     assert rows["liger"]["failed"] == "RuntimeError: no such kernel image"

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from bench import test_gpu_gate
-from bench.harness import (
-    gpu_stage,
-)
+from bench.harness import gpu_stage
 
 
 def invented_steps(n: int) -> Iterator[tuple[list, int, dict]]:

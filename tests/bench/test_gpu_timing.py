@@ -11,9 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.harness import (
-    gpu_timing,
-)
+from bench.harness import gpu_timing
 
 
 class Event:
@@ -31,7 +29,7 @@ class Event:
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """What gpu_timing.py asks of torch.cuda, answered on the CPU: a recorded graph replays nothing."""
+    """torch.cuda answers gpu_timing.py on the CPU: a recorded graph replays nothing."""
     arguments = inspect.signature(torch.cuda.graph.__init__)
 
     @contextlib.contextmanager
@@ -40,11 +38,18 @@ def pretended_gpu(monkeypatch):
         yield
 
     answers = {
-        "is_available": lambda: True, "Stream": object, "stream": lambda stream: contextlib.nullcontext(), "graph": graph,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "Event": Event, "synchronize": lambda: None,
+        "is_available": lambda: True,
+        "Stream": object,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "Event": Event,
+        "synchronize": lambda: None,
         "get_device_properties": lambda device: SimpleNamespace(total_memory=80 * 2**30, uuid="1"),
-        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 5, "max_memory_allocated": lambda: 12,
-    }  # fmt: skip
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 5,
+        "max_memory_allocated": lambda: 12,
+    }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     gpu_timing.stream.cache_clear()
@@ -77,10 +82,8 @@ def test_the_lines_that_only_a_gpu_runs(pretended_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", no_graph)
     called.clear()
     turn, how = gpu.recorded(build, 2)
-    assert (
-        how
-        == "launched one by one, no graph: RuntimeError: operation not permitted when stream is capturing"
-    )
+    reason = "RuntimeError: operation not permitted when stream is capturing"
+    assert how == f"launched one by one, no graph: {reason}"
     called.clear()
     turn()
     assert called == [3, 4]
@@ -93,8 +96,12 @@ def test_energy_is_read_from_the_meter_and_there_is_none_without_one(pretended_g
     def refuse(handle: int) -> int:
         raise NoMeter
 
-    nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1": 7}[uuid],
-                           nvmlDeviceGetTotalEnergyConsumption=lambda handle: 1500 * handle, NVMLError=NoMeter)  # fmt: skip
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1": 7}[uuid],
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 1500 * handle,
+        NVMLError=NoMeter,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert pretended_gpu.energy_meter()() == 10.5
     nvml.nvmlDeviceGetTotalEnergyConsumption = refuse

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from helpers.benchmarks import BENCH, ROOT, row
 
 from bench.harness import page, tables
-from bench.scripts.report import main
+from bench.scripts.write_page import main
 
 
 def test_the_page_shows_measured_missing_failed_and_projected_each_for_what_it_is(tmp_path):
@@ -18,9 +18,25 @@ def test_the_page_shows_measured_missing_failed_and_projected_each_for_what_it_i
         "hardware": {"cpus": 2},
         "versions": {"torch": "2.13"},
     }
-    rows = [row("ours", 0.0123, measures={"gb_per_second": 1234.5}), row("eager", 0.02, 1.6), row("copy", 0.01, 0.82),
-            {"group": "g", "case": "c", "peer": "liger", "missing": "liger-kernel is not installed", "command": "make"},
-            {"group": "g", "case": "c", "peer": "cut", "failed": "Error: out | of memory", "command": "make"}]  # fmt: skip
+    rows = [
+        row("ours", 0.0123, measures={"gb_per_second": 1234.5}),
+        row("eager", 0.02, 1.6),
+        row("copy", 0.01, 0.82),
+        {
+            "group": "g",
+            "case": "c",
+            "peer": "liger",
+            "missing": "liger-kernel is not installed",
+            "command": "make",
+        },
+        {
+            "group": "g",
+            "case": "c",
+            "peer": "cut",
+            "failed": "Error: out | of memory",
+            "command": "make",
+        },
+    ]
     projected = [
         {
             "group": "p",
@@ -38,10 +54,9 @@ def test_the_page_shows_measured_missing_failed_and_projected_each_for_what_it_i
         "# Notes\n\n## g\n\nWords about g.\n\n## projected\n\nFrom counts.\n", encoding="utf-8"
     )
     text, charts = page.render(tmp_path)
-    assert (
-        "| c | 0.0123 s, 1,234 GB/s | 0.0200, **1.60× (1.60 to 1.60)** | missing: liger-kernel is not installed |"
-        in text
-    )
+    ours = "0.0123 s, 1,234 GB/s"
+    eager = "0.0200, **1.60× (1.60 to 1.60)**"
+    assert f"| c | {ours} | {eager} | missing: liger-kernel is not installed |" in text
     assert "FAILED: Error: out \\| of memory" in text
     assert "82.0% (82.0 to 82.0)" in text
     assert (
@@ -68,10 +83,10 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(tmp_path, capsys):
 def test_docs_benchmarks_is_what_the_results_give():
     text, charts = page.render(BENCH / "results")
     docs = ROOT / "docs" / "benchmarks.md"
-    assert docs.read_text(encoding="utf-8") == text, "run python -m bench.scripts.report"
+    assert docs.read_text(encoding="utf-8") == text, "run python -m bench.scripts.write_page"
     for name, svg in charts.items():
         assert (docs.with_suffix("") / name).read_text(encoding="utf-8") == svg, (
-            "run python -m bench.scripts.report"
+            "run python -m bench.scripts.write_page"
         )
 
 

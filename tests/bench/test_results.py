@@ -16,7 +16,8 @@ SLEEPERS = """
 import time
 
 def test_sleepers(take_turns, measuring):
-    take_turns(lambda: time.sleep(0.002), {"slow": lambda: time.sleep(SLOW), "copy": lambda: time.sleep(0.001)}, rounds=5)
+    rivals = {"slow": lambda: time.sleep(SLOW), "copy": lambda: time.sleep(0.01)}
+    take_turns(lambda: time.sleep(0.02), rivals, rounds=5)
 
 def test_without_its_peer(record, benchmark):
     record(peer="liger", missing="liger-kernel is not installed")
@@ -27,7 +28,7 @@ def test_without_its_peer(record, benchmark):
 def bench(tmp_path) -> Path:
     """A benchmark folder of its own whose one contender sleeps twice as long as ours."""
     shutil.copy(BENCH / "conftest.py", tmp_path)
-    (tmp_path / "test_sleepers.py").write_text(SLEEPERS.replace("SLOW", "0.004"), encoding="utf-8")
+    (tmp_path / "test_sleepers.py").write_text(SLEEPERS.replace("SLOW", "0.04"), encoding="utf-8")
     return tmp_path
 
 
@@ -107,8 +108,9 @@ def test_compare_fails_on_a_doctored_file(bench):
 def test_a_comparison_passes_on_honest_ratios_and_fails_where_there_are_none():
     old = [row("ours", 1.0), row("peer", 2.0, 2.0)]
     assert results.comparison(old, [row("peer", 2.0, 1.9)]) == (
-        ["1 ratios compared, 0 of the file's ratios were not taken this time"], False
-    )  # fmt: skip
+        ["1 ratios compared, 0 of the file's ratios were not taken this time"],
+        False,
+    )
     assert results.comparison(old, [row("ours", 1.0)])[1]
 
 

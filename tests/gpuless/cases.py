@@ -176,8 +176,8 @@ USE = [
         needs="lm_eval",
     ),
     Case(
-        "bench report",
-        "python -m bench.scripts.report --results {root}/bench/results --out {work}/benchmarks.md",
+        "benchmarks' page",
+        "python -m bench.scripts.write_page --results {root}/bench/results --out {work}/page.md",
         says="charts",
     ),
 ]

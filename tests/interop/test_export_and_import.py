@@ -1,4 +1,7 @@
-"""fastlm export, import and chat as a user runs them: there and back bit for bit, and other libraries read the same."""
+"""fastlm export, import and chat as a user runs them.
+
+There and back bit for bit, and other libraries read the same.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,16 @@ CONFIG = ModelConfig(
     vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64
 )
 TEXTS = [
-    "Hello world!", "  two  spaces\n\n\nlines\t\ttabs ", "It's 2,024 isn't it? don't WE'LL",
-    "na\u00efve Gr\u00f6\u00dfe \u4f60\u597d \U0001f389\U0001f469\u200d\U0001f469 \u200b", "<|endoftext|>", "x" * 50 + "    ",
-    "\r\n\x00\x1c", "def f(x):\n    return x**2  # square\n", "\u00bc\u2177\u00b2 \u0663\u0664 \u0967",
-]  # fmt: skip
+    "Hello world!",
+    "  two  spaces\n\n\nlines\t\ttabs ",
+    "It's 2,024 isn't it? don't WE'LL",
+    "na\u00efve Gr\u00f6\u00dfe \u4f60\u597d \U0001f389\U0001f469\u200d\U0001f469 \u200b",
+    "<|endoftext|>",
+    "x" * 50 + "    ",
+    "\r\n\x00\x1c",
+    "def f(x):\n    return x**2  # square\n",
+    "\u00bc\u2177\u00b2 \u0663\u0664 \u0967",
+]
 
 
 def a_run(place: Path, config: ModelConfig, tokenizer: str, **state) -> Path:
@@ -204,8 +213,23 @@ def test_chat_answers_turn_by_turn_and_remembers(run, tmp_path, capsys, monkeypa
     model, tokenizer = open_model(str(tmp_path / "out"), CPU)
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nAnd?\n/new\nHi\n\nnot read\n"))
-    assert main(["chat", str(tmp_path / "out"), "--system", "S", "--tokens", "5", "--temperature", "0",
-                 "--repetition-penalty", "1"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "chat",
+                str(tmp_path / "out"),
+                "--system",
+                "S",
+                "--tokens",
+                "5",
+                "--temperature",
+                "0",
+                "--repetition-penalty",
+                "1",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     messages, expected = [Message("system", "S")], []
     for line in ("Hi", "And?"):
@@ -245,8 +269,12 @@ def test_a_mistake_is_one_line(argv, words, run, tmp_path, mistake, monkeypatch)
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     small_text, small_tokenizer, tmp_path, mistake
 ):
-    write_folder(randomised(ModelConfig(**(vars(CONFIG) | {"vocab_size": 300}))),
-           {"tokenizer.json": small_tokenizer.read_text("utf-8")}, 0, tmp_path / "out")  # fmt: skip
+    write_folder(
+        randomised(ModelConfig(**(vars(CONFIG) | {"vocab_size": 300}))),
+        {"tokenizer.json": small_tokenizer.read_text("utf-8")},
+        0,
+        tmp_path / "out",
+    )
     for command in (
         ["eval", "--data", str(small_text)],
         ["generate"],

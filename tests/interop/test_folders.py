@@ -1,4 +1,7 @@
-"""Hugging Face folders in and out, against transformers itself; weights keep every bit, and each fault has its line."""
+"""Hugging Face folders in and out, against transformers itself.
+
+Weights keep every bit, and each fault has its line.
+"""
 
 from __future__ import annotations
 

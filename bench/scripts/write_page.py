@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md and its charts from the results of the benchmarks.
 
-python -m bench.scripts.report [--results bench/results] [--out docs/benchmarks.md]
+python -m bench.scripts.write_page [--results bench/results] [--out docs/benchmarks.md]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         page, *charts = write(args.results, args.out)
     except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"write_page: {error}", file=sys.stderr)
         return 2
     print(f"{page} and {len(charts)} charts")
     return 0

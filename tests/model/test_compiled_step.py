@@ -1,4 +1,4 @@
-"""The GPU program of a whole compiled training step, written and executed on a machine without a GPU (tests/gpu_step.py)."""
+"""A whole compiled training step's GPU program, written and executed without a GPU."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ HERE = Path(__file__).resolve().parent
 
 pytestmark = pytest.mark.slow
 
-FP32, BF16 = 2e-6, 1e-2  # relative, as errors of the loss and of each gradient
-COMPILED = {"tiny": ("tiny", 2, 64, False), "modern-253m": ("modern-253m", 32, 1024, False),
-            "recomputing": ("modern-253m", 32, 1024, True)}  # fmt: skip
+# relative errors of the loss and of each gradient
+FP32 = 2e-6
+BF16 = 1e-2
+COMPILED = {
+    "tiny": ("tiny", 2, 64, False),
+    "modern-253m": ("modern-253m", 32, 1024, False),
+    "recomputing": ("modern-253m", 32, 1024, True),
+}
 EXECUTED = [(False, False, FP32), (True, False, BF16), (False, True, FP32), (True, True, BF16)]
 
 
 def run(cases: list) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, HERE / "gpu_step.py", json.dumps(cases)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, HERE / "compiled_step.py", json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -44,7 +53,7 @@ def test_the_whole_step_is_one_forward_and_one_backward_graph(programs, name):
 
 
 def test_the_step_has_exactly_the_matmuls_it_must_have(programs):
-    """All but the head's three, which run inside the fused loss, and attention's, which the tool does not count."""
+    """All but attention's, which are not counted, and the head's three inside the fused loss."""
     config = PRESETS["modern-253m"]
     attention = config.n_layers * 6 * 1024 * config.dim
     head = 6 * config.vocab_size * config.dim
@@ -61,7 +70,9 @@ def executions() -> list[dict]:
     return run([("execute", *case[:2]) for case in EXECUTED])
 
 
-@pytest.mark.parametrize("i", range(len(EXECUTED)), ids=["fp32", "bf16", "fp32 recomputing", "bf16 recomputing"])
+@pytest.mark.parametrize(
+    "i", range(len(EXECUTED)), ids=["fp32", "bf16", "fp32 recomputing", "bf16 recomputing"]
+)
 def test_the_executed_gpu_step_gives_eager_loss_and_gradients(executions, i):
     result, tolerance = executions[i], EXECUTED[i][2]
     assert result["launches"] > 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastlm.cli import main
-from fastlm.data.commands import histogram_svg, length_histogram
+from fastlm.data.prepare_and_inspect import histogram_svg, length_histogram
 from fastlm.data.text.dedup import Duplicates, drop_duplicates
 from fastlm.data.text.documents import Piece
 from fastlm.data.text.tokens import Tokens, open_data

@@ -1,4 +1,7 @@
-"""Not a test: run by test_gpu_step.py in a process of its own, because the tools patch torch. Prints one JSON object."""
+"""Not a test: run by test_compiled_step.py in a process of its own. Prints one JSON object.
+
+The tools that it uses patch torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpuless")]
 
 from gpucompile import DEVICE, compile_for_gpu  # noqa: E402
@@ -30,7 +33,10 @@ def training_step(model, autocast: bool, device: str = "cpu"):
 
 
 def compile_only(preset: str, rows: int, length: int, checkpoint_activations: bool) -> dict:
-    """The whole step's GPU program, written at full size: fullgraph, so a graph break or a host sync is an error."""
+    """The whole step's GPU program at full size.
+
+    fullgraph, so that a graph break or a wait for the GPU is an error.
+    """
     box = {}
 
     def inputs():
@@ -38,7 +44,10 @@ def compile_only(preset: str, rows: int, length: int, checkpoint_activations: bo
         ids = torch.empty(rows, length, dtype=torch.long)
         return ids, ids.clone()
 
-    report = compile_for_gpu(lambda *batch: training_step(box["model"], True, DEVICE.type)(*batch), inputs)
+    def step(*batch):
+        return training_step(box["model"], True, DEVICE.type)(*batch)
+
+    report = compile_for_gpu(step, inputs)
     return {
         "graphs": [g.which for g in report.graphs],
         "saved_gb": report.graphs[0].saved_bytes / 1e9,
@@ -48,7 +57,7 @@ def compile_only(preset: str, rows: int, length: int, checkpoint_activations: bo
 
 
 def execute(autocast: bool, checkpoint_activations: bool) -> dict:
-    """The compiled step of a tiny model run on the CPU, against eager: relative errors of the loss and every gradient."""
+    """Relative errors of a tiny model's compiled step, run on the CPU, against eager."""
     torch.manual_seed(0)
     config = replace(PRESETS["tiny"], vocab_size=500)
     model = build(config, 0, torch.device("cpu"), checkpoint_activations=checkpoint_activations)
@@ -64,11 +73,14 @@ def execute(autocast: bool, checkpoint_activations: bool) -> dict:
     grads = zip(model.named_parameters(), twin.parameters(), strict=True)
     return {
         "loss": abs(report.result.item() / loss.item() - 1),
-        "gradients": {name: ((a.grad - b.grad).norm() / a.grad.norm()).item() for (name, a), b in grads},
+        "gradients": {
+            name: ((a.grad - b.grad).norm() / a.grad.norm()).item() for (name, a), b in grads
+        },
         "launches": sum(len(s) for s in stats.values()),
     }
 
 
 if __name__ == "__main__":
     functions = {"compile": compile_only, "execute": execute}
-    print(json.dumps([functions[name](*rest) for name, *rest in json.loads(sys.argv[1])]))
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([functions[name](*arguments) for name, *arguments in cases]))
