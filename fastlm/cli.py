@@ -148,6 +148,13 @@ COMMANDS = {
         argument="folder",
         required=("folder",),
     ),
+    "plan": Command(
+        "PlanConfig",
+        "fastlm.plan.command:plan",
+        "memory, time, failures and energy of a training run, reckoned",
+        example="fastlm plan modern-253m --gpus 1,8,64 --gpu h100",
+        argument="model",
+    ),
     "kernels": Command(
         "KernelsConfig",
         "fastlm.kernel_report:report",

@@ -180,6 +180,8 @@ MISTAKES = [
     ("data inspect a b", "unexpected argument 'b'; the folder is 'a' already"),
     ("data inspect a --documents -1", "documents is -1; it must not be negative"),
     ("data inspect {full}", "{full}: no manifest.json; expected a folder written by"),
+    ("plan --gpu h10", "unknown GPU 'h10'; choose among a100, h100, h200, b200"),
+    ("plan modern-253", "unknown recipe or preset 'modern-253'; did you mean modern-253m?"),
     ("kernels --targets sm_91", "no target 'sm_91'; expected some of sm_80"),
     ("kernels --against ligr", "--against is 'ligr'; did you mean liger?"),
     ("kernels sm_90", "unexpected argument 'sm_90'; options are written --name value"),

@@ -10,8 +10,8 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from bench.harness.charts import curves, dots
 from bench.harness.tables import Row, measured, names, plain, title
+from fastlm.charts import curves, dots
 from fastlm.errors import UserError
 
 

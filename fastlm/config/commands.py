@@ -198,6 +198,52 @@ class DataInspectConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What training a model takes on so many GPUs: memory, time, communication, failures, energy.
+
+    Arithmetic, not a measurement; docs/scaling.md has the formulas.
+    """
+
+    model: str = "modern-253m"
+    """A recipe of pretraining (shipped, or a .toml file), or a model's preset."""
+    gpus: str = "1,8,64,1024"
+    """Numbers of GPUs, separated by commas."""
+    gpu: str = "h100"
+    """Which GPU: a100, h100, h200, b200."""
+    gpus_per_node: int = 8
+    """GPUs in a machine."""
+    tokens: float = 1e12
+    """Tokens of the whole run."""
+    batch_rows: int = 0
+    """Rows of an optimizer step, of all GPUs together (0: the recipe's batch_rows for each GPU)."""
+    micro_batch_rows: int = 0
+    """Rows of a GPU's forward and backward pass (0: the recipe's)."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass, whatever the recipe says."""
+    write_gb_s: float = 2.0
+    """GB a second that a machine writes of its checkpoints."""
+    chart: str = ""
+    """Write tokens a day by GPUs as this .svg file too."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "gpus_per_node", "tokens", "write_gb_s")
+        check_not_negative(self, "batch_rows", "micro_batch_rows")
+        check(
+            self.chart == "" or self.chart.endswith(".svg"),
+            f"chart is {self.chart!r}; it must end with .svg",
+        )
+        for count in self.gpus.split(","):
+            good = count.strip().isascii() and count.strip().isdigit() and int(count) > 0
+            check(good, f"gpus is {self.gpus!r}; it must be positive integers separated by commas")
+
+    @property
+    def gpu_counts(self) -> list[int]:
+        return [int(count) for count in self.gpus.split(",")]
+
+
+@dataclass(frozen=True)
 class KernelsConfig:
     """What the Triton kernels compile to, move and would take at least, counted without a GPU."""
 
