@@ -125,16 +125,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Until then what was there stays.
     """
-    hidden = _hidden_name(folder, "new")
     with disk_errors("write", folder):
+        hidden = folder_beside(folder)
         try:
-            make_folder(folder.parent)
-            hidden.mkdir()
             yield hidden
             move_into_place(hidden, folder)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
+
+
+def folder_beside(folder: Path) -> Path:
+    """An empty hidden folder to fill, for move_into_place()."""
+    hidden = _hidden_name(folder, "new")
+    with disk_errors("write", folder):
+        make_folder(folder.parent)
+        hidden.mkdir()
+    return hidden
 
 
 def move_into_place(filled: Path, folder: Path) -> None:
