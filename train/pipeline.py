@@ -30,7 +30,7 @@ from fastlm.monitor import perplexity, wide_console
 from fastlm.report.command import write_report
 from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed, loop
+from fastlm.train import loop, parallel
 from fastlm.train.dpo import dpo
 from fastlm.train.losses import membership, of_answers
 from fastlm.train.packed import read_examples, with_lengths
@@ -46,7 +46,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     Returns 0, or the exit code of a stage that was stopped.
     """
     check(
-        not distributed.launched(),
+        not parallel.launched(),
         "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one",
     )
     with tf32_matmuls(cfg.eval.tf32, pick_device(cfg.eval.device)):
@@ -119,7 +119,8 @@ def score(cfg: PipelineConfig, path: str, console: Console) -> Row:
     """
     device = pick_device(cfg.eval.device)
     model, tokenizer, longest = open_scorer(path, device, "")
-    documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
+    text = cfg.eval
+    documents, digest, _ = read_documents(text.data, text.split, text.max_documents, text.bad_rows)
     wanted = protocols.chosen(cfg.eval.protocols)
     scores = {}
     for protocol in views(wanted, documents, tokenizer, longest, console):

@@ -105,6 +105,8 @@ class EvalConfig:
     """gpt2 or a tokenizer.json, where it is not the model's own."""
     max_documents: int = 0
     """Score only the first so many documents (0: all)."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What a record without a text does: end the command, or be left out."""
     batch_tokens: int = 0
     """Tokens per forward pass (0: 4,096 on a CPU, 131,072 on a GPU)."""
     compile: bool = False

@@ -114,10 +114,17 @@ class StageConfig:
     torch.compile measures nothing, which is slower."""
     attention: Literal["auto", "torch", "flash", "flash3", "flash4", "xformers"] = "auto"
     """Attention backend; fastlm doctor prints what auto chooses and why."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """Under torchrun: each process holds the whole model (ddp), its part (fsdp), or its part of the
+    machine's (hsdp); auto: ddp where it fits."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free a block after its forward pass and gather it again for the backward pass."""
+    timeout_minutes: float = 10.0
+    """Under torchrun: how long a process waits for another one before the run ends."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_rows", "keep_checkpoints")
+        check_positive(self, "batch_rows", "keep_checkpoints", "timeout_minutes")
         check_not_negative(self, "micro_batch_rows", "validate_every", "checkpoint_every", "seed")
         check(
             self.batch_rows % self.micro_rows == 0,

@@ -152,6 +152,8 @@ TOML_MISTAKES = {
         "[optim]\nlearning_rate = 0.1\n",
         "unknown key 'optim.learning_rate'",
     ),
+    "key of a table": ("lr = 1.0\n", "unknown key 'lr'; did you mean optim.lr?"),
+    "too large": ("seed = 9223372036854775808\n", "it must lie between -2^63 and 2^63"),
     "wrong type": ('steps = "3"\nbatch_rows = true\n', "batch_rows is True; it must be an integer"),
     "out of range": ("[optim]\nlr = -1.0\n", "optim.lr is -1.0; it must be positive"),
     "unknown preset": ('preset = "tny"\n', "unknown preset 'tny'; did you mean tiny"),
