@@ -16,9 +16,9 @@ test: .venv/developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # On a machine with a GPU, torch, triton, numpy, pytest and pytest-benchmark: five parts of at most 9 minutes each, into
-# bench/results (bench/gpu.py --part NAME: one of them). Nothing is installed. Without a GPU: a rehearsal, small.
+# bench/results (python -m bench.scripts.gpu --part NAME: one of them). Nothing is installed. Without a GPU: a rehearsal, small.
 gpu:
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) -m bench.scripts.gpu
 
 # Every command on a stand-in GPU, with the CUDA build of PyTorch in an environment of its own (5 GB): about 12 minutes.
 rehearse:
@@ -29,7 +29,7 @@ rehearse:
 bench: .venv/developer
 	$(INSTALL) '.[bench]'
 	$(BIN)/python -m pytest bench --benchmark; missed=$$?; \
-	$(BIN)/python bench/cpu_scale.py && $(BIN)/fastlm bench report && exit $$missed
+	$(BIN)/python -m bench.scripts.cpu_scale && $(BIN)/python -m bench.scripts.write_page && exit $$missed
 
 lint: .venv/developer
 	$(BIN)/ruff check .

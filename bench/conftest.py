@@ -1,8 +1,9 @@
-"""Benchmarks: `pytest bench/` runs every case once, small, as a smoke test; `pytest bench/ --benchmark` measures.
+"""`pytest bench/ --benchmark` measures; `pytest bench/` runs every case once, small.
 
-Contenders take turns within every round, so that a machine that slows down slows all of them, and ratios are taken round by
-round. Results are printed as they come and kept in bench/results/<device>-<date>.json (results.py), after every case;
-`--compare FILE` fails where a ratio fell since that file was written. `--benchmark-json FILE` is pytest-benchmark's own file.
+Contenders take turns within every round, so that a machine that slows down slows all of them, and
+ratios are taken round by round. Results are printed as they come and kept in
+bench/results/<device>-<date>.json (results.py), after every case; `--compare FILE` fails where a
+ratio fell since that file was written. `--benchmark-json FILE` is pytest-benchmark's own file.
 """
 
 from __future__ import annotations
@@ -14,26 +15,55 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import results
-from measure import Contender
+
+from bench.harness import results
+from bench.harness.contender import Contender
 
 ROWS, PATH, ABOUT, ENDS = (pytest.StashKey() for _ in range(4))
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--benchmark", action="store_true", help="measure at full size (default: run each case once, small)")
-    parser.addoption("--results", metavar="FILE", help="where the results go (default: bench/results/<device>-<date>.json)")
-    parser.addoption("--compare", metavar="FILE", help="fail where a ratio fell since this result file was written")
-    parser.addoption("--cases", metavar="FILE", help="write name, group, case and peer of what is collected (bench/gpu.py)")
-    parser.addoption("--stamp", metavar="JSON", default="{}", help="fields that every row gets (bench/gpu.py)")
-    parser.addoption("--seconds", type=float, default=float("inf"), help="begin no further case after so many seconds")
+    parser.addoption(
+        "--benchmark",
+        action="store_true",
+        help="measure at full size (default: run each case once, small)",
+    )
+    parser.addoption(
+        "--results",
+        metavar="FILE",
+        help="where the results go (default: bench/results/<device>-<date>.json)",
+    )
+    parser.addoption(
+        "--compare",
+        metavar="FILE",
+        help="fail where a ratio fell since this result file was written",
+    )
+    parser.addoption(
+        "--cases",
+        metavar="FILE",
+        help="write name, group, case and peer of what is collected (bench/scripts/gpu.py)",
+    )
+    parser.addoption(
+        "--stamp",
+        metavar="JSON",
+        default="{}",
+        help="fields that every row gets (bench/scripts/gpu.py)",
+    )
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="begin no further case after so many seconds",
+    )
 
 
 def pytest_configure(config) -> None:
     measuring = config.getoption("--benchmark")
     if not measuring:
         config.option.benchmark_disable = True
-    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # a case may time itself
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Benchmark fixture was not used"
+    )  # a case may time itself
     config.stash[ROWS] = []
     config.stash[ENDS] = time.monotonic() + config.getoption("--seconds")
     config.stash[ABOUT] = results.machine() | ({} if measuring else {"kind": "rehearsal"})
@@ -70,12 +100,14 @@ def place(item) -> dict[str, str]:
 
 def pytest_collection_finish(session) -> None:
     if file := session.config.getoption("--cases"):
-        found = [{"name": i.nodeid, **place(i), "peer": contender_of(i) or "case"} for i in session.items]
+        found = [
+            {"name": i.nodeid, **place(i), "peer": contender_of(i) or "case"} for i in session.items
+        ]
         Path(file).write_text(json.dumps(found), encoding="utf-8")
 
 
 def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
-    """Without a GPU its cases can be rehearsed (`make gpu`, or pytest bench/ alone), not measured."""
+    """Without a GPU its cases are rehearsed (`make gpu`, or pytest bench/ alone), not measured."""
     import torch
 
     if config.getoption("--benchmark") and not torch.cuda.is_available():
@@ -107,7 +139,10 @@ def pytest_make_collect_report(collector):
     report = yield
     if report.skipped:
         where = {"group": collector.path.stem.removeprefix("test_"), "case": "all", "peer": "case"}
-        keep(collector.config, [where | {"missing": str(report.longrepr[2]).removeprefix("Skipped: ")[:300]}])
+        keep(
+            collector.config,
+            [where | {"missing": str(report.longrepr[2]).removeprefix("Skipped: ")[:300]}],
+        )
     return report
 
 
@@ -132,17 +167,23 @@ def measuring(request) -> bool:
 
 @pytest.fixture
 def record(request, benchmark):
-    """record(values, unit): rows of contenders that took turns; record(peer="liger", missing=why) or failed=why.
+    """record(values, unit): rows of contenders that took turns, printed when measuring.
 
-    measures: {contender: {name: number}}, such as tokens per second and GB/s, kept beside its row; notes: {contender: words};
-    fields: what every row gets beside that. case: a name beside the test's own. Printed at once when measuring.
+    record(peer="liger", missing=why), or failed=why: a contender that has no figures. measures:
+    {contender: {name: number}}, such as tokens per second, kept beside its row; notes: {contender:
+    words}; fields: what every row gets; case: a name beside the test's own.
     """
 
     def add(
-        values: dict[str, list[float]] | None = None, unit: str = "s", case: str = "", peer: str = "ours",
-        measures: dict[str, dict[str, float]] | None = None, notes: dict[str, str] | None = None,
-        fields: dict[str, object] | None = None, **why: str,
-    ) -> None:  # fmt: skip
+        values: dict[str, list[float]] | None = None,
+        unit: str = "s",
+        case: str = "",
+        peer: str = "ours",
+        measures: dict[str, dict[str, float]] | None = None,
+        notes: dict[str, str] | None = None,
+        fields: dict[str, object] | None = None,
+        **why: str,
+    ) -> None:
         where = place(request.node)
         where["case"] = " / ".join(filter(None, (where["case"], case)))
         rows = results.timed_rows(**where, unit=unit, values=values or {})
@@ -157,7 +198,9 @@ def record(request, benchmark):
         keep(request.config, rows)
         if not request.config.getoption("--benchmark"):
             return
-        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        with request.config.pluginmanager.get_plugin(
+            "capturemanager"
+        ).global_and_fixture_disabled():
             for row in rows:
                 print(f"\n{where['case']}: {results.line(row)}", end="", flush=True)
 
@@ -165,12 +208,16 @@ def record(request, benchmark):
 
 
 @pytest.fixture
-def report(request, record):
-    """report(name=number, ...): figures that belong to the case's own row, as tokens per second."""
+def add_measures(request, record):
+    """add_measures(name=number, ...): figures of the case's own row, as tokens per second."""
 
     def note(**values: float) -> None:
         where = place(request.node)
-        ours = [r for r in request.config.stash[ROWS] if r["group"] == where["group"] and r["case"] == where["case"]]
+        ours = [
+            r
+            for r in request.config.stash[ROWS]
+            if r["group"] == where["group"] and r["case"] == where["case"]
+        ]
         mine = [r for r in ours if r["peer"] == "ours" and "median" in r]
         if mine:
             keep(request.config, [mine[0] | {"measures": mine[0].get("measures", {}) | values}])
@@ -182,9 +229,14 @@ def report(request, record):
 
 @pytest.fixture
 def take_turns(benchmark, measuring, record):
-    """take_turns(ours, rivals, rounds): seconds of each round, by name ("ours" and the rivals'), or None when not measuring."""
+    """take_turns(ours, rivals, rounds): seconds of each round, by name.
 
-    def run(ours: Callable, rivals: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list[float]] | None:
+    The names are "ours" and the rivals'; None when not measuring.
+    """
+
+    def run(
+        ours: Callable, rivals: dict[str, Callable], rounds: int, warmup: int = 2
+    ) -> dict[str, list[float]] | None:
         if not measuring:
             for contender in (ours, *rivals.values()):
                 contender()
@@ -227,7 +279,7 @@ def contender(measuring):
 
 @pytest.fixture
 def kernels_on_device():
-    """On a machine without a GPU, CPU tensors take the Triton kernels, which Triton's interpreter then runs."""
+    """Without a GPU, CPU tensors take the Triton kernels, run by Triton's interpreter."""
     import torch
 
     if torch.cuda.is_available():

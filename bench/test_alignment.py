@@ -1,8 +1,8 @@
-"""SFT and DPO of a 16M-parameter model against TRL's trainers: real tokens and pairs per second, and memory.
+"""SFT and DPO of a 16M-parameter model against TRL's trainers: speed and memory.
 
-dim 256, 4 layers, vocabulary 50,257, length 512, fp32; each run in a process of its own, in turns. The data are Code Alpaca
-and AlpacaEval's pairs from the folder shared/data beside the project. The targets: five times the speed, a quarter of the
-memory.
+dim 256, 4 layers, vocabulary 50,257, length 512, fp32; each run in a process of its own, in turns.
+The data are Code Alpaca and AlpacaEval's pairs from the folder shared/data beside the project. The
+targets: five times the speed, a quarter of the memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
 FILES = {"sft": "code_alpaca_2k.jsonl", "dpo": "alpaca_eval_pairs.jsonl"}
 FASTER, SMALLER, ROUNDS = 5.0, 4.0, {"sft": 2, "dpo": 1}
 LIMIT_S = 300  # of one run
@@ -33,21 +34,24 @@ def small_data(stage: str, folder: Path) -> Path:
 
 
 def run(name: str, model: Path, data: Path) -> dict:
-    script = Path(__file__).with_name("alignment_contenders.py")
-    command = [sys.executable, str(script), name, str(model), str(data), "full"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    command = [sys.executable, "-m", "bench.peers.alignment", name, str(model), str(data), "full"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_alignment(stage, measuring, record, benchmark, tmp_path):
-    """SFT in real tokens per second, DPO in pairs per second with the reference's pass; peak memory of each process."""
-    from alignment_contenders import make_model, turn
+    """SFT in real tokens per second, DPO in pairs per second with its reference pass; memory."""
+    from bench.peers.alignment import make_model, turn
 
     model = make_model(tmp_path / "model", "full" if measuring else "small")
-    if not measuring:  # TRL's own part is left out: its imports alone take longer than a smoke test may
-        said = benchmark.pedantic(turn, (f"ours {stage}", model, small_data(stage, tmp_path), "small"))
+    if (
+        not measuring
+    ):  # TRL's own part is left out: its imports alone take longer than a smoke test may
+        said = benchmark.pedantic(
+            turn, (f"ours {stage}", model, small_data(stage, tmp_path), "small")
+        )
         assert said["per_second"]
         assert min(said["per_second"]) > 0
         return
@@ -61,11 +65,20 @@ def test_alignment(stage, measuring, record, benchmark, tmp_path):
             arguments = (f"{name} {stage}", model, data)
             first = name == "ours" and round_ == 0
             turns[name].append(benchmark.pedantic(run, arguments) if first else run(*arguments))
-    speed = {name: [statistics.median(t["per_second"]) for t in said] for name, said in turns.items()}
+    speed = {
+        name: [statistics.median(t["per_second"]) for t in said] for name, said in turns.items()
+    }
     memory = {name: [max(t["peak_gib"] for t in said)] for name, said in turns.items()}
-    unit, many, what = ("tokens_per_second", 1000, "1,000 real tokens") if stage == "sft" else ("pairs_per_second", 1, "a pair")
-    record({name: [many / v for v in values] for name, values in speed.items()}, case=what,
-           measures={name: {unit: statistics.median(values)} for name, values in speed.items()})  # fmt: skip
+    unit, many, what = (
+        ("tokens_per_second", 1000, "1,000 real tokens")
+        if stage == "sft"
+        else ("pairs_per_second", 1, "a pair")
+    )
+    record(
+        {name: [many / v for v in values] for name, values in speed.items()},
+        case=what,
+        measures={name: {unit: statistics.median(values)} for name, values in speed.items()},
+    )
     record(memory, unit="peak GiB", case="memory")
     if "trl" not in names:
         record(peer="trl", missing="trl is not installed")
@@ -73,5 +86,6 @@ def test_alignment(stage, measuring, record, benchmark, tmp_path):
     faster = statistics.median(u / t for u, t in zip(speed["ours"], speed["trl"], strict=True))
     smaller = memory["trl"][0] / memory["ours"][0]
     assert faster >= FASTER and smaller >= SMALLER, (  # noqa: PT018 (one line that has both figures)
-        f"{stage}: {faster:.2f} times TRL's speed (target {FASTER:g}), a {smaller:.2f}th of its memory (target {SMALLER:g})"
+        f"{stage}: {faster:.2f} times TRL's speed (target {FASTER:g}), "
+        f"a {smaller:.2f}th of its memory (target {SMALLER:g})"
     )

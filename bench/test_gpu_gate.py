@@ -22,11 +22,11 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled_step import plain_operations
-from harness.gpu_stage import pretrain_config, run_folder, size, watch
-from harness.gpu_timing import device, in_turns, on_gpu, on_stream, rehearsing
 from torch import Tensor
 
+from bench.counted.compiled_step import plain_operations
+from bench.harness.gpu_stage import pretrain_config, run_folder, size, watch
+from bench.harness.gpu_timing import device, in_turns, on_gpu, on_stream, rehearsing
 from fastlm import model
 from fastlm.config import ModelConfig
 from fastlm.model import Transformer, build, training_flops_per_token

@@ -12,7 +12,8 @@ from functools import cache, partial
 
 import pytest
 import torch
-from harness.gpu_timing import (
+
+from bench.harness.gpu_timing import (
     FAILURES,
     NOT_INTERPRETED,
     copies,
@@ -23,8 +24,8 @@ from harness.gpu_timing import (
     rehearsing,
     say,
 )
-from operations import OURS, PLAIN, a_copy, inputs, moved, part_of
-from peers.gpu import absent, liger
+from bench.peers.gpu import absent, liger
+from bench.peers.operations import OURS, PLAIN, a_copy, inputs, moved, part_of
 
 SHAPES = {
     "rms_norm": [(4096, 1024), (32768, 1024), (8192, 4096)],
@@ -33,13 +34,17 @@ SHAPES = {
     "rope": [(4096, 1024), (32768, 1024)],
     "cross_entropy": [(8192, 50257)],
 }
-CASES = [pytest.param(op, shape, id=f"{op}-{shape[0]}x{shape[1]}") for op, shapes in SHAPES.items() for shape in shapes]
+CASES = [
+    pytest.param(op, shape, id=f"{op}-{shape[0]}x{shape[1]}")
+    for op, shapes in SHAPES.items()
+    for shape in shapes
+]
 OPTIONS = {"dtype": torch.bfloat16}
 
 
 @cache
 def compiled(op: str):
-    """One compiled function for all parts and shapes of an operation; rehearsed without Inductor."""
+    """One compiled function for all parts and shapes of an operation; eager in a rehearsal."""
     backend = "inductor" if on_gpu() else "eager"
     return torch.compile(PLAIN[op], dynamic=False, fullgraph=True, backend=backend)
 

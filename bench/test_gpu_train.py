@@ -2,9 +2,9 @@
 
 "ours" is the whole stage for 300 steps: Muon, clipping, monitor, prefetched batches, the last
 validation and checkpoint; its loss curve is kept. Each other contender is 30 steps of it with one
-thing changed, or a peer, in a process of its own (bench/gpu.py starts one for each). "plain PyTorch
-compiled" is the same loop with the fused operations written in plain PyTorch. Times are those
-between the starts of neighbouring steps on the GPU's clock, after ten steps.
+thing changed, or a peer, in a process of its own (bench/scripts/gpu.py starts one for each). "plain
+PyTorch compiled" is the same loop with the fused operations written in plain PyTorch. Times are
+those between the starts of neighbouring steps on the GPU's clock, after ten steps.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled_step import plain_operations
-from harness.gpu_profile import Profile, categories, longest, mark_steps
-from harness.gpu_stage import Seen, Size, pretrain_config, run_folder, size, watch
-from harness.gpu_timing import device, on_gpu, rehearsing
-from peers.gpu import absent
 
+from bench.counted.compiled_step import plain_operations
+from bench.harness.gpu_profile import Profile, categories, longest, mark_steps
+from bench.harness.gpu_stage import Seen, Size, pretrain_config, run_folder, size, watch
+from bench.harness.gpu_timing import device, on_gpu, rehearsing
+from bench.peers.gpu import absent
 from fastlm import kernels, model
 from fastlm.attention_backend import unusable
 from fastlm.model import training_flops_per_token
@@ -103,7 +103,7 @@ def plain(s: Size) -> Seen:
 
 
 def hugging_face(s: Size) -> Seen:
-    from peers import llama
+    from bench.peers import llama
 
     return llama.train(s, s.few_steps)
 

@@ -18,8 +18,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_step import plain_operations
-from harness.gpu_stage import (
+
+from bench.counted.compiled_step import plain_operations
+from bench.harness.gpu_stage import (
     CACHE,
     Seen,
     Size,
@@ -29,9 +30,8 @@ from harness.gpu_stage import (
     starting_model,
     watch,
 )
-from harness.gpu_timing import Call, device, in_turns, rehearsing
-from peers.gpu import absent
-
+from bench.harness.gpu_timing import Call, device, in_turns, on_gpu, rehearsing
+from bench.peers.gpu import absent
 from fastlm import model
 from fastlm.config import DpoConfig, Sampling, SftConfig
 from fastlm.evaluation.protocols import window_segments
@@ -43,8 +43,11 @@ from fastlm.train.sft import sft
 
 SCORED = {True: 1 << 18, False: 64}  # tokens; measured or rehearsed
 WRITTEN = {True: 128, False: 3}
-ABSENT = absent("transformers", "transformers")
 PROMPT = {True: 64, False: 4}
+ABSENT = absent("transformers", "transformers")
+if not ABSENT and on_gpu() and rehearsing():
+    # it masks and ends by values that it reads from the GPU
+    ABSENT = "transformers decides by values on the GPU, and the stand-in computes none"
 
 
 # ---------------------------------------------------------------- SFT and DPO
@@ -106,7 +109,7 @@ def our_model(s: Size) -> Transformer:
 
 
 def their_model(s: Size) -> torch.nn.Module:
-    from peers.llama import llama
+    from bench.peers.llama import llama
 
     return llama(s.model).eval()
 

@@ -27,6 +27,7 @@ from fastlm.config import ModelConfig
 from fastlm.config.toml import override
 from fastlm.errors import UserError, check
 from fastlm.model import Transformer
+from fastlm.model.old_names import current_name, old_names
 from fastlm.schema import read_object
 
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -167,7 +168,8 @@ def fill(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None
 
 def load_parameters(checkpoint: Path, model: nn.Module) -> None:
     """Copy the checkpoint's parameters into the model; other names or shapes raise UserError."""
-    fill(dict(model.named_parameters()), tensors(checkpoint / FILES[0]), f"{checkpoint} holds a model of another shape")
+    found = {current_name(name): tensor for name, tensor in tensors(checkpoint / FILES[0]).items()}
+    fill(dict(model.named_parameters()), found, f"{checkpoint} holds a model of another shape")
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, Any]:
@@ -193,40 +195,25 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) ->
         torch.cuda.set_rng_state(cuda)
 
 
-# The vectors and matrices of a block in the order in which the first checkpoints numbered them.
-NUMBERED = (
-    "attention_norm",
-    "q_norm",
-    "k_norm",
-    "ffn_norm",
-    "qkv.weight",
-    "qkv.bias",
-    "out.weight",
-    "gate_up.weight",
-    "down.weight",
-)
-
-
 def named_by_parameter(found: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """An optimizer's tensors by parameter and kind. The first checkpoints have two numbers instead: 0.12.momentum.
+    """An optimizer's tensors by parameter and kind, whenever they were written.
 
-    The optimizer's and the parameter's in it. Over all optimizers the order was: matrices of the blocks, embedding, head,
-    vectors.
+    The first checkpoints have two numbers instead, the optimizer's and the parameter's in it:
+    0.12.momentum. Over all optimizers these count the blocks' matrices, the embedding, the head,
+    then all vectors.
     """
+    found = {current_name(name): tensor for name, tensor in found.items()}
     if not any(name[0].isdecimal() for name in found):
         return found
 
-    def place(name: str) -> tuple[int, int, int]:
-        group = 3 if parameters[name].dim() == 1 else {"embedding": 1, "head": 2}.get(name, 0)
-        if not name.startswith("blocks."):
-            return group, -1, 0
-        _, layer, inside = name.split(".", 2)
-        return group, int(layer), NUMBERED.index(inside)
+    def group(name: str) -> int:
+        return 3 if parameters[name].dim() == 1 else {"embedding": 1, "head": 2}.get(name, 0)
 
-    numbered = [name.split(".") for name in found]  # optimizer, parameter, kind
-    numbers = sorted({(int(i), int(j)) for i, j, _ in numbered})
-    names = dict(zip(numbers, sorted(parameters, key=place), strict=False))
-    return {f"{names.get((int(i), int(j)), i)}.{kind}": found[f"{i}.{j}.{kind}"] for i, j, kind in numbered}
+    counted = [name.split(".") for name in found]  # optimizer, parameter, kind
+    numbers = sorted({(int(i), int(j)) for i, j, _ in counted})
+    order = sorted(old_names(parameters).values(), key=group)
+    names = dict(zip(numbers, order, strict=False))
+    return {f"{names.get((int(i), int(j)), i)}.{kind}": found[f"{i}.{j}.{kind}"] for i, j, kind in counted}
 
 
 def load_model(place: str | Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:

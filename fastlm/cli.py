@@ -72,6 +72,22 @@ COMMANDS = {
         required=("models",),
         large_blocks=True,
     ),
+    "report": Command(
+        "ReportConfig",
+        "fastlm.report.command:report",
+        "runs as one page: curves, samples and figures, for a browser",
+        example="fastlm report runs/pretrain-demo",
+        argument="runs...",
+        required=("runs",),
+    ),
+    "watch": Command(
+        "WatchConfig",
+        "fastlm.report.watch:watch",
+        "follow runs in a browser while they train",
+        example="fastlm watch runs/pretrain-demo",
+        argument="runs...",
+        required=("runs",),
+    ),
     "lm-eval": Command(
         "LmEvalConfig",
         "fastlm.evaluation.lm_eval_model:run_lm_eval",
@@ -118,7 +134,7 @@ COMMANDS = {
     ),
     "data prepare": Command(
         "DataPrepareConfig",
-        "fastlm.data.commands:prepare",
+        "fastlm.data.prepare_and_inspect:prepare",
         "tokenise text into a folder, to train from it later",
         example="fastlm data prepare FILE.jsonl --out DIR",
         argument="sources...",
@@ -126,23 +142,24 @@ COMMANDS = {
     ),
     "data inspect": Command(
         "DataInspectConfig",
-        "fastlm.data.commands:inspect",
+        "fastlm.data.prepare_and_inspect:inspect",
         "show what a prepared folder holds, and check every hash",
         example="fastlm data inspect DIR",
         argument="folder",
         required=("folder",),
+    ),
+    "plan": Command(
+        "PlanConfig",
+        "fastlm.plan.command:plan",
+        "memory, time, failures and energy of a training run, reckoned",
+        example="fastlm plan modern-253m --gpus 1,8,64 --gpu h100",
+        argument="model",
     ),
     "kernels": Command(
         "KernelsConfig",
         "fastlm.kernel_report:report",
         "registers, traffic and projected time of every Triton kernel",
         example="fastlm kernels --targets sm_90",
-    ),
-    "bench report": Command(
-        "BenchConfig",
-        "fastlm.bench_report:report",
-        "tables and charts from the benchmarks' results",
-        example="fastlm bench report",
     ),
     "doctor": Command(
         "DoctorConfig",

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlm import kernels
 from fastlm.kernels import native
 from fastlm.kernels.attention import Documents, attention, takes_mask
-from fastlm.model import Block, Transformer, add_norm
+from fastlm.model import Block, Transformer
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 FEW_ROWS = 32  # up to so many, the native kernel is faster than the BLAS library (160 and 198 ms at 32 rows of SmolLM2)
@@ -46,6 +46,12 @@ class Ops(NamedTuple):
     linear: Callable[..., Tensor]
     rope: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
+
+
+def add_norm(update: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x is None:
+        return kernels.rms_norm(update, weight, eps), update
+    return kernels.add_rms_norm(update, x, weight, eps)
 
 
 def native_add_norm(update: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -82,15 +88,15 @@ def hidden(model: Transformer, tokens: Tensor, positions: Tensor, attend: Attend
     heads = [c.n_heads, c.n_kv_heads, c.n_kv_heads]
     update, x = F.embedding(tokens, model.embedding), None
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
-        h, x = op.add_norm(update, x, block.attention_norm, c.norm_eps)
+        h, x = op.add_norm(update, x, block.attention_norm.weight, c.norm_eps)
         qkv = op.linear(h, block.qkv.weight, block.qkv.bias)
         q, k, v = qkv.view(*tokens.shape, -1, c.head_dim).split(heads, 2)  # (B, T, H, Dh)
-        if c.qk_norm:
-            q, k = kernels.rms_norm(q, block.q_norm, c.norm_eps), kernels.rms_norm(k, block.k_norm, c.norm_eps)
+        if block.q_norm is not None and block.k_norm is not None:
+            q, k = kernels.rms_norm(q, block.q_norm.weight, c.norm_eps), kernels.rms_norm(k, block.k_norm.weight, c.norm_eps)
         q, k = op.rope(q, k, model.cos, model.sin, positions)
-        h, x = op.add_norm(op.linear(attend(i, q, k, v), block.out.weight), x, block.ffn_norm, c.norm_eps)
+        h, x = op.add_norm(op.linear(attend(i, q, k, v), block.out.weight), x, block.ffn_norm.weight, c.norm_eps)
         update = op.linear(op.swiglu(op.linear(h, block.gate_up.weight)), block.down.weight)
-    return op.add_norm(update, x, model.norm, c.norm_eps)[0]
+    return op.add_norm(update, x, model.norm.weight, c.norm_eps)[0]
 
 
 def logits(model: Transformer, h: Tensor) -> Tensor:

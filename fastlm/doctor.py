@@ -1,4 +1,4 @@
-"""fastlm doctor: what was found on this machine, which implementation every operation takes, and why."""
+"""`fastlm doctor`: what this machine has, which implementation every operation takes, and why."""
 
 from __future__ import annotations
 
@@ -57,12 +57,17 @@ def doctor(cfg: DoctorConfig) -> int:
     device = pick_device("auto")
     dtype = matmul_dtype(device)
     machine = Table("machine", "", box=None, title_justify="left")
-    machine.add_row("processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none that this PyTorch can use"
-    machine.add_row("GPU", name)
-    machine.add_row("matmul rate", f"{matmul_rate(device, dtype) / 1e9:,.0f} GFLOP/s in {dtype}, measured just now")
+    threads = f"{torch.get_num_threads()} threads in use"
+    machine.add_row("processor", f"{platform.machine()}, {os.cpu_count()} cores, {threads}")
+    gpu = "none that this PyTorch can use"
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device)
+    machine.add_row("GPU", gpu)
+    rate = f"{matmul_rate(device, dtype) / 1e9:,.0f} GFLOP/s in {dtype}, measured just now"
+    machine.add_row("matmul rate", rate)
     machine.add_row("Python, torch", f"{platform.python_version()}, {torch.__version__}")
-    machine.add_row("triton", version("triton") or "not installed: the fused kernels cannot run on a GPU")
+    triton = version("triton") or "not installed: the fused kernels cannot run on a GPU"
+    machine.add_row("triton", triton)
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     machine.add_row("C++ compiler", compiler or "none: --compile does not work on a CPU")
     console.print(machine)
@@ -76,10 +81,11 @@ def doctor(cfg: DoctorConfig) -> int:
     choices.add_row("training dtype", str(dtype), DTYPES[dtype])
     if device.type == "cuda":
         replayed = f"--compile of models up to {GRAPH_PARAMETERS / 1e6:.0f}M parameters; writing"
-        choices.add_row("CUDA graphs", replayed, "launching takes the host longer than the GPU's work")
+        reason = "launching takes the host longer than the GPU's work"
+        choices.add_row("CUDA graphs", replayed, reason)
     try:
-        found = load_tokenizer("gpt2")
-        choices.add_row("tokenizer gpt2", f"{found.vocab_size:,} tokens", "packaged files, SHA-256 verified")
+        size = f"{load_tokenizer('gpt2').vocab_size:,} tokens"
+        choices.add_row("tokenizer gpt2", size, "packaged files, SHA-256 verified")
     except UserError as e:
         choices.add_row("tokenizer gpt2", "unusable", str(e))
     console.print(choices)

@@ -1,4 +1,4 @@
-"""What a run shows and records: progress, one JSON line per step, TensorBoard, GPU power, speed against the ceiling."""
+"""What a run shows and records: progress, one JSON line per step, TensorBoard, GPU power, speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from torch import Tensor
 
 from fastlm import files, runtime
@@ -21,13 +28,17 @@ from fastlm.errors import UserError
 from fastlm.runtime import ceiling, peak_gib
 
 BARS = " ▁▂▃▄▅▆▇█"
-SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "kl")  # of a validation; the file has all
+# of a validation; the file has all
+SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "kl")
 PLAIN_SECONDS = 10.0  # between two lines where the output is not a terminal
 NVML_SECONDS = 1.0  # between two questions to NVML, each of which takes milliseconds
 
 
 class Power:
-    """GPU power, utilisation and energy through NVML, at most once a second; what it does not tell is left out."""
+    """GPU power, utilisation and energy through NVML, at most once a second.
+
+    What this GPU does not tell is left out.
+    """
 
     def __init__(self, device: torch.device):
         self.handle: Any = None
@@ -43,12 +54,13 @@ class Power:
             pynvml.nvmlInit()
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        except pynvml.NVMLError:  # no driver, or a part of a GPU (MIG), which has another kind of name
+        except pynvml.NVMLError:  # no driver, or a part of a GPU (MIG), which NVML names otherwise
             return
-        self.joules, self.clock = self.energy(), time.perf_counter()
+        self.joules = self.energy()
+        self.clock = time.perf_counter()
 
     def ask(self, question: Callable[[Any], Any]) -> Any:
-        """The answer of an NVML function, None where this GPU has none: MIG and vGPUs answer some, not others."""
+        """The answer of an NVML function; None where a MIG or virtual GPU does not answer it."""
         try:
             return question(self.handle)
         except self.nvml.NVMLError:
@@ -59,33 +71,39 @@ class Power:
         return None if millijoules is None else millijoules / 1000
 
     def read(self, tokens: float) -> dict[str, float]:
-        """watts, utilisation (percent) and joules_per_token since the last reading, where a second has passed since then.
+        """watts, utilisation (percent) and joules_per_token; nothing within a second of the last.
 
         tokens: how many the GPU has trained on since the last call.
         """
         self.tokens += tokens
         if self.handle is None or time.perf_counter() - self.clock < NVML_SECONDS:
             return {}
-        found = {}
+        figures = {}
         if (milliwatts := self.ask(self.nvml.nvmlDeviceGetPowerUsage)) is not None:
-            found["watts"] = milliwatts / 1000
+            figures["watts"] = milliwatts / 1000
         if (rates := self.ask(self.nvml.nvmlDeviceGetUtilizationRates)) is not None:
-            found["utilisation"] = rates.gpu
+            figures["utilisation"] = rates.gpu
         joules = self.energy()
         if joules is not None and self.joules is not None:
-            found["joules_per_token"] = (joules - self.joules) / self.tokens
-        self.joules, self.clock, self.tokens = joules, time.perf_counter(), 0.0
-        return found
+            figures["joules_per_token"] = (joules - self.joules) / self.tokens
+        self.joules = joules
+        self.clock = time.perf_counter()
+        self.tokens = 0.0
+        return figures
 
 
 def read_later(tensors: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, float]]:
-    """A function that gives the tensors' values. Called one step later, it never waits for the step that runs then."""
-    values = runtime.read_later(torch.stack([tensor.detach().float() for tensor in tensors.values()]), device)
+    """A function that gives the tensors' values.
+
+    Called one step later, it never waits for the step that runs then.
+    """
+    stacked = torch.stack([tensor.detach().float() for tensor in tensors.values()])
+    values = runtime.read_later(stacked, device)
     return lambda: dict(zip(tensors, values(), strict=True))
 
 
 def wide_console(stderr: bool = False) -> Console:
-    """A console for tables: as wide as the terminal, or wide enough for any of ours where the output is a file."""
+    """A console for tables: as wide as the terminal, and 200 columns where the output is a file."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=200)
 
@@ -95,43 +113,81 @@ def sparkline(values: list[float], width: int = 60) -> str:
     if not values:
         return ""
     size = max(1, -(-len(values) // width))
-    means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
-    low, high = min(means), max(means)
-    return "".join(BARS[1 + round((m - low) / ((high - low) or 1) * 7)] for m in means)
+    chunks = [values[i : i + size] for i in range(0, len(values), size)]
+    means = [sum(chunk) / len(chunk) for chunk in chunks]
+    low = min(means)
+    span = (max(means) - low) or 1
+    return "".join(BARS[1 + round((mean - low) / span * 7)] for mean in means)
 
 
 class Monitor:
-    """On a GPU one step's figures are read when the next one is under way, so that logging never waits for the device."""
+    """A run's figures, on the screen and in its files.
+
+    On a GPU one step's figures are read while the next one runs, so that logging never waits for
+    the device.
+    """
 
     def __init__(
-        self, run: Path, steps: int, start: int, tokens: int, flops_per_token: float, device: torch.device,
-        console: Console, tensorboard: bool = False, ranks: tuple[int, int] = (0, 1),
-    ):  # fmt: skip
-        """tokens: how many the steps before `start` saw; flops_per_token: what one costs to train on; ranks: this process's
-        number and how many share the work. The first alone records; power and memory are its device's."""
-        self.steps, self.start, self.tokens, self.flops, self.device = steps, start, tokens, flops_per_token, device
-        (rank, self.world), self.console = ranks, console
+        self,
+        run: Path,
+        steps: int,
+        start: int,
+        tokens: int,
+        flops_per_token: float,
+        device: torch.device,
+        console: Console,
+        tensorboard: bool = False,
+        ranks: tuple[int, int] = (0, 1),
+    ):
+        """run: its folder; steps: of the whole run; start: how many are done, on so many tokens.
+
+        flops_per_token: what one costs to train on. ranks: this process's number and how many share
+        the work. The main process alone records; power and memory are its device's.
+        """
+        rank, self.world = ranks
+        self.steps = steps
+        self.start = start
+        self.tokens = tokens
+        self.flops = flops_per_token
+        self.device = device
+        self.console = console
         self.path = run / "metrics.jsonl" if rank == 0 else Path(os.devnull)
         peak, self.peak_name = ceiling(device)
         self.peak = peak * self.world
-        self.power, self.losses = Power(device), keep_lines(self.path, start)
-        self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self.power = Power(device)
+        self.losses = keep_lines(self.path, start)
+        # closed in close()
+        self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self.validations: list[dict[str, float]] = []
         self.pending: tuple[dict[str, Any], Callable[[], dict[str, float]]] | None = None
         self.power_shown: dict[str, float] = {}
         self.events = tensorboard_writer(run) if tensorboard and rank == 0 else None
         self.clock = self.begin = self.shown = time.perf_counter()
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task("step", total=steps, completed=start, text="compiling and warming up")
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        warming_up = "compiling and warming up"
+        self.task = self.progress.add_task("step", total=steps, completed=start, text=warming_up)
         self.progress.start()
 
-    def step(self, done: int, means: dict[str, Tensor], grad_norm: Tensor, lr: float, figures: dict[str, Any]) -> None:
+    def step(
+        self,
+        done: int,
+        means: dict[str, Tensor],
+        grad_norm: Tensor,
+        lr: float,
+        figures: dict[str, Any],
+    ) -> None:
         """Note step number `done` (1 is the first); the figures of the one before are written now.
 
-        means: "loss" and whatever else was averaged; figures: "tokens", all that the run has seen, and plain values.
+        means: "loss" and whatever else was averaged. figures: plain values, among them "tokens",
+        all that the run has seen.
         """
         self.flush()
         values = read_later(means | {"grad_norm": grad_norm}, self.device)
@@ -140,15 +196,20 @@ class Monitor:
             self.flush()
 
     def flush(self) -> None:
-        """Read and write what is noted. Raises UserError when the loss is not finite or the file cannot be written."""
+        """Read and write what is noted.
+
+        Raises UserError where the loss is not finite, or the file cannot be written.
+        """
         if self.pending is None:
             return
         row, values = self.pending
         row |= values()
         self.pending = None
         now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        tokens, self.tokens = int(row["tokens"]) - self.tokens, int(row["tokens"])
+        seconds = now - self.clock
+        tokens = int(row["tokens"]) - self.tokens
+        self.clock = now
+        self.tokens = int(row["tokens"])
         rate = tokens / seconds
         row |= {
             "tokens_per_s": rate,
@@ -180,38 +241,44 @@ class Monitor:
                     self.events.add_scalar(name, value, row["step"])
 
     def show(self, row: dict[str, Any], now: float) -> None:
-        text = (
-            f"loss {row['loss']:.3f}  "
-            + (f"accuracy {row['rewards/accuracies']:.0%}  " if "rewards/accuracies" in row else "")
-            + f"lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
+        """Move the progress bar; where the output is no terminal, print a line now and then."""
+        text = f"loss {row['loss']:.3f}  "
+        if "rewards/accuracies" in row:
+            text += f"accuracy {row['rewards/accuracies']:.0%}  "
+        text += (
+            f"lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
             f"{row['share_of_peak']:.0%} {self.peak_name}  {row['peak_gib']:.1f} GiB"
         )
         if "watts" in self.power_shown:
             text += f"  {self.power_shown['watts']:.0f} W"
         if "joules_per_token" in self.power_shown:
             text += f"  {self.power_shown['joules_per_token'] * 1000:.2f} mJ/tok"
-        self.progress.update(self.task, completed=row["step"], text=f"{row['step']}/{self.steps}  {text}")
-        last = row["step"] == self.steps
-        if row["step"] == self.start + 1:
+        step = row["step"]
+        self.progress.update(self.task, completed=step, text=f"{step}/{self.steps}  {text}")
+        timed = step - self.start - 1  # the first step compiles and warms up
+        if not timed:
             self.begin = now
-        if not self.console.is_terminal and (now - self.shown > PLAIN_SECONDS or row["step"] == self.start + 1 or last):
+        if self.console.is_terminal:
+            return
+        if now - self.shown > PLAIN_SECONDS or not timed or step == self.steps:
             self.shown = now
-            timed = row["step"] - self.start - 1  # the first step compiles and warms up
-            left = f"{(now - self.begin) / timed * (self.steps - row['step']):.0f} s left" if timed else "first step"
-            self.console.print(f"step {row['step']}/{self.steps}  {text}  {left}", highlight=False, soft_wrap=True)
+            left = "first step"
+            if timed:
+                left = f"{(now - self.begin) / timed * (self.steps - step):.0f} s left"
+            self.console.print(f"step {step}/{self.steps}  {text}  {left}", highlight=False, soft_wrap=True)
 
     def restart_clock(self) -> None:
-        """What has happened since the last step (a validation, a checkpoint) does not count in the next one's speed."""
+        """Leave what happened since the last step (a validation, a checkpoint) out of the speed."""
         self.clock = time.perf_counter()
 
     def validation(self, done: int, means: dict[str, float]) -> None:
-        """Record a validation, if there was anything to score; its time does not count in the next step's speed."""
+        """Record a validation, if there was anything to score; its time is not the next step's."""
         self.restart_clock()
         if not means:
             return
         self.validations.append(means)
         self.write({"step": done} | {f"validation_{name}": value for name, value in means.items()})
-        text = ", ".join(f"{name} {value:.4f}" for name, value in means.items() if name in SHOWN)
+        text = ", ".join(f"{name} {means[name]:.4f}" for name in means if name in SHOWN)
         self.console.print(f"step {done}/{self.steps}  validation {text}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Monitor:
@@ -234,7 +301,10 @@ def perplexity(nats: float) -> float:
 
 @contextmanager
 def showing_bytes(console: Console) -> Iterator[Callable[[int, int | None, int], None]]:
-    """A progress display for preparing text: a callable that takes bytes done, bytes in all (or None) and tokens so far."""
+    """A progress display for preparing text.
+
+    Yields a callable that takes bytes done, bytes in all (or None) and tokens so far.
+    """
     columns = (
         TextColumn("reading text"),
         BarColumn(bar_width=20),
@@ -242,13 +312,14 @@ def showing_bytes(console: Console) -> Iterator[Callable[[int, int | None, int],
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total, tokens: progress.update(task, completed=done, total=total)
 
 
 def keep_lines(path: Path, last_step: int) -> list[float]:
-    """Drop the JSON lines after last_step (they will be made again) and return the training losses that stay.
+    """Drop the JSON lines after last_step, which will come again; the training losses that stay.
 
     A line that a kill cut short, or that was damaged, goes too.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -153,50 +152,6 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path, value):
     save(tmp_path, 1, 2.5, steps=0)
     save(tmp_path, 2, value, steps=0)
     assert checkpoint.best(tmp_path) == (tmp_path / "step-000001", 2.5)
-
-
-OLD = Path(__file__).parent / "old_checkpoints"
-
-
-def old_model(folder: Path):
-    """An untrained model of the folder's shape, and its optimizers; {OLD}/NAME is of training with optimizer NAME."""
-    config = ModelConfig(**json.loads((folder / "state.json").read_text())["model"])
-    return trained(config, steps=0, optimizer=folder.parent.name)
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_training_goes_on_from_a_checkpoint_that_numbers_parameters(optimizer):
-    """step-000006 is where the code that wrote step-000003 went from there; a swapped momentum is far from it."""
-    start, end = (OLD / optimizer / f"step-00000{n}" for n in (3, 6))
-    model, optimizers = old_model(start)
-    checkpoint.load(start, model, named_state(model, optimizers))
-    for _ in range(3):
-        tokens = torch.randint(40, (2, 8))
-        model.loss(tokens, tokens.roll(-1, 1)).backward()
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-    expected, theirs = old_model(end)
-    checkpoint.load(end, expected, named_state(expected, theirs))
-    found = dict(model.named_parameters()) | named_state(model, optimizers)
-    wanted = dict(expected.named_parameters()) | named_state(expected, theirs)
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_numbered_parameters_are_found_by_name():
-    """By hand: Muon has the blocks' matrices; AdamW the embedding, the head, then the vectors, the last norm first."""
-    path = OLD / "muon" / "step-000003"
-    model, optimizers = old_model(path)
-    checkpoint.load(path, model, named_state(model, optimizers))
-    state, old = named_state(model, optimizers), checkpoint.tensors(path / "optimizer.safetensors")
-    for number, name in {"0.0": "blocks.0.qkv.weight", "0.5": "blocks.1.out.weight", "0.7": "blocks.1.down.weight"}.items():
-        assert torch.equal(state[f"{name}.momentum"], old[f"{number}.momentum"])
-    vectors = {"1.2": "norm", "1.3": "blocks.0.attention_norm", "1.7": "blocks.0.qkv.bias", "1.11": "blocks.1.ffn_norm"}
-    for number, name in ({"1.0": "embedding", "1.1": "head"} | vectors).items():
-        for kind in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(state[f"{name}.{kind}"], old[f"{number}.{kind}"])
-    assert len(state) == len(old) - 1  # and the random state
 
 
 def load_fresh(path, **made):

@@ -14,8 +14,6 @@ from fastlm import __version__, config
 from fastlm.cli import COMMANDS, main
 from fastlm.config.command_line import flags
 
-GROUPS = ("data", "bench")
-
 
 def last_line(code: str) -> str:
     """The last line that the code prints in a Python of its own."""
@@ -32,12 +30,11 @@ def test_help_lists_every_command_with_its_purpose(argv, capsys):
     assert max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_help_of_a_group_lists_its_commands(group, capsys):
-    assert main([group, "--help"]) == 0
+def test_help_of_a_group_lists_its_commands(capsys):
+    assert main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     for name, command in COMMANDS.items():
-        assert (command.help in text) == name.startswith(f"{group} ")
+        assert (command.help in text) == name.startswith("data ")
 
 
 def test_every_command_names_a_class_a_function_and_fields_that_exist():
@@ -183,15 +180,18 @@ MISTAKES = [
     ("data inspect a b", "unexpected argument 'b'; the folder is 'a' already"),
     ("data inspect a --documents -1", "documents is -1; it must not be negative"),
     ("data inspect {full}", "{full}: no manifest.json; expected a folder written by"),
+    ("plan --gpu h10", "unknown GPU 'h10'; choose among a100, h100, h200, b200"),
+    ("plan modern-253", "unknown recipe or preset 'modern-253'; did you mean modern-253m?"),
     ("kernels --targets sm_91", "no target 'sm_91'; expected some of sm_80"),
     ("kernels --against ligr", "--against is 'ligr'; did you mean liger?"),
     ("kernels sm_90", "unexpected argument 'sm_90'; options are written --name value"),
-    ("bench", "bench is followed by report; see fastlm bench --help"),
-    ("bench repot", "bench is followed by report; got 'repot'"),
-    (
-        "bench report --results {full}",
-        "no results in {full}; write some: pytest bench/ --benchmark",
-    ),
+    ("report", "report needs RUNS: Folders of runs, or of a pipeline"),
+    ("report no/such/run", "no/such/run does not exist; give the folder of a run or of a pipeline"),
+    ("report {full}", "{full} holds no metrics.jsonl; give the folder of a run or of a pipeline"),
+    ("report runs/x --out page.txt", "--out is page.txt, expected a name that ends with .html"),
+    ("watch", "watch needs RUNS: Folders of runs, or of a pipeline"),
+    ("watch no/such/run", "no/such/run does not exist; give the folder of a run or of a pipeline"),
+    ("watch runs/x --port 70000", "port is 70000; it must lie in [0, 65535]"),
     ("doctor me", "unexpected argument 'me'; it takes no arguments"),
     ("doctor --json", "unknown option --json; see --help"),
 ]

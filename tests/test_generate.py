@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import randomised
+from helpers.models import randomised
 
 from fastlm.cli import main
 from fastlm.config import ModelConfig, Sampling

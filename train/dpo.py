@@ -58,7 +58,7 @@ def dpo(cfg: DpoConfig) -> int:
     outcome = train_steps(run, steps, loss, validate, tuning.flops_per_token())
     next_commands = {
         f"fastlm chat {run.folder}": "talk to this model",
-        f"fastlm export {run.folder} --to DIR": ("a folder that transformers, vLLM and llama.cpp load"),
+        f"fastlm export {run.folder} --to DIR": "a folder that transformers, vLLM and llama.cpp load",
     }
     return finish(run, outcome, lambda: say_result(run, outcome.monitor), next_commands)
 
@@ -74,7 +74,10 @@ def check_loss(cfg: DpoConfig) -> None:
 
 
 def reference_of(tuning: Tuning[DpoConfig], reference: ReferencePass) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The reference's log-probabilities of training and held-out rows; None where none are needed."""
+    """The reference's log-probabilities of training and held-out rows.
+
+    None where none are needed.
+    """
     cfg = tuning.cfg
     if not LOSSES[cfg.loss].needs_reference:
         return None, None
@@ -104,16 +107,17 @@ def batches(tuning: Tuning, position: int, reference: np.ndarray | None) -> Iter
 def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -> dict[str, Tensor]:
     """The loss and the figures worth watching, each summed over the batch's pairs.
 
-    logps, reference: (rows, row_len). kl estimates KL(policy || reference) on the answers' tokens: their
-    mean of e^d - 1 - d, d = reference - logps (Schulman 2020, Approximating KL divergence, k3); on text
-    that the policy did not write it is a distance, not the true divergence.
+    logps, reference: (rows, row_len). kl estimates KL(policy || reference) on the answers' tokens:
+    their mean of e^d - 1 - d, d = reference - logps (Schulman 2020, Approximating KL divergence, k3);
+    on text that the policy did not write it is a distance, not the true divergence.
     """
     member = membership(batch.unit, batch.units)
     policy = of_answers(logps.flatten(), member)
     start = of_answers(reference.flatten(), member)
     lengths = member.sum(1).view(-1, 2)
     losses, rewards = LOSSES[cfg.loss].of(Pairs(policy, start, lengths), cfg)
-    policy, rewards = policy.detach(), rewards.detach()
+    policy = policy.detach()
+    rewards = rewards.detach()
     margins = rewards[:, 0] - rewards[:, 1]
     figures = {
         "loss": losses.sum(),

@@ -1,8 +1,9 @@
 """Preference losses on the log-probabilities of two answers, and the table that `fastlm dpo` reads.
 
-In each: policy, reference (B, 2), nats, log pi(y | x) of the chosen and of the rejected answer, summed
-over its tokens, by the model in training and by the one it started from; lengths (B, 2), their counted
-tokens. Returns the loss of each pair (B,) and the rewards (B, 2) whose difference the loss looks at.
+In each: policy, reference (B, 2), nats, log pi(y | x) of the chosen and of the rejected answer,
+summed over its tokens, by the model in training and by the one it started from; lengths (B, 2),
+their counted tokens. Returns the loss of each pair (B,) and the rewards (B, 2) whose difference the
+loss looks at.
 
 A new loss is a function and a row of LOSSES here, and a test.
 """
@@ -22,11 +23,11 @@ LossAndRewards = tuple[Tensor, Tensor]
 
 
 def dpo(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> LossAndRewards:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = r_chosen - r_rejected, r = beta (policy - reference).
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = r_chosen - r_rejected.
 
-    Source: Rafailov et al. 2023, Direct Preference Optimization, eq. 7; with e = label_smoothing, the
-    chance that a pair is the wrong way round, conservative DPO (Mitchell 2023, A note on DPO with noisy
-    preferences, eq. 3).
+    r = beta (policy - reference). Source: Rafailov et al. 2023, Direct Preference Optimization,
+    eq. 7; with e = label_smoothing, the chance that a pair is the wrong way round, conservative DPO
+    (Mitchell 2023, A note on DPO with noisy preferences, eq. 3).
     """
     rewards = beta * (policy - reference)
     margin = rewards[:, 0] - rewards[:, 1]
@@ -36,7 +37,7 @@ def dpo(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float =
 
 
 def ipo(policy: Tensor, reference: Tensor, beta: float) -> LossAndRewards:
-    """(h - 1 / (2 beta))^2, h = (policy - reference) of the chosen minus that of the rejected answer.
+    """(h - 1 / (2 beta))^2, h = (policy - reference) of the chosen minus the rejected answer.
 
     Source: Azar et al. 2023, A General Theoretical Paradigm to Understand Learning from Human
     Preferences, eq. 17.
@@ -58,7 +59,8 @@ def length_normalised(
 def simpo(policy: Tensor, lengths: Tensor, beta: float, margin: float) -> LossAndRewards:
     """-log sigmoid(m - margin), r = beta policy / lengths: no reference.
 
-    Source: Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, eq. 6.
+    Source: Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward,
+    eq. 6.
     """
     rewards = beta * policy / lengths
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1] - margin), rewards
@@ -83,13 +85,19 @@ class PreferenceLoss:
 
 
 LOSSES = {
-    "sigmoid": PreferenceLoss(lambda p, o: dpo(p.policy, p.reference, o.beta, o.label_smoothing), takes_smoothing=True),
+    "sigmoid": PreferenceLoss(
+        lambda p, o: dpo(p.policy, p.reference, o.beta, o.label_smoothing),
+        takes_smoothing=True,
+    ),
     "ipo": PreferenceLoss(lambda p, o: ipo(p.policy, p.reference, o.beta)),
     "length-normalised": PreferenceLoss(
         lambda p, o: length_normalised(p.policy, p.reference, p.lengths, o.beta, o.label_smoothing),
         takes_smoothing=True,
     ),
-    "simpo": PreferenceLoss(lambda p, o: simpo(p.policy, p.lengths, o.beta, o.margin), needs_reference=False),
+    "simpo": PreferenceLoss(
+        lambda p, o: simpo(p.policy, p.lengths, o.beta, o.margin),
+        needs_reference=False,
+    ),
 }
 
 

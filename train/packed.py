@@ -19,6 +19,7 @@ from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_batch, 
 from fastlm.errors import check
 from fastlm.interop.open_model import open_model
 from fastlm.model import Transformer, count_parameters, training_flops_per_token
+from fastlm.model.old_names import old_names
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed
 from fastlm.train.run import cache_folder, check_start, choose_attention, settle_memory
@@ -56,7 +57,7 @@ class Tuning(Generic[C]):
 
     @cached_property
     def room(self) -> tuple[int, int]:
-        """Segments and keys that a micro-batch may have: one size for all, so nothing compiles twice."""
+        """Segments and keys that a micro-batch may have: one size, so that nothing compiles twice."""
         sizes = [self.train.room(self.micro_rows)]
         if self.held_out is not None:
             sizes.append(self.held_out.room(self.micro_rows))
@@ -102,8 +103,8 @@ class Tuning(Generic[C]):
 def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
     """Open the model and the examples, pack them, settle the steps, and say so.
 
-    load: reads the examples. group: sequences that belong together, two in a pair of answers. share:
-    whether a pair's prompt is computed once for both.
+    load: reads the examples. group: sequences that belong together, two in a pair of answers.
+    share: whether a pair's prompt is computed once for both.
     """
     device = check_start(cfg)
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
@@ -133,7 +134,7 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
 
 
 def read_examples(cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]) -> Examples:
-    """The examples of a stage; one process of each machine reads them, the others find its cache."""
+    """The examples of a stage; the main process of each machine reads them, the others its cache."""
     with distributed.main_process_first():
         return load(
             cfg.data,
@@ -158,9 +159,11 @@ def with_lengths(cfg: C, longest: int, group: int) -> C:
 
 
 def model_hash(model: Transformer) -> str:
-    """SHA-256 of the parameters, 16 hex digits."""
+    """SHA-256 of the parameters, 16 hex digits; under their old names, which older runs noted."""
     digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
+    parameters = dict(model.named_parameters())
+    for old, name in old_names(parameters).items():
+        p = parameters[name]
+        digest.update(old.encode())
         digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

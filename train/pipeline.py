@@ -1,11 +1,13 @@
-"""The whole chain: pretrain, SFT, DPO, and one table of what each did. The same command again goes on where it stopped."""
+"""`fastlm pipeline`: pretrain, SFT, DPO, and one table of what each did.
+
+The same command again goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from fastlm.evaluation.evaluate import open_scorer, read_documents, views
 from fastlm.evaluation.score import segment_nats, summarise
 from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
+from fastlm.report.command import write_report
 from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import distributed, loop
@@ -38,41 +41,60 @@ Row = dict[str, Any]
 
 
 def pipeline(cfg: PipelineConfig) -> int:
-    """Run the stages that are not done yet, score every model, print the table. Returns the exit code of a stopped stage."""
-    check(not distributed.launched(), "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one")
+    """Run the stages that are not done yet, score every model, print the table.
+
+    Returns 0, or the exit code of a stage that was stopped.
+    """
+    check(
+        not distributed.launched(),
+        "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one",
+    )
     with tf32_matmuls(cfg.eval.tf32, pick_device(cfg.eval.device)):
         pass  # says so now if the device has no TF32
-    out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")
-    options = to_toml(cfg)
-    noted = out / "config.toml"
-    if noted.is_file():
-        same = is_noted(cfg, noted.read_text(encoding="utf-8"))
-        check(same, f"{out} was begun with other options; give the same ones to go on, or choose another --out")
-    else:
-        check(not out.exists() or not any(out.iterdir()), f"{out} is not empty; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_text(noted, options)
-    folders = {name: out / name for name in ("pretrain", "sft", "dpo")}
-    stages = (
-        partial(run_stage, pretrain, cfg.pretrain, folders["pretrain"]),
-        partial(run_stage, sft, dataclasses.replace(cfg.sft, model=str(folders["pretrain"])), folders["sft"]),
-        partial(run_stage, dpo, dataclasses.replace(cfg.dpo, model=str(folders["sft"])), folders["dpo"]),
+    out = claim_folder(cfg)
+    pretrained = str(out / "pretrain")
+    tuned = str(out / "sft")
+    aligned = str(out / "dpo")
+    code = (
+        run_stage(pretrain, cfg.pretrain, out / "pretrain")
+        or run_stage(sft, dataclasses.replace(cfg.sft, model=pretrained), out / "sft")
+        or run_stage(dpo, dataclasses.replace(cfg.dpo, model=tuned), out / "dpo")
     )
-    for stage in stages:
-        code = stage()
-        if code:
-            print(f"The pipeline goes on with the same command: fastlm pipeline {cfg.recipe} --out {out}")
-            return code
-    places = {"baseline": cfg.baseline} if cfg.baseline else {}
-    places |= {"pretrained": str(folders["pretrain"]), "+ SFT": str(folders["sft"]), "+ DPO": str(folders["dpo"])}
-    console, rows = wide_console(), []
+    if code:
+        command = f"fastlm pipeline {cfg.recipe} --out {out}"
+        print(f"The pipeline goes on with the same command: {command}")
+        return code
+    models = {"baseline": cfg.baseline} if cfg.baseline else {}
+    models |= {"pretrained": pretrained, "+ SFT": tuned, "+ DPO": aligned}
+    console = wide_console()
     console.rule("[bold]evaluation")
-    for name, place in places.items():
-        print(f"scoring {place}")
-        rows.append({"model": name} | score(cfg, place, console))
+    rows = []
+    for name, path in models.items():
+        print(f"scoring {path}")
+        rows.append({"model": name} | score(cfg, path, console))
     files.write_json(out / "results.json", rows)
-    show(console, cfg, rows)
+    print_table(console, cfg, rows)
+    page = out / "report.html"
+    write_report((str(out),), page, "", True, pick_device(cfg.eval.device), console)
+    print(f"Curves and samples: {page}")
     return 0
+
+
+def claim_folder(cfg: PipelineConfig) -> Path:
+    """The pipeline's folder, with its options in config.toml; UserError where it holds others."""
+    out = Path(cfg.out or f"runs/pipeline-{cfg.recipe}")
+    options = out / "config.toml"
+    if options.is_file():
+        check(
+            is_noted(cfg, options.read_text(encoding="utf-8")),
+            f"{out} was begun with other options; give the same ones to go on, or choose another --out",
+        )
+        return out
+    empty = not out.exists() or not any(out.iterdir())
+    check(empty, f"{out} is not empty; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_text(options, to_toml(cfg))
+    return out
 
 
 def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | DpoConfig, folder: Path) -> int:
@@ -90,18 +112,29 @@ def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | Dpo
     return stage(dataclasses.replace(begun, resume=str(folder)))
 
 
-def score(cfg: PipelineConfig, place: str, console: Console) -> Row:
-    """What one model is worth on the held-out text and, if it is one of ours, on held-out answers and preferences."""
+def score(cfg: PipelineConfig, path: str, console: Console) -> Row:
+    """What one model is worth on the held-out text.
+
+    Where it is one of ours, also on held-out answers and preferences.
+    """
     device = pick_device(cfg.eval.device)
-    model, tokenizer, longest = open_scorer(place, device, "")
+    model, tokenizer, longest = open_scorer(path, device, "")
     documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
+    wanted = protocols.chosen(cfg.eval.protocols)
     scores = {}
-    for protocol in views(protocols.chosen(cfg.eval.protocols), documents, tokenizer, longest, console):
+    for protocol in views(wanted, documents, tokenizer, longest, console):
         with tf32_matmuls(cfg.eval.tf32, device):
             nats = segment_nats(model, protocol.segments, device, cfg.eval.batch_tokens)
         scores[protocol.name] = dataclasses.asdict(summarise(protocol, nats))
-    row: Row = {"place": place, "text": cfg.eval.data, "text_sha256": digest, "perplexity": scores,
-                "parameters": None, "answer_perplexity": None, "prefers_chosen": None}  # fmt: skip
+    row: Row = {
+        "place": path,
+        "text": cfg.eval.data,
+        "text_sha256": digest,
+        "perplexity": scores,
+        "parameters": None,
+        "answer_perplexity": None,
+        "prefers_chosen": None,
+    }
     if isinstance(model, Transformer):
         row["parameters"] = count_parameters(model.config)
         row["answer_perplexity"] = answer_perplexity(cfg.sft, model, tokenizer, device)
@@ -111,7 +144,10 @@ def score(cfg: PipelineConfig, place: str, console: Console) -> Row:
 
 @torch.no_grad()
 def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> float | None:
-    """exp of the mean -log p of the tokens of held-out answers, their end-of-text included; None where none are held out."""
+    """exp of the mean -log p of held-out answers' tokens, their end-of-text included.
+
+    None where none are held out.
+    """
     rows = held_out(load_instructions, cfg, model, tokenizer)
     if rows is None:
         return None
@@ -126,7 +162,10 @@ def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, 
 
 @torch.no_grad()
 def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> float | None:
-    """Share of held-out pairs whose chosen answer has the higher log p per token; None where none are held out."""
+    """Share of held-out pairs whose chosen answer has the higher log p per token.
+
+    None where none are held out.
+    """
     rows = held_out(load_preferences, cfg, model, tokenizer, group=2)
     if rows is None:
         return None
@@ -142,7 +181,11 @@ def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, dev
 
 
 def held_out(
-    load: Callable[..., Any], cfg: SftConfig | DpoConfig, model: Transformer, tokenizer: Tokenizer, group: int = 1
+    load: Callable[..., Any],
+    cfg: SftConfig | DpoConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    group: int = 1,
 ) -> PackedRows | None:
     """The stage's own held-out rows, as long as the model can read."""
     cfg = with_lengths(cfg, model.config.max_seq_len, group)
@@ -150,27 +193,36 @@ def held_out(
     return pack_examples(examples, cfg.row_len, group, share=group > 1)[1]
 
 
-def show(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
-    """The table: each protocol's perplexity, against the first row, and what the tuning stages are for."""
-    names, first = list(rows[0]["perplexity"]), rows[0]["model"]
-    scores = [f"perplexity ({name})" for name in names]
-    table = Table("model", "parameters", *scores, f"vs {first}", "held-out answers", "prefers chosen", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+def print_table(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
+    """Each protocol's perplexity, against the first row's, and what the tuning stages are for."""
+    first = rows[0]
+    names = list(first["perplexity"])
+    table = Table("model", box=None)
+    table.add_column("parameters", justify="right")
+    for name in names:
+        table.add_column(f"perplexity ({name})", justify="right")
+    for title in (f"vs {first['model']}", "held-out answers", "prefers chosen"):
+        table.add_column(title, justify="right")
     for row in rows:
-        found = [row["perplexity"].get(name, {}).get("perplexity") for name in names]
-        change = found[0] / rows[0]["perplexity"][names[0]]["perplexity"] - 1
+        scores = [row["perplexity"].get(name, {}).get("perplexity") for name in names]
+        change = scores[0] / first["perplexity"][names[0]]["perplexity"] - 1
         table.add_row(
-            row["model"], text(row["parameters"], ",d"), *[text(value, ".2f") for value in found],
-            text(None if row is rows[0] else change, "+.0%"), text(row["answer_perplexity"], ".2f"),
+            row["model"],
+            text(row["parameters"], ",d"),
+            *[text(value, ".2f") for value in scores],
+            text(None if row is first else change, "+.0%"),
+            text(row["answer_perplexity"], ".2f"),
             text(row["prefers_chosen"], ".1%"),
-        )  # fmt: skip
+        )
     console.print(table)
     console.print(
-        f"perplexity: of {cfg.eval.data} (SHA-256 {rows[0]['text_sha256']}); held-out answers: perplexity of {cfg.sft.data};\n"
-        f"prefers chosen: pairs of {cfg.dpo.data} whose chosen answer has the higher log-probability per token",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"perplexity: of {cfg.eval.data} (SHA-256 {first['text_sha256']}); "
+        f"held-out answers: perplexity of {cfg.sft.data};\n"
+        f"prefers chosen: pairs of {cfg.dpo.data} whose chosen answer has the higher "
+        f"log-probability per token",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def text(value: float | None, form: str) -> str:

@@ -48,7 +48,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     data = open_text(cfg, tokenizer)
     held_out = data.validation[: cfg.validation_tokens]
 
-    # the start of the text, where its statistics are needed: for the first weights, or the shortlist
+    # the start of the text, where its statistics give the first weights or the shortlist
     short = candidates(cfg) < cfg.model.vocab_size
     from_bigrams = cfg.init == "bigram" or (cfg.init == "auto" and not cfg.model.tie_embeddings)
     from_bigrams = from_bigrams and not cfg.resume
@@ -118,7 +118,10 @@ def open_tokenizer(cfg: PretrainConfig) -> Tokenizer:
 
 
 def open_text(cfg: PretrainConfig, tokenizer: Tokenizer) -> TokenData:
-    """The tokenised text, made where it is not there yet; UserError where it is too short for a row."""
+    """The tokenised text, prepared where it is not there yet.
+
+    Raises UserError where it is too short for a row.
+    """
     with showing_bytes(distributed.console()) as progress:
         settings = Settings(on_bad_row=cfg.bad_rows)
         data = prepare(cfg.data, tokenizer, cache_folder(cfg.cache), progress, settings)
@@ -135,8 +138,8 @@ def batches(
 ) -> Iterator[loop.Step]:
     """Each step's micro-batches in this process, with what is counted in them.
 
-    position: rows that the run has drawn before. ranked: all tokens by frequency, where the softmax is
-    over a shortlist.
+    position: rows that the run has drawn before. ranked: all tokens by frequency, where the softmax
+    is over a shortlist.
     """
     rows = distributed.micro_rows(cfg)
     room = 0

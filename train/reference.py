@@ -1,8 +1,8 @@
 """The reference pass: what the model that a run starts from thinks of the answers.
 
 Preference losses compare the model in training with the one it started from. Of that one only the
-log-probabilities of the answers are needed. They are computed in one pass before training, kept in a
-file, and read back row by row, so that training holds one model.
+log-probabilities of the answers are needed. They are computed in one pass before training, kept in
+a file, and read back row by row, so that training holds one model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fastlm.train import distributed
 class ReferencePass:
     """Who computes the log-probabilities, and where they are kept.
 
-    logprobs: a batch's log p of its targets (rows, row_len) by the reference model. model_hash: what
-    tells that model from others.
+    logprobs: a batch's log p of its targets (rows, row_len) by the reference model. model_hash:
+    what tells that model from others.
     """
 
     logprobs: Callable[[PackedBatch], Tensor]
@@ -49,10 +49,10 @@ def reference_logprobs(
 ) -> np.ndarray:
     """log p of each target by the reference model, (n_rows, row_len) fp32, NaN in rows not used.
 
-    batches: this process's share of the n_batches batches that the run uses. They are scored as they
-    come in training and by the same program, which is why gradients stay on: so the first step's
-    rewards are 0. What the file for this model and these rows holds already is not computed again,
-    nor is what another process computes.
+    batches: this process's share of the n_batches batches that the run uses. They are scored as
+    they come in training and by the same program, which is why gradients stay on: so the first
+    step's rewards are 0. What the file for this model and these rows holds already is not computed
+    again, nor is what another process computes.
     """
     file = reference.cache / f"reference-{key_of(reference, rows)}.f32"
     known = read_kept(file, (len(rows), rows.row_len))
@@ -102,7 +102,7 @@ def read_kept(file: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def key_of(reference: ReferencePass, rows: PackedRows) -> str:
-    """What tells these log-probabilities from others: the model, the rows, and the kind of device."""
+    """What tells these log-probabilities from others: model, rows, and the kind of device."""
     what = f"{reference.model_hash} {rows.row_len} {rows.rows} {reference.device.type}"
     key = hashlib.sha256(what.encode())
     for array in (rows.ids, rows.counted, rows.shared):
@@ -111,7 +111,7 @@ def key_of(reference: ReferencePass, rows: PackedRows) -> str:
 
 
 def with_reference(batch: PackedBatch, logprobs: np.ndarray | None) -> tuple[PackedBatch, Tensor]:
-    """The batch and the reference's log p of its targets, (rows, row_len) fp32; zeros without one."""
+    """The batch and the reference's log p of its targets, (rows, row_len) fp32; zeros for None."""
     if logprobs is None:
         return batch, torch.zeros(batch.y.shape)
     # an empty row's number is -1; none of its slots is counted

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from harness.gpu_timing import on_gpu, rehearsing
+from bench.harness.gpu_timing import on_gpu, rehearsing
 
 OPTIMIZER = "optimizer"  # the name of the range around an optimizer's step
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")

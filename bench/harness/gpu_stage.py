@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from harness.gpu_timing import device, energy_meter, on_gpu, rehearsing
-from harness.stand_ins import stand_in
-from harness.words import word_tokenizer
+from bench.harness.gpu_timing import device, energy_meter, on_gpu, rehearsing
+from bench.harness.stand_ins import stand_in
+from bench.harness.words import word_tokenizer
 
 STOOD_IN = stand_in()  # before fastlm's loop is imported, which wants these packages
 
@@ -196,7 +196,7 @@ class Seen:
         return found
 
     def losses(self, every: int) -> list[list[float]]:
-        """[step, loss] of every so-manieth step and of the last."""
+        """[step, loss] of one step in `every`, and of the last."""
         rows = [(row["step"], row["loss"]) for row in self.metrics if "loss" in row]
         return [[step, loss] for step, loss in rows if step % every == 0 or step == rows[-1][0]]
 

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from harness.gpu_stage import CACHE, Enough, Seen, Size, on_this_machine, watched_steps
-from harness.gpu_timing import device, on_gpu
 
+from bench.harness.gpu_stage import CACHE, Enough, Seen, Size, on_this_machine, watched_steps
+from bench.harness.gpu_timing import device, on_gpu
 from fastlm.config import ModelConfig
 from fastlm.data.prefetch import prefetch
 from fastlm.data.text.batches import row_batch

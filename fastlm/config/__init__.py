@@ -1,7 +1,6 @@
 """Configuration: frozen dataclasses of plain values, one for each command, and the presets."""
 
 from fastlm.config.commands import (
-    BenchConfig,
     ChatConfig,
     DataInspectConfig,
     DataPrepareConfig,
@@ -13,7 +12,10 @@ from fastlm.config.commands import (
     KernelsConfig,
     LmEvalConfig,
     PipelineConfig,
+    PlanConfig,
+    ReportConfig,
     Sampling,
+    WatchConfig,
 )
 from fastlm.config.model import PRESETS, ModelConfig
 from fastlm.config.training import (
@@ -27,7 +29,6 @@ from fastlm.config.training import (
 
 __all__ = [
     "PRESETS",
-    "BenchConfig",
     "ChatConfig",
     "DataInspectConfig",
     "DataPrepareConfig",
@@ -42,9 +43,12 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PipelineConfig",
+    "PlanConfig",
     "PretrainConfig",
+    "ReportConfig",
     "Sampling",
     "SftConfig",
     "StageConfig",
     "TuningConfig",
+    "WatchConfig",
 ]

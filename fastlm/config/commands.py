@@ -109,7 +109,8 @@ class EvalConfig:
     compile: bool = False
     """Compile the model with torch.compile: worth it for a long text."""
     tf32: bool = False
-    """On a GPU, multiply in TF32: several times as fast, with inputs rounded to 10 bits of mantissa."""
+    """On a GPU, multiply in TF32: several times as fast, with inputs rounded to 10 bits of
+    mantissa."""
     json: bool = False
     """Print JSON instead of a table."""
     device: str = "auto"
@@ -197,6 +198,52 @@ class DataInspectConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What training a model takes on so many GPUs: memory, time, communication, failures, energy.
+
+    Arithmetic, not a measurement; docs/scaling.md has the formulas.
+    """
+
+    model: str = "modern-253m"
+    """A recipe of pretraining (shipped, or a .toml file), or a model's preset."""
+    gpus: str = "1,8,64,1024"
+    """Numbers of GPUs, separated by commas."""
+    gpu: str = "h100"
+    """Which GPU: a100, h100, h200, b200."""
+    gpus_per_node: int = 8
+    """GPUs in a machine."""
+    tokens: float = 1e12
+    """Tokens of the whole run."""
+    batch_rows: int = 0
+    """Rows of an optimizer step, of all GPUs together (0: the recipe's batch_rows for each GPU)."""
+    micro_batch_rows: int = 0
+    """Rows of a GPU's forward and backward pass (0: the recipe's)."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass, whatever the recipe says."""
+    write_gb_s: float = 2.0
+    """GB a second that a machine writes of its checkpoints."""
+    chart: str = ""
+    """Write tokens a day by GPUs as this .svg file too."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "gpus_per_node", "tokens", "write_gb_s")
+        check_not_negative(self, "batch_rows", "micro_batch_rows")
+        check(
+            self.chart == "" or self.chart.endswith(".svg"),
+            f"chart is {self.chart!r}; it must end with .svg",
+        )
+        for count in self.gpus.split(","):
+            good = count.strip().isascii() and count.strip().isdigit() and int(count) > 0
+            check(good, f"gpus is {self.gpus!r}; it must be positive integers separated by commas")
+
+    @property
+    def gpu_counts(self) -> list[int]:
+        return [int(count) for count in self.gpus.split(",")]
+
+
+@dataclass(frozen=True)
 class KernelsConfig:
     """What the Triton kernels compile to, move and would take at least, counted without a GPU."""
 
@@ -210,13 +257,36 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """Tables and charts from the results that pytest bench/ --benchmark wrote."""
+class ReportConfig:
+    """Write runs as one page: curves, samples and figures, for a browser."""
 
-    results: str = "bench/results"
-    """Folder with the result files."""
-    out: str = "docs/benchmarks.md"
-    """The page to write; its charts go into a folder of the same name beside it."""
+    runs: tuple[str, ...] = ()
+    """Folders of runs, or of a pipeline; several are laid over one another."""
+    out: str = ""
+    """The page (default: report.html in the folder, of several runs here); the same in Markdown is
+    written beside it."""
+    data: str = ""
+    """Text to score the models on (default: that of the first run, else python-stdlib)."""
+    scores: bool = True
+    """Load each model, score it on the beginning of held-out text, and write samples."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Follow runs in a browser: their report without samples, made anew as they go on."""
+
+    runs: tuple[str, ...] = ()
+    """Folders of runs, or of a pipeline; several are laid over one another."""
+    port: int = 8642
+    """Port of the page."""
+    host: str = "127.0.0.1"
+    """Address of this machine that the page is served at; any but the default lets others see
+    it."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.port < 65536, f"port is {self.port}; it must lie in [0, 65535]")
 
 
 @dataclass(frozen=True)

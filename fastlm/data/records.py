@@ -31,7 +31,7 @@ class Record(NamedTuple):
 class BadRecords:
     """Counts bad records.
 
-    policy "fail": `report` raises UserError. "skip": it counts, and keeps the first as examples.
+    policy "fail": `add` raises UserError. "skip": it counts, and keeps the first as examples.
     """
 
     policy: str = "fail"
@@ -42,7 +42,7 @@ class BadRecords:
         if self.policy not in ("fail", "skip"):
             raise UserError(f'bad rows: got {self.policy!r}; expected "fail" or "skip"')
 
-    def report(self, place: str, problem: str) -> None:
+    def add(self, place: str, problem: str) -> None:
         """One bad record: its place, and what is wrong with it."""
         if self.policy == "fail":
             raise UserError(
@@ -81,7 +81,7 @@ def read_json_lines(file: Path, bad: BadRecords) -> Iterator[Record]:
             if len(line) > MAX_LINE_BYTES:
                 while line and not line.endswith(b"\n"):  # the rest of the line, never held whole
                     line = stream.readline(MAX_LINE_BYTES)
-                bad.report(place, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+                bad.add(place, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
                 continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -99,15 +99,15 @@ def parse_object(line: bytes, place: str, bad: BadRecords) -> dict[str, Any] | N
             line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
-        bad.report(place, f"not UTF-8 (byte {error.start} of the line: {error.reason})")
+        bad.add(place, f"not UTF-8 (byte {error.start} of the line: {error.reason})")
     except json.JSONDecodeError as error:
-        bad.report(place, f"not JSON ({error.msg} at column {error.colno})")
+        bad.add(place, f"not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
-        bad.report(place, str(error) or "nested too deeply")
+        bad.add(place, str(error) or "nested too deeply")
     else:
         if isinstance(value, dict):
             return value
-        bad.report(place, f"expected a JSON object, got {type(value).__name__}")
+        bad.add(place, f"expected a JSON object, got {type(value).__name__}")
     return None
 
 
@@ -162,13 +162,13 @@ def read_json(file: Path, bad: BadRecords) -> Iterator[Record]:
                 f"record {number}); the rest of the file cannot be read"
             ) from error
         except ValueError as error:
-            bad.report(place, str(error))
+            bad.add(place, str(error))
             _, position = json.JSONDecoder().raw_decode(text, position)
             continue
         if isinstance(value, dict):
             yield Record(place, value)
         else:
-            bad.report(place, f"expected a JSON object, got {type(value).__name__}")
+            bad.add(place, f"expected a JSON object, got {type(value).__name__}")
 
 
 def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[Record]:

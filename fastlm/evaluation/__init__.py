@@ -1,1 +1,1 @@
-"""Perplexity protocols and their report."""
+"""Perplexity of any model by four protocols, and lm-eval's tasks."""

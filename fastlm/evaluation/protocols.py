@@ -1,9 +1,14 @@
-"""Four ways people turn a text into a perplexity. Each gives segments; the scorer only sees token ids and what to score.
+"""Four ways people turn a text into a perplexity.
 
-window  non-overlapping windows of 1024 tokens; the first token of each has no context and is not scored
-stride  windows of 1024 every 512; a token is scored once, in the first window that holds it (the Hugging Face guide)
-line    the first 100 non-empty lines, each alone, at most 512 tokens, first token not scored (gives GPT-2 its 40.64)
-word    whole documents after end-of-text, detokenised; per word and per byte of the original text (lm-eval's wikitext)
+window  windows of 1024 tokens side by side; the first token of each is not scored: no context
+stride  windows of 1024 every 512; a token is scored once, in the first window that holds it (the
+        Hugging Face guide)
+line    the first 100 non-empty lines, each alone, at most 512 tokens, the first token not scored
+        (gives GPT-2 its 40.64)
+word    whole documents after end-of-text, detokenised; per word and per byte of the original text
+        (lm-eval's wikitext)
+
+Each gives segments: the scorer sees token ids and which of them to score, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ WINDOW, STRIDE, LINES, LINE_TOKENS = 1024, 512, 100, 512
 
 @dataclass(frozen=True)
 class Segment:
-    """Token ids of which those from `start` on (start >= 1) are scored, each given all before it."""
+    """Token ids; those from `start` on (at least 1) are scored, each given all before it."""
 
     ids: Sequence[int]
     start: int
@@ -35,7 +40,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What one protocol makes of a text: the segments, and the words and bytes its totals are divided by.
+    """A text as one protocol sees it: segments, and the words and bytes that totals are divided by.
 
     how: what was done with the text, in words, such as how long the windows really are.
     """
@@ -48,12 +53,12 @@ class Protocol:
 
 
 def chosen(names: str) -> list[str]:
-    """The protocols of a list with commas, none of an empty one; UserError for a name that is none."""
-    found = names.split(",") if names else []
-    for name in found:
+    """The protocols of a comma-separated list, which may be empty."""
+    wanted = names.split(",") if names else []
+    for name in wanted:
         if name not in NAMES:
             raise UserError(f"unknown protocol {name!r}; {nearest(name, NAMES)}")
-    return found
+    return wanted
 
 
 def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int) -> Protocol:
@@ -66,24 +71,22 @@ def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int
         segments = word_segments(documents, tokenizer, max_len)
         how = "end-of-text before each document"
     elif name == "line":
-        lines = [line for line in text.splitlines() if line.strip()][:LINES]
-        longest = min(LINE_TOKENS, max_len)
-        encoded = [tokenizer.encode(line) for line in lines]
-        cut = sum(len(ids) > longest for ids in encoded)
-        parts = [ids[:longest] for ids in encoded]
-        segments = [Segment(part, 1, n) for n, part in enumerate(parts) if len(part) > 1]
-        how = f"{len(lines)} lines, {cut} of them cut to {longest} tokens"
+        segments, how = line_segments(text, tokenizer, max_len)
     else:
-        ids, window = tokenizer.encode(text), min(WINDOW, max_len)
+        ids = tokenizer.encode(text)
+        window = min(WINDOW, max_len)
         if len(ids) < window:
-            raise UserError(f"protocol {name}: the text has {len(ids)} tokens, too few for a window of {window}; give a longer "
-                            f"text, or score it with --protocols line,word")  # fmt: skip
+            raise UserError(
+                f"protocol {name}: the text has {len(ids)} tokens, too few for a window of "
+                f"{window}; give a longer text, or score it with --protocols line,word"
+            )
         stride = min(STRIDE, window) if name == "stride" else window
         segments = window_segments(ids, window, stride)
         how = f"windows of {window} tokens, one every {stride}"
     if not segments:
         raise UserError(
-            f"protocol {name}: the text has no line or document of two tokens, too few to score one; give a longer text"
+            f"protocol {name}: the text has no line or document of two tokens, too few to score "
+            f"one; give a longer text"
         )
     if name == "word":  # as lm-eval counts: all of the original text
         words = sum(len(re.split(r"\s+", d)) for d in documents)
@@ -95,62 +98,93 @@ def make(name: str, documents: Sequence[str], tokenizer: Tokenizer, max_len: int
     return Protocol(name, segments, words, size, how)
 
 
+def line_segments(text: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Segment], str]:
+    """The first non-empty lines, each alone and cut where it is too long; and that in words."""
+    lines = [line for line in text.splitlines() if line.strip()][:LINES]
+    longest = min(LINE_TOKENS, max_len)
+    encoded = [tokenizer.encode(line) for line in lines]
+    n_cut = sum(len(ids) > longest for ids in encoded)
+    segments = [Segment(ids[:longest], 1, n) for n, ids in enumerate(encoded) if len(ids) > 1]
+    return segments, f"{len(lines)} lines, {n_cut} of them cut to {longest} tokens"
+
+
 def window_segments(ids: list[int], window: int, stride: int) -> list[Segment]:
     """Windows of so many tokens, one every stride (1 to window); each token is scored once."""
-    out, done = [], 0
+    segments = []
+    done = 0
     for n, begin in enumerate(range(0, len(ids), stride)):
         part = ids[begin : begin + window]
         start = max(1, done - begin)
         if len(part) > start:
-            out.append(Segment(part, start, n))
+            segments.append(Segment(part, start, n))
         done = begin + len(part)
         if done == len(ids):
             break
-    return out
+    return segments
 
 
 def word_segments(documents: Sequence[str], tokenizer: Tokenizer, max_len: int) -> list[Segment]:
-    encoded = (tokenizer.encode(detokenise(document)) for document in documents)
-    return [s for n, ids in enumerate(encoded) for s in rolling(ids, tokenizer.eos_id, max_len, n)]
+    """Whole documents after end-of-text, in lm-eval's rolling windows."""
+    segments = []
+    for n, document in enumerate(documents):
+        ids = tokenizer.encode(detokenise(document))
+        segments += rolling(ids, tokenizer.eos_id, max_len, n)
+    return segments
 
 
 def rolling(ids: list[int], first: int, max_len: int, document: int) -> list[Segment]:
-    """lm-eval's rolling windows of a document: the id `first`, then max_len new tokens a window; the last one reaches back."""
-    out = []
+    """lm-eval's rolling windows of a document.
+
+    The id `first`, then max_len new tokens a window; the last window reaches back.
+    """
+    segments = []
     for begin in range(0, len(ids), max_len):
         end = min(begin + max_len, len(ids))
         seen = [first, *ids[:end]] if begin == 0 else ids[end - max_len - 1 : end]
-        out.append(Segment(seen, len(seen) - (end - begin), document))
-    return out
+        segments.append(Segment(seen, len(seen) - (end - begin), document))
+    return segments
 
 
-# WikiText is spaced and escaped; these undo it in the order that lm-eval's wikitext task does, so that results compare.
-PLAIN = [
-    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "), (" ! ", "! "),
-    (" ? ", "? "), (" , ", ", "),
-]  # fmt: skip
-BRACKETS = [
-    r"\(\s*([^\)]*?)\s*\)",
-    r"\[\s*([^\]]*?)\s*\]",
-    r"{\s*([^}]*?)\s*}",
-    r"\"\s*([^\"]*?)\s*\"",
-    r"'\s*([^']*?)\s*'",
-]
-BRACKETED = [r"(\1)", r"[\1]", r"{\1}", r'"\1"', r"'\1'"]
-AFTER = [
-    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" " + chr(176) + " ", chr(176)), (" \n", "\n"), ("\n ", "\n"),
-    (" N ", " 1 "), (" 's", "'s"),
-]  # fmt: skip
+# WikiText is spaced and escaped. These undo it in the order of lm-eval's wikitext task, so that
+# results compare.
+PUNCTUATION = (
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    (" : ", ": "),
+    (" ; ", "; "),
+    (" . ", ". "),
+    (" ! ", "! "),
+    (" ? ", "? "),
+    (" , ", ", "),
+)
+BRACKETS = (
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+)
+HEADINGS_AND_REST = (
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" " + chr(176) + " ", chr(176)),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
 
 
 def detokenise(text: str) -> str:
-    """WikiText's spacing undone: "s '" -> "s'", " @-@ " -> "-", "( a )" -> "(a)", "= =" -> "==", and so on."""
+    """WikiText's spacing undone: "s '" -> "s'", " @-@ " -> "-", "( a )" -> "(a)", "= =" -> "=="."""
     text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text.replace("s '", "s'"))
-    for old, new in PLAIN[1:]:
+    for old, new in PUNCTUATION:
         text = text.replace(old, new)
-    for pattern, replacement in zip(BRACKETS, BRACKETED, strict=True):
+    for pattern, replacement in BRACKETS:
         text = re.sub(pattern, replacement, text)
-    for old, new in AFTER:
+    for old, new in HEADINGS_AND_REST:
         text = text.replace(old, new)
     return text
 

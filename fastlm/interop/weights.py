@@ -38,15 +38,15 @@ def hugging_face_names(c: ModelConfig) -> Iterator[tuple[str, list[tuple[str, in
             (f"{layer}.self_attn.k_proj", kv_rows),
             (f"{layer}.self_attn.v_proj", kv_rows),
         ]
-        yield f"{block}.attention_norm", [(f"{layer}.input_layernorm.weight", c.dim)]
+        yield f"{block}.attention_norm.weight", [(f"{layer}.input_layernorm.weight", c.dim)]
         yield f"{block}.qkv.weight", [(f"{name}.weight", rows) for name, rows in projections]
         if c.qkv_bias:
             yield f"{block}.qkv.bias", [(f"{name}.bias", rows) for name, rows in projections]
         if c.qk_norm:
-            yield f"{block}.q_norm", [(f"{layer}.self_attn.q_norm.weight", c.head_dim)]
-            yield f"{block}.k_norm", [(f"{layer}.self_attn.k_norm.weight", c.head_dim)]
+            yield f"{block}.q_norm.weight", [(f"{layer}.self_attn.q_norm.weight", c.head_dim)]
+            yield f"{block}.k_norm.weight", [(f"{layer}.self_attn.k_norm.weight", c.head_dim)]
         yield f"{block}.out.weight", [(f"{layer}.self_attn.o_proj.weight", c.dim)]
-        yield f"{block}.ffn_norm", [(f"{layer}.post_attention_layernorm.weight", c.dim)]
+        yield f"{block}.ffn_norm.weight", [(f"{layer}.post_attention_layernorm.weight", c.dim)]
         yield (
             f"{block}.gate_up.weight",
             [
@@ -55,7 +55,7 @@ def hugging_face_names(c: ModelConfig) -> Iterator[tuple[str, list[tuple[str, in
             ],
         )
         yield f"{block}.down.weight", [(f"{layer}.mlp.down_proj.weight", c.dim)]
-    yield "norm", [("model.norm.weight", c.dim)]
+    yield "norm.weight", [("model.norm.weight", c.dim)]
     if not c.tie_embeddings:
         yield "head", [("lm_head.weight", c.vocab_size)]
 
@@ -125,7 +125,7 @@ def check_shapes(
 
 def input_columns(config: ModelConfig, parameter: str) -> list[int]:
     """The number of inputs of a matrix, by its name here; none for a vector."""
-    if parameter.endswith(("norm", "bias")):
+    if parameter.endswith(("norm.weight", "bias")):
         return []
     if parameter.endswith("out.weight"):
         return [config.n_heads * config.head_dim]

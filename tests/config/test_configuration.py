@@ -1,4 +1,4 @@
-"""Configuration: recipes, presets, overrides; every mistake is named with the nearest valid word."""
+"""Recipes, presets, overrides; every mistake is named with the nearest valid word."""
 
 from __future__ import annotations
 
@@ -200,7 +200,9 @@ def test_what_follows_lm_evals_model_is_left_as_it_is():
 def test_an_option_is_written_with_dashes_or_underscores_and_switched_off_in_one_way_only():
     assert pretrain("--batch_rows=2", "--no-model.tie_embeddings").batch_rows == 2
     assert pretrain("--no-model.qk-norm").model.qk_norm is False
-    with pytest.raises(UserError, match=r"unknown option --model.no-qk-norm; did you mean --no-model.qk-norm"):
+    with pytest.raises(
+        UserError, match=r"unknown option --model.no-qk-norm; did you mean --no-model.qk-norm"
+    ):
         pretrain("--model.no-qk-norm")
 
 

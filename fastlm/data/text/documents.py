@@ -52,11 +52,11 @@ def _has_text(source: Source, record: Record) -> bool:
     if isinstance(text, str) and text.strip():
         return True
     if isinstance(text, str):
-        source.bad.report(record.place, f"field {name!r} is empty")
+        source.bad.add(record.place, f"field {name!r} is empty")
         return False
     what = f"expected text, got {type(text).__name__}" if name in record.fields else "no such field"
     fields = ", ".join(map(str, list(record.fields)[:6])) or "none"
-    source.bad.report(record.place, f"field {name!r}: {what} (its fields: {fields})")
+    source.bad.add(record.place, f"field {name!r}: {what} (its fields: {fields})")
     return False
 
 

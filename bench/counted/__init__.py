@@ -1,0 +1,1 @@
+"""What compiled GPU programs cost, counted without a GPU and not measured."""

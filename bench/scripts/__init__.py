@@ -1,0 +1,1 @@
+"""Commands around the benchmarks: `python -m bench.scripts.NAME`."""

@@ -1,0 +1,1 @@
+"""`fastlm report`: runs as one page of curves, samples and figures."""
