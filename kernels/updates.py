@@ -86,21 +86,25 @@ def momentum_step(
     momentum: float,
     factor: Tensor | None = None,
     skip: Tensor | None = None,
+    normalise: bool = True,
 ) -> None:
     """Muon's momentum, and into updates, of update_dtype, each matrix's direction.
 
-    It has a Frobenius norm of 1.
+    It has a Frobenius norm of 1. normalise: else the directions keep their norms, and what stands
+    in an fp16 tensor is bf16, which has their range.
     """
     if takes_triton(grads[0]):
         from fastlm.kernels.triton import updates as on_gpu
 
-        on_gpu.momentum_step(grads, averages, updates, momentum, factor, skip)
+        lists = {"grads": grads, "averages": averages, "updates": updates}
+        on_gpu.momentum_step(lists, momentum, factor, skip, normalise)
     elif skip is None or not skip:
         _scale_in_place(grads, factor)
         for grad, average, update in zip(grads, averages, updates, strict=True):
             average.lerp_(grad, 1 - momentum)
             torch.lerp(grad, average, momentum, out=update)
-            update.div_(update.norm().clamp_min(1e-7))
+            if normalise:
+                update.div_(update.norm().clamp_min(1e-7))
 
 
 def muon_step(

@@ -310,19 +310,19 @@ def global_norm(grads: list[Tensor], max_norm: float, scale: Tensor | None) -> T
 
 
 def momentum_step(
-    grads: list[Tensor],
-    averages: list[Tensor],
-    updates: list[Tensor],
+    lists: dict[str, list[Tensor]],
     momentum: float,
     factor: Tensor | None,
     skip: Tensor | None,
+    normalise: bool,
 ) -> None:
-    """Muon's momentum, and each matrix's direction into updates."""
-    partials = room_for_partials(grads)
-    lists = {"grads": grads, "averages": averages, "updates": updates}
+    """Muon's momentum of lists grads, averages; each matrix's direction into the list updates."""
+    partials = room_for_partials(lists["grads"])
     given = {"partials": partials, "factor": factor, "skip": skip, "momentum": momentum}
     launch(momentum_kernel, lists, **given)
-    launch(normalise_kernel, {"updates": updates}, partials=partials, CHUNK=CHUNK)
+    if normalise:
+        updates = {"updates": lists["updates"]}
+        launch(normalise_kernel, updates, partials=partials, CHUNK=CHUNK)
 
 
 def muon_step(
