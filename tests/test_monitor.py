@@ -21,8 +21,7 @@ CPU = torch.device("cpu")
 def make(tmp_path, **changes) -> Monitor:
     arguments = {
         "steps": 3,
-        "start": 0,
-        "tokens": 0,
+        "state": {"step": 0, "tokens": 0},
         "flops_per_token": 1e6,
         "device": CPU,
         "console": Console(quiet=True),
