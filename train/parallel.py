@@ -105,7 +105,11 @@ def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
 def join(backend: str, timeout_minutes: float) -> dist.Store:
     """Make this process one of torchrun's; returns what all of them can write to and read from."""
     global _store
-    _store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store for all its restarts, with what dead processes left in it
+        store = dist.PrefixStore(f"fastlm/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    _store = store
     patience = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, timeout=patience, world_size=world, rank=rank, store=_store)
     return _store
@@ -367,7 +371,7 @@ def distribute(cfg: StageConfig, model: nn.Module, device: torch.device) -> None
     """
     if not joined():
         return
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()) if ranks()[1] > 1 else ():
         dist.broadcast(tensor.detach(), src=0)
     way = cfg.parallel
     if way == "auto":
@@ -521,7 +525,7 @@ def norms_of_shards(model: nn.Module, norm: Tensor) -> Tensor:
     """The norm of each process's part of a sharded model's gradients: the norm of these is the norm of all."""
     mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]
     norms = norm.new_empty(mesh.size(mesh.ndim - 1))
-    dist.all_gather_into_tensor(norms, norm.view(1), mesh.get_group(mesh.ndim - 1))
+    dist.all_gather(list(norms.split(1)), norm.view(1), mesh.get_group(mesh.ndim - 1))
     return norms
 
 
