@@ -195,9 +195,13 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    file.touch()
+    mode = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata)
+        file.chmod(mode)  # the library's file is its owner's alone, whatever the umask says
     except SafetensorError as error:
+        file.unlink(missing_ok=True)
         # As the Rust library words the number of the system's error.
         number = re.search(r"\b(?:code: |os error )(\d+)", str(error))
         code = int(number[1]) if number else 0

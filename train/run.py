@@ -284,13 +284,11 @@ def train_steps(
     with Monitor(
         run.folder,
         run.cfg.steps,
-        run.state["step"],
-        run.state["tokens"],
+        run.state,
         flops_per_token,
         run.device,
         run.console,
         run.cfg.tensorboard,
-        parallel.ranks(),
     ) as monitor:
         stopped = loop.train(run, prefetch(batches, run.device), loss, validate, monitor)
     return Outcome(stopped, monitor, time.perf_counter() - started)

@@ -1,6 +1,8 @@
-"""Runs fastlm commands, a JSON list in a file, one after the other in each process that torchrun started.
+"""Runs fastlm commands, a JSON list in a file, one after the other in each process that torchrun
+started.
 
-What the second process builds or opens is spoiled: a run must start from the first one's parameters.
+What the second process builds or opens is spoiled: a run must start from the first one's
+parameters.
 """
 
 from __future__ import annotations
