@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastlm.config import ModelConfig
-from fastlm.kernels.linear_cross_entropy import gpu_chunk_rows
+from fastlm.kernels.head_chunks import gpu_chunk_rows
 from fastlm.model import SwiGLULinear, Transformer, keep_what_fits
 from fastlm.plan.cards import Card
 from fastlm.plan.work import (
