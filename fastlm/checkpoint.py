@@ -5,7 +5,9 @@
                                 state.json             step, data position, validation loss, shapes, and the SHA-256 of
                                                        the files and of all that state.json itself says
 
-A checkpoint is there whole or not at all (fastlm.files). Without its state.json a folder is no checkpoint.
+A checkpoint is there whole or not at all (fastlm.files). Without its state.json a folder is no checkpoint. Several processes
+write a checkpoint in parts instead (fastlm.parts), which is read in the same places; tensors are named model.NAME and
+optimizer.NAME there.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastlm import files
+from fastlm import files, parts
 from fastlm.config import ModelConfig
 from fastlm.config.toml import override
 from fastlm.errors import UserError, check
@@ -49,26 +53,78 @@ def save(folder: Path, model: nn.Module, optimizer: dict[str, Tensor], state: di
     state: plain values; holds at least step, validation_loss (None where it was not measured) and model, the shape.
     Raises UserError where a parameter is not finite, and where the disk refuses; earlier checkpoints stay as they are.
     """
-    final = folder / f"step-{state['step']:06d}"
-    earlier = steps_saved(folder)
-    go_on = f"; then --resume: {earlier[-1].name} is whole" if earlier else ""
-    check_finite(model, f"after step {state['step']}", f"lower --optim.lr, or lengthen --optim.warmup-steps{go_on}")
-    try:
-        with files.whole_folder(final) as beside:
-            parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-            files.write_tensors(beside / FILES[0], parameters)
-            files.write_tensors(beside / FILES[1], optimizer | random_state())
-            whole = state | {"sha256": {name: files.sha256(beside / name) for name in FILES}}
-            files.write_json(beside / STATE, whole | {"state_sha256": digest_of(whole)})
-    except files.DiskError as error:
-        raise UserError(f"{error}{go_on}") from None
+    final = place_of(folder, state["step"])
+    parameters = finite_parameters(folder, model, state["step"])
+    with naming_the_last(folder), files.whole_folder(final) as beside:
+        files.write_tensors(beside / FILES[0], parameters)
+        files.write_tensors(beside / FILES[1], optimizer | random_state())
+        write_state(beside, state, {name: files.sha256(beside / name) for name in FILES})
     return final
+
+
+def place_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def write_state(beside: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
+    whole = state | {"sha256": digests}
+    files.write_json(beside / STATE, whole | {"state_sha256": digest_of(whole)})
+
+
+def go_on(folder: Path) -> str:
+    """How to go on behind an error, where there is a checkpoint to go on from."""
+    earlier = steps_saved(folder)
+    return f"; then --resume: {earlier[-1].name} is whole" if earlier else ""
+
+
+@contextlib.contextmanager
+def naming_the_last(folder: Path) -> Iterator[None]:
+    """What the disk refuses in the block, in one line that names the last checkpoint."""
+    try:
+        yield
+    except files.DiskError as error:
+        raise UserError(f"{error}{go_on(folder)}") from None
+
+
+def finite_parameters(folder: Path, model: nn.Module, step: int) -> dict[str, Tensor]:
+    """The model's parameters, which may be saved: UserError where one is not finite."""
+    check_finite(model, f"after step {step}", f"lower --optim.lr, or lengthen --optim.warmup-steps{go_on(folder)}")
+    return {name: p.detach().contiguous() for name, p in model.named_parameters()}
+
+
+def begin_part(beside: Path, parameters: dict[str, Tensor], optimizer: dict[str, Tensor], group: Any) -> Future:
+    """Write this process's part of a checkpoint into a folder while training goes on; group as in fastlm.parts."""
+    tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
+    return parts.begin_to_write(beside, tensors | random_state(), group)
+
+
+def digest_part(written: Future, beside: Path, number: int) -> dict[str, str]:
+    """The digest of this process's part when it is written, by its name; it may have none. Raises DiskError."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        written.result()
+    except CheckpointException as failed:
+        causes = [cause for cause, _ in failed.failures.values() if isinstance(cause, OSError)]
+        if not causes:
+            raise
+        raise files.DiskError(causes[0], "write", beside, "") from None
+    file = beside / parts.name_of(number)
+    return {file.name: files.sha256(file)} if file.is_file() else {}
+
+
+def publish(beside: Path, final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
+    """Give a folder of parts its state.json and its place: from now on it is a checkpoint. digests: of all parts."""
+    with files.disk_errors("write", final):
+        write_state(beside, state, digests)
+        files.move_into_place(beside, final)
 
 
 def check_finite(model: nn.Module, when: str, mend: str) -> None:
     """Raise UserError where a parameter holds NaN or infinity: such weights are never saved and never trained on."""
     named = list(model.named_parameters())
-    broken = torch.stack([p.detach().isfinite().logical_not().any() for _, p in named]).tolist()
+    broken = torch.stack([parts.local(p.detach()).isfinite().logical_not().any() for _, p in named]).tolist()
     bad = [name for (name, _), is_broken in zip(named, broken, strict=True) if is_broken]
     check(not bad, f"{when} the weights are not finite ({bad[0] if bad else ''}): training has diverged; {mend}")
 
@@ -139,9 +195,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     noted = state.pop("state_sha256", None)
     check(noted in (None, digest_of(state)), f"{path} was changed after it was written; {MEND}")
     digests, step = state.get("sha256"), state.get("step")
-    known = isinstance(digests, dict) and sorted(digests) == sorted(FILES) and type(step) is int
+    known = isinstance(digests, dict) and (sorted(digests) == sorted(FILES) or parts.are_parts(digests)) and type(step) is int
     check(known, f"{path} is not the state of a checkpoint: it lacks its step, or the digests of its files; {MEND}")
-    for name in FILES:
+    for name in state["sha256"]:
         with files.disk_errors("read", checkpoint / name, MEND):
             same = files.sha256(checkpoint / name) == state["sha256"][name]
         check(same, f"{checkpoint / name} is damaged: its SHA-256 is not the one noted when it was written; {MEND}")
@@ -149,27 +205,66 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    try:
+    with reading(path):
         return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"could not read {path}: {e}; {MEND}") from None
 
 
 @torch.no_grad()
 def fill(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
     """Copy the tensors found into those wanted; other names or shapes raise UserError, before anything is copied."""
-    for name in sorted(found.keys() | wanted.keys()):
-        a, b = (str(tuple(t[name].shape)) if name in t else "missing" for t in (found, wanted))
-        if a != b:
-            raise UserError(f"{what}: {name} is {a} there and {b} here; use the run's own configuration")
+    check_shapes(wanted, {name: tensor.shape for name, tensor in found.items()}, what)
     for name, tensor in wanted.items():
-        tensor.copy_(found[name])
+        parts.copy_whole(tensor, found[name])
+
+
+def check_shapes(wanted: dict[str, Tensor], found: Mapping[str, torch.Size], what: str) -> None:
+    """Raise UserError where names or shapes differ."""
+    for name in sorted(found.keys() | wanted.keys()):
+        a = str(tuple(found[name])) if name in found else "missing"
+        b = str(tuple(wanted[name].shape)) if name in wanted else "missing"
+        check(a == b, f"{what}: {name} is {a} there and {b} here; use the run's own configuration")
+
+
+@torch.no_grad()
+def fill_from_parts(checkpoint: Path, kind: str, wanted: dict[str, Tensor], what: str) -> None:
+    """fill() with the tensors of one kind, model or optimizer, from a checkpoint in parts."""
+    with reading(checkpoint):
+        found = parts.read_metadata(checkpoint)
+        of_kind = {name.removeprefix(f"{kind}."): shape for name, shape in found.items() if name.startswith(f"{kind}.")}
+        check_shapes(wanted, of_kind, what)
+        parts.read(checkpoint, {f"{kind}.{name}": tensor.detach() for name, tensor in wanted.items()})
+
+
+def random_from_parts(checkpoint: Path) -> dict[str, Tensor]:
+    """The random state in a checkpoint in parts: that of one of its processes."""
+    with reading(checkpoint):
+        found = parts.read_metadata(checkpoint)
+        random = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in found.items() if name.startswith("random.")}
+        parts.read(checkpoint, random)
+    return random
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"could not read {path}: {e}; {MEND}") from None
+
+
+def is_in_parts(checkpoint: Path) -> bool:
+    return not (checkpoint / FILES[0]).exists()
 
 
 def load_parameters(checkpoint: Path, model: nn.Module) -> None:
     """Copy the checkpoint's parameters into the model; other names or shapes raise UserError."""
-    found = {current_name(name): tensor for name, tensor in tensors(checkpoint / FILES[0]).items()}
-    fill(dict(model.named_parameters()), found, f"{checkpoint} holds a model of another shape")
+    wanted: dict[str, Tensor] = dict(model.named_parameters())
+    what = f"{checkpoint} holds a model of another shape"
+    if is_in_parts(checkpoint):
+        fill_from_parts(checkpoint, "model", wanted, what)
+    else:
+        found = {current_name(name): tensor for name, tensor in tensors(checkpoint / FILES[0]).items()}
+        fill(wanted, found, what)
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) -> dict[str, Any]:
@@ -183,13 +278,16 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: dict[str, Tensor]) ->
     """Put the tensors and the random state of a checkpoint back; its digests are the caller's to verify."""
     load_parameters(checkpoint, model)
     check_finite(model, f"in {checkpoint}", MEND)
-    found = tensors(checkpoint / FILES[1])
+    what = f"{checkpoint} holds another optimizer's state"
+    found = random_from_parts(checkpoint) if is_in_parts(checkpoint) else tensors(checkpoint / FILES[1])
     random = found.pop("random.cpu", None)
     if random is None:
-        raise UserError(f"{checkpoint / FILES[1]} holds no random state; {MEND}")
+        raise UserError(f"{checkpoint} holds no random state; {MEND}")
     cuda = found.pop("random.cuda", None)
-    found = named_by_parameter(found, dict(model.named_parameters()))
-    fill(optimizer, found, f"{checkpoint} holds another optimizer's state")
+    if is_in_parts(checkpoint):
+        fill_from_parts(checkpoint, "optimizer", optimizer, what)
+    else:
+        fill(optimizer, named_by_parameter(found, dict(model.named_parameters())), what)
     torch.set_rng_state(random)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)

@@ -125,16 +125,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Until then what was there stays.
     """
-    hidden = _hidden_name(folder, "new")
     with disk_errors("write", folder):
+        hidden = folder_beside(folder)
         try:
-            make_folder(folder.parent)
-            hidden.mkdir()
             yield hidden
             move_into_place(hidden, folder)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
+
+
+def folder_beside(folder: Path) -> Path:
+    """An empty hidden folder to fill, for move_into_place()."""
+    hidden = _hidden_name(folder, "new")
+    with disk_errors("write", folder):
+        make_folder(folder.parent)
+        hidden.mkdir()
+    return hidden
 
 
 def move_into_place(filled: Path, folder: Path) -> None:
@@ -188,9 +195,13 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    file.touch()
+    mode = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata)
+        file.chmod(mode)  # the library's file is its owner's alone, whatever the umask says
     except SafetensorError as error:
+        file.unlink(missing_ok=True)
         # As the Rust library words the number of the system's error.
         number = re.search(r"\b(?:code: |os error )(\d+)", str(error))
         code = int(number[1]) if number else 0

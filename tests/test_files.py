@@ -278,6 +278,13 @@ def test_arrays_and_tensors_come_back(tmp_path):
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [0, 1, 2]
 
 
+def test_tensors_are_as_readable_as_any_other_file(tmp_path):
+    (tmp_path / "plain").touch()
+    files.write_tensors(tmp_path / "a.safetensors", {"x": torch.arange(3)})
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("plain", "a.safetensors")}
+    assert modes["plain"] == modes["a.safetensors"]
+
+
 def test_leftovers_are_only_what_writers_leave(tmp_path):
     for name in (".hidden", "a.new", ".a.12-0123abcd.new.txt", "step-000001"):
         (tmp_path / name).write_text("x")

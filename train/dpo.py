@@ -17,14 +17,14 @@ from fastlm.data.examples.packing import PackedBatch
 from fastlm.errors import check, nearest
 from fastlm.monitor import Monitor
 from fastlm.runtime import autocast
-from fastlm.train import distributed, loop
+from fastlm.train import loop, parallel
 from fastlm.train.losses import LOSSES, Pairs, membership, of_answers
 from fastlm.train.packed import Tuning, open_tuning
 from fastlm.train.reference import ReferencePass, reference_logprobs, with_reference
 from fastlm.train.run import cache_folder, compiled_step, finish, resume_or_create, say_start, train_steps
 
 
-@distributed.under_torchrun
+@parallel.under_torchrun
 def dpo(cfg: DpoConfig) -> int:
     """Train a model on preferences as cfg says; returns the process's exit code."""
     check_loss(cfg)
@@ -40,7 +40,7 @@ def dpo(cfg: DpoConfig) -> int:
 
     facts = tuning.facts
     cache = cache_folder(cfg.cache)
-    console = distributed.console()
+    console = parallel.console()
     reference = ReferencePass(logprobs, facts["start_hash"], cache, device, console)
     reference_train, reference_held_out = reference_of(tuning, reference)
     name = f"dpo-{Path(cfg.model).name}"
@@ -83,13 +83,14 @@ def reference_of(tuning: Tuning[DpoConfig], reference: ReferencePass) -> tuple[n
         return None, None
     # the steps that meet rows not met before
     steps = min(cfg.steps, math.ceil(len(tuning.train) / cfg.batch_rows))
-    used = itertools.chain.from_iterable(itertools.islice(tuning.steps(0), steps))
+    rows = itertools.chain.from_iterable(itertools.islice(tuning.steps(0), steps))
+    used = zip(rows, itertools.repeat(True))
     n_batches = steps * (cfg.batch_rows // tuning.micro_rows)
     training = reference_logprobs(reference, tuning.train, used, n_batches, "training")
     if tuning.held_out is None:
         return training, None
     n_batches = math.ceil(len(tuning.held_out) / tuning.micro_rows)
-    batches_here = distributed.shard(tuning.held_out_batches())
+    batches_here = parallel.shard_evenly(tuning.held_out_batches())
     held_out = reference_logprobs(reference, tuning.held_out, batches_here, n_batches, "held-out")
     return training, held_out
 

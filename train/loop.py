@@ -15,16 +15,17 @@ from filelock import FileLock
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastlm import checkpoint
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
 from fastlm.kernels import updates
 from fastlm.model import Transformer
 from fastlm.monitor import Monitor, perplexity
+from fastlm.parts import local
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed
+from fastlm.train import parallel
 from fastlm.train.loss_scale import LossScale
-from fastlm.train.optim import Optimizer, named_state, schedule
+from fastlm.train.optim import Optimizer, schedule
+from fastlm.train.saving import Saver
 
 # Signals that end a run after its step, saved; those that this system has.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -68,9 +69,11 @@ def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int, scale
     not the means, are multiplied.
     """
     totals: dict[str, Tensor] = {}
-    for micro_batch in micro_batches:
-        means = {name: part / max(1, n_counted) for name, part in loss(*micro_batch).items()}
-        (means["loss"] if scale is None else means["loss"] * scale).backward()
+    given = list(micro_batches)
+    for number, micro_batch in enumerate(given, 1):
+        with parallel.micro_batch(last=number == len(given)):
+            means = {name: part / max(1, n_counted) for name, part in loss(*micro_batch).items()}
+            (means["loss"] if scale is None else means["loss"] * scale).backward()
         totals = {name: part.detach() + totals.get(name, 0) for name, part in means.items()}
     assert totals, "a step has at least one micro-batch"
     return totals
@@ -90,7 +93,9 @@ def clip(model: nn.Module, max_norm: float, grad_scale: Tensor | None = None) ->
     As torch.nn.utils.clip_grad_norm_, but the gradients stay as they are: the optimizers read them anyway. grad_scale: by
     how much the loss was too large when it was differentiated; the factor takes it out again, and the norm is without it.
     """
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if parallel.shards(model):
+        grads = [parallel.norms_of_shards(model, updates.global_norm(grads, math.inf)[0])]
     norm, factor, found_inf = updates.global_norm(grads, max_norm or math.inf, grad_scale).unbind()
     return Clipping(norm, factor if max_norm or grad_scale is not None else None, found_inf)
 
@@ -122,11 +127,12 @@ def validate(loss: Loss, batches: Iterable[tuple[tuple, int]], device: torch.dev
     """
     totals: dict[str, Tensor] = {}
     counted = 0
-    for micro_batch, n_counted in distributed.shard(batches):
-        counted += n_counted
+    for (micro_batch, n_counted), mine in parallel.shard_evenly(batches):
         sums = loss(*move(micro_batch, device))
-        totals = {name: part.double() + totals.get(name, 0) for name, part in sums.items()}
-    parts = distributed.all_gather(({name: total.item() for name, total in totals.items()}, counted))
+        if mine:
+            counted += n_counted
+            totals = {name: part.double() + totals.get(name, 0) for name, part in sums.items()}
+    parts = parallel.all_gather(({name: total.item() for name, total in totals.items()}, counted))
     counted = sum(number for _, number in parts)
     names = dict.fromkeys(name for found, _ in parts for name in found)  # a process may have had no batch
     return {name: sum(found.get(name, 0.0) for found, _ in parts) / max(1, counted) for name in names}
@@ -150,17 +156,19 @@ def train(
     is held out). Returns the number of the signal that stopped it, or 0; everything is saved then.
     """
     cfg, model, state = run.cfg, run.model, run.state
-    folder = run.folder / "checkpoints"
+    saver = Saver(run)
     scale = None if run.loss_scale is None else run.loss_scale.scale
     stop = 0
     with stop_signals() as stopped:
         if state["step"] == 0 and cfg.validate_every:
             monitor.validation(0, validate())  # what the start alone is worth
+            parallel.rest(model)
         for step in range(state["step"], cfg.steps):
+            parallel.note(f"reads the rows of step {step + 1}")
             micro_batches, n_counted, figures = next(batches)
-            n_counted, figures = distributed.all_reduce_counts(n_counted, figures)
-            means = distributed.all_reduce_means(accumulate(loss, micro_batches, n_counted, scale))
-            distributed.all_reduce_gradients(model)
+            n_counted, figures = parallel.all_reduce_counts(n_counted, figures)
+            parallel.note(f"computes step {step + 1}")
+            means = parallel.all_reduce_means(accumulate(loss, micro_batches, n_counted, scale))
             clipping = clip(model, cfg.optim.clip_norm, scale)
             found_inf = None if run.loss_scale is None else clipping.found_inf
             share = step_all(run.optimizers, step, cfg.steps, cfg.optim, clipping.factor, found_inf)
@@ -178,29 +186,24 @@ def train(
             if due(done, cfg.validate_every, cfg.steps):
                 monitor.flush()
                 held_out = validate()
+                parallel.rest(model)
                 monitor.validation(done, held_out)
                 state["validation_loss"] = held_out.get("loss")
             # a signal to one process stops all, after the same step
-            stop = distributed.all_reduce_max(stopped())
-            save = due(done, cfg.checkpoint_every, cfg.steps) or stop or improved(state, folder)
-            if save and distributed.is_main_process():
+            stop, writing = parallel.all_reduce_max(stopped(), saver.is_writing())
+            if not writing:
+                saver.publish()
+            if due(done, cfg.checkpoint_every, cfg.steps) or stop or saver.improved():
                 monitor.flush()
                 if run.loss_scale is not None:
                     state["loss_scale"] = run.loss_scale.values()
-                checkpoint.save(folder, model, named_state(model, run.optimizers), state)
-                checkpoint.prune(folder, cfg.keep_checkpoints)
+                saver.save()
                 monitor.restart_clock()
             if stop:
                 break
         monitor.flush()
-    # here each waits for the last checkpoint to be there
-    return distributed.all_reduce_max(stop)
-
-
-def improved(state: dict[str, Any], folder: Path) -> bool:
-    """Whether this step's validation, if there was one, beats those of the checkpoints in the folder."""
-    nats = state["validation_loss"]
-    return nats is not None and nats < checkpoint.best(folder)[1]
+        saver.wait()
+    return stop
 
 
 def due(done: int, every: int, steps: int) -> bool:

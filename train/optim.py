@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlm.config import OptimConfig
 from fastlm.kernels import updates
+from fastlm.parts import local
+from fastlm.train import parallel
 
 # Of x -> a x + b x^3 + c x^5, one after the other, which bring (0.001, 1] closest to 1 (Amsel et al. 2025, "The Polar
 # Express", algorithm 1), each for a spectrum that rounding may have made 1% too large.
@@ -81,22 +82,11 @@ def polynomials(gram: Tensor, coefficients: Sequence[tuple[float, float, float]]
     return product
 
 
-def orthogonalise_in_shares(stacks: list[Tensor]) -> list[Tensor]:
-    """The same over all processes: each does its share of every stack, and all get the whole."""
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if world == 1:
-        return orthogonalise(stacks)
-    rank = dist.get_rank()
-    share = [-(-len(x) // world) for x in stacks]
-    mine = orthogonalise([x[rank * n : (rank + 1) * n] for x, n in zip(stacks, share, strict=True)])
-    done = []
-    for x, n, part in zip(stacks, share, mine, strict=True):
-        padded = x.new_zeros(n, *x.shape[1:])  # the last processes may have fewer, and gathering takes equal parts
-        padded[: len(part)] = part
-        whole = x.new_empty(world * n, *x.shape[1:])
-        dist.all_gather_into_tensor(whole, padded)
-        done.append(whole[: len(x)])
-    return done
+def normalised(stack: Tensor) -> Tensor:
+    """Matrices (L, m, n) with a Frobenius norm of 1, of what momentum_step() left as it was: bf16 in the place of fp16."""
+    x = stack.view(torch.bfloat16) if stack.dtype == torch.float16 else stack
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    return (x / norms.clamp_min(1e-7)).to(stack.dtype)
 
 
 class Groups:
@@ -136,10 +126,10 @@ class AdamW(Groups):
             for p in group["params"]:
                 if p.grad is not None:
                     state = self.state[p]
-                    tensors.parameters.append(p)
-                    tensors.grads.append(p.grad)
-                    tensors.averages.append(state["exp_avg"])
-                    tensors.squares.append(state["exp_avg_sq"])
+                    tensors.parameters.append(local(p))
+                    tensors.grads.append(local(p.grad))
+                    tensors.averages.append(local(state["exp_avg"]))
+                    tensors.squares.append(local(state["exp_avg_sq"]))
                     tensors.steps.append(state["step"])
                     rates.append(updates.Rate(group["lr"], group["weight_decay"]))
         if rates:
@@ -167,18 +157,29 @@ class Muon(Groups):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
-            params = [p for alike in by_shape.values() for p in alike]
-            if not params:
+            if not by_shape:
                 continue
-            dtype = updates.update_dtype(params[0])
-            stacks = [params[0].new_empty(len(alike), *shape, dtype=dtype) for shape, alike in by_shape.items()]
-            grads = [p.grad for p in params if p.grad is not None]
-            averages = [self.state[p]["momentum"] for p in params]
+            params = [p for alike in by_shape.values() for p in alike]
+            parts = [local(p) for p in params]
+            grads = [local(p.grad) for p in params if p.grad is not None]
+            averages = [local(self.state[p]["momentum"]) for p in params]
+            firsts = [alike[0] for alike in by_shape.values()]
+            dtype = updates.update_dtype(parts[0])
+            stacks = [
+                local(p).new_empty(len(alike), *local(p).shape, dtype=dtype)
+                for p, alike in zip(firsts, by_shape.values(), strict=True)
+            ]
             directions = [direction for stack in stacks for direction in stack]
-            updates.momentum_step(grads, averages, directions, self.momentum, factor, skip)
-            steps = [step for stack in orthogonalise_in_shares(stacks) for step in stack]
+            sharded = firsts[0] is not parts[0]
+            updates.momentum_step(grads, averages, directions, self.momentum, factor, skip, normalise=not sharded)
+
+            def work(whole: list[Tensor], sharded: bool = sharded) -> list[Tensor]:
+                return orthogonalise([normalised(stack) for stack in whole] if sharded else whole)
+
+            done = parallel.each_matrix_once(stacks, firsts, work)
+            steps = [step for stack in done for step in stack]
             scales = [0.2 * max(p.shape) ** 0.5 for p in params]
-            updates.muon_step(params, steps, scales, share * group["lr"], group["weight_decay"], skip)
+            updates.muon_step(parts, steps, scales, share * group["lr"], group["weight_decay"], skip)
 
 
 Optimizer = AdamW | Muon

@@ -21,7 +21,7 @@ from fastlm.interop.open_model import open_model
 from fastlm.model import Transformer, count_parameters, training_flops_per_token
 from fastlm.model.old_names import old_names
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed
+from fastlm.train import parallel
 from fastlm.train.run import cache_folder, check_start, choose_attention, settle_memory
 
 MAX_LEN = 512  # of an example, where the options do not say
@@ -47,13 +47,15 @@ class Tuning(Generic[C]):
     @property
     def micro_rows(self) -> int:
         """Rows of one pass in this process."""
-        return distributed.micro_rows(self.cfg)
+        return parallel.micro_rows(self.cfg)
 
     @property
     def max_counted(self) -> int:
         """Targets that a micro-batch may have."""
-        parts = [self.train] if self.held_out is None else [self.train, self.held_out]
-        return self.micro_rows * max(part.most_counted for part in parts)
+        most = self.train.most_counted
+        if self.held_out is not None:
+            most = max(most, self.held_out.most_counted)
+        return self.micro_rows * most
 
     @cached_property
     def room(self) -> tuple[int, int]:
@@ -78,7 +80,7 @@ class Tuning(Generic[C]):
         """This process's micro-batches of each step, from the row `position` on."""
         for start in itertools.count(position, self.cfg.batch_rows):
             rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
-            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in distributed.shard(rows)]
+            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in parallel.shard(rows)]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
         """Every held-out row once."""
@@ -108,7 +110,7 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     """
     device = check_start(cfg)
     model, tokenizer = open_model(cfg.model, device, cfg.tokenizer)
-    distributed.broadcast_parameters(model)
+    parallel.distribute(cfg, model, device)
     cfg = with_lengths(cfg, model.config.max_seq_len, group)
     examples = read_examples(cfg, tokenizer, load)
     train, held_out = pack_examples(examples, cfg.row_len, group, share)
@@ -119,23 +121,23 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     model.checkpoint_activations = cfg.checkpoint_activations
     attention = choose_attention(cfg, device, model.config, packed=True)
     model.attention_backend = attention.backend
-    settle_memory(model, device, distributed.micro_rows(cfg) * train.row_len)
+    settle_memory(model, device, parallel.micro_rows(cfg) * train.row_len)
     what = "pairs" if group > 1 else "examples"
     for line in (
-        f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {distributed.devices(device)}",
+        f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {parallel.devices(device)}",
         f"Data:  {examples.report.line()}",
         f"Rows:  {len(examples.train) // group:,} training {what} in {len(train):,} rows of "
         f"{train.row_len}, {train.real_share:.1%} of the slots real; "
         f"{len(examples.validation) // group:,} held out",
     ):
-        distributed.console().print(line, highlight=False, markup=False, soft_wrap=True)
+        parallel.console().print(line, highlight=False, markup=False, soft_wrap=True)
     notes = {"attention": str(attention), "template": examples.report.template}
     return Tuning(cfg, device, model, tokenizer, train, held_out, notes)
 
 
 def read_examples(cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]) -> Examples:
     """The examples of a stage; the main process of each machine reads them, the others its cache."""
-    with distributed.main_process_first():
+    with parallel.main_process_first():
         return load(
             cfg.data,
             tokenizer,
@@ -165,5 +167,5 @@ def model_hash(model: Transformer) -> str:
     for old, name in old_names(parameters).items():
         p = parameters[name]
         digest.update(old.encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(parallel.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

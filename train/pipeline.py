@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fastlm import checkpoint, files
 from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
-from fastlm.config.toml import is_noted, load_run, to_toml
+from fastlm.config.toml import is_same, load_run, to_toml
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
 from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_epoch
 from fastlm.data.prefetch import move
@@ -30,7 +30,7 @@ from fastlm.monitor import perplexity, wide_console
 from fastlm.report.command import write_report
 from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed, loop
+from fastlm.train import loop, parallel
 from fastlm.train.dpo import dpo
 from fastlm.train.losses import membership, of_answers
 from fastlm.train.packed import read_examples, with_lengths
@@ -46,7 +46,7 @@ def pipeline(cfg: PipelineConfig) -> int:
     Returns 0, or the exit code of a stage that was stopped.
     """
     check(
-        not distributed.launched(),
+        not parallel.launched(),
         "the pipeline is one process; run pretrain, sft and dpo under torchrun, one by one",
     )
     with tf32_matmuls(cfg.eval.tf32, pick_device(cfg.eval.device)):
@@ -86,7 +86,7 @@ def claim_folder(cfg: PipelineConfig) -> Path:
     options = out / "config.toml"
     if options.is_file():
         check(
-            is_noted(cfg, options.read_text(encoding="utf-8")),
+            is_same(cfg, options.read_text(encoding="utf-8")),
             f"{out} was begun with other options; give the same ones to go on, or choose another --out",
         )
         return out
@@ -119,7 +119,8 @@ def score(cfg: PipelineConfig, path: str, console: Console) -> Row:
     """
     device = pick_device(cfg.eval.device)
     model, tokenizer, longest = open_scorer(path, device, "")
-    documents, digest = read_documents(cfg.eval.data, cfg.eval.split, cfg.eval.max_documents)
+    text = cfg.eval
+    documents, digest, _ = read_documents(text.data, text.split, text.max_documents, text.bad_rows)
     wanted = protocols.chosen(cfg.eval.protocols)
     scores = {}
     for protocol in views(wanted, documents, tokenizer, longest, console):

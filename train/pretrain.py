@@ -23,7 +23,7 @@ from fastlm.model import build, count_parameters
 from fastlm.monitor import Monitor, showing_bytes
 from fastlm.runtime import autocast
 from fastlm.tokenizer import Tokenizer, load_tokenizer
-from fastlm.train import distributed, loop
+from fastlm.train import loop, parallel
 from fastlm.train.run import (
     cache_folder,
     check_start,
@@ -38,7 +38,7 @@ from fastlm.train.run import (
 from fastlm.train.token_statistics import COUNTED, TrainingSoftmax, initialiser
 
 
-@distributed.under_torchrun
+@parallel.under_torchrun
 def pretrain(cfg: PretrainConfig) -> int:
     """Train a model as cfg says; returns the process's exit code."""
     device = check_start(cfg)
@@ -46,7 +46,7 @@ def pretrain(cfg: PretrainConfig) -> int:
     data = open_text(cfg, tokenizer)
     held_out = data.validation[: cfg.validation_tokens]
 
-    softmax = TrainingSoftmax(cfg, data.train, distributed.micro_rows(cfg))
+    softmax = TrainingSoftmax(cfg, data.train, parallel.micro_rows(cfg))
     model = build(
         cfg.model,
         cfg.seed,
@@ -54,10 +54,10 @@ def pretrain(cfg: PretrainConfig) -> int:
         initialiser(cfg, data.train),
         checkpoint_activations=cfg.checkpoint_activations,
     )
-    distributed.broadcast_parameters(model)
+    parallel.distribute(cfg, model, device)
     attention = choose_attention(cfg, device, cfg.model, packed=cfg.isolate_documents)
     model.attention_backend = attention.backend
-    settle_memory(model, device, distributed.micro_rows(cfg) * cfg.seq_len)
+    settle_memory(model, device, parallel.micro_rows(cfg) * cfg.seq_len)
     say_model_and_text(cfg, device, data, softmax.flops_per_token())
     name = f"pretrain-{Path(cfg.recipe).stem}"
     facts = {"train_tokens": len(data.train), "attention": str(attention)}
@@ -75,7 +75,7 @@ def pretrain(cfg: PretrainConfig) -> int:
             return {"loss": model.loss(tokens, targets)}
 
     def validate() -> dict[str, float]:
-        rows = cfg.batch_rows // distributed.ranks()[1]
+        rows = cfg.batch_rows // parallel.ranks()[1]
         windows = validation_batches(held_out, cfg.seq_len, rows)
         counted = (((x, y), count(y)) for x, y in windows)
         return loop.with_perplexity(loop.validate(plain_loss, counted, device))
@@ -114,7 +114,7 @@ def open_text(cfg: PretrainConfig, tokenizer: Tokenizer) -> TokenData:
 
     Raises UserError where it is too short for a row.
     """
-    with showing_bytes(distributed.console()) as progress:
+    with parallel.main_process_first(), showing_bytes(parallel.console()) as progress:
         settings = Settings(on_bad_row=cfg.bad_rows)
         data = prepare(cfg.data, tokenizer, cache_folder(cfg.cache), progress, settings)
     data.train.rows(cfg.seq_len)
@@ -129,10 +129,9 @@ def batches(
 ) -> Iterator[loop.Step]:
     """Each step's micro-batches in this process, with what is counted in them.
 
-    position: rows that the run has drawn before. ranked: all tokens by frequency, where the softmax
-    is over a shortlist.
+    position: rows that the run has drawn before.
     """
-    rows = distributed.micro_rows(cfg)
+    rows = parallel.micro_rows(cfg)
     room = 0
     if cfg.isolate_documents:
         all_rows = range(position, position + cfg.steps * cfg.batch_rows, rows)
@@ -141,7 +140,7 @@ def batches(
         counted = 0
         micro_batches = []
         starts = range(start, start + cfg.batch_rows, rows)
-        for first in distributed.shard(starts):
+        for first in parallel.shard(starts):
             x, y = row_batch(train, first, rows, cfg.seq_len, cfg.seed)
             options: dict[str, Any] = {}
             if cfg.isolate_documents:
@@ -166,13 +165,13 @@ def say_model_and_text(cfg: PretrainConfig, device: torch.device, data: TokenDat
     """The first words: what is trained on what."""
     lines = [
         f"Model: {cfg.preset}, {count_parameters(cfg.model) / 1e6:.1f}M parameters on "
-        f"{distributed.devices(device)}, {flops_per_token / 1e9:.3f} GFLOP per token",
+        f"{parallel.devices(device)}, {flops_per_token / 1e9:.3f} GFLOP per token",
         f"Text:  {cfg.data}, {len(data.train):,} training and {len(data.validation):,} validation tokens",
     ]
     if device.type == "cpu" and not native.available(torch.empty(0)):
         lines.append(f"CPU kernels: {native.status()}")
     for line in lines:
-        distributed.console().print(line, highlight=False, markup=False, soft_wrap=True)
+        parallel.console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def described(cfg: PretrainConfig, n_train: int) -> str:

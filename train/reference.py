@@ -22,7 +22,7 @@ from fastlm import files
 from fastlm.data import IGNORED
 from fastlm.data.examples.packing import PackedBatch, PackedRows
 from fastlm.data.prefetch import move
-from fastlm.train import distributed
+from fastlm.train import parallel
 
 
 @dataclass(frozen=True)
@@ -43,39 +43,42 @@ class ReferencePass:
 def reference_logprobs(
     reference: ReferencePass,
     rows: PackedRows,
-    batches: Iterable[PackedBatch],
+    batches: Iterable[tuple[PackedBatch, bool]],
     n_batches: int,
     name: str,
 ) -> np.ndarray:
     """log p of each target by the reference model, (n_rows, row_len) fp32, NaN in rows not used.
 
-    batches: this process's share of the n_batches batches that the run uses. They are scored as
-    they come in training and by the same program, which is why gradients stay on: so the first
-    step's rewards are 0. What the file for this model and these rows holds already is not computed
-    again, nor is what another process computes.
+    batches: this process's share of the n_batches batches that the run uses, as many in each
+    process; those with False are another's. They are scored as they come in training and by the
+    same program, which is why gradients stay on: so the first step's rewards are 0. What the file for this model and these rows
+    holds already is not computed again, nor is what another process computes.
     """
     file = reference.cache / f"reference-{key_of(reference, rows)}.f32"
     known = read_kept(file, (len(rows), rows.row_len))
     computed = 0
     console = reference.console
-    for batch in track(
+    for batch, mine in track(
         batches,
         f"reference, {name} pairs",
-        n_batches // distributed.ranks()[1],
+        n_batches // parallel.ranks()[1],
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ):
         real = batch.numbers >= 0
         at = batch.numbers[real].numpy()
-        if np.isnan(known[at]).any():
-            logps = reference.logprobs(move(batch, reference.device))
-            known[at] = logps.detach().cpu()[real].numpy()
-            computed += 1
-    computed = sum(distributed.all_gather(computed))
+        wanted = mine and bool(np.isnan(known[at]).any())
+        if parallel.all_reduce_max(wanted)[0]:  # a sharded model makes its passes in all processes or in none
+            with parallel.micro_batch(last=False):
+                logps = reference.logprobs(move(batch, reference.device))
+            if wanted:
+                known[at] = logps.detach().cpu()[real].numpy()
+                computed += 1
+    computed = sum(parallel.all_gather(computed))
     if computed:
-        known = distributed.merge_found(known)
-        if distributed.is_main_process():
+        known = parallel.merge_found(known)
+        if parallel.is_main_process():
             write_kept(file, known)
     console.print(
         f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches computed, the rest kept",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from fastlm import checkpoint, files
 from fastlm.attention_backend import Choice, choose
@@ -24,10 +25,11 @@ from fastlm.config.toml import to_toml
 from fastlm.data.prefetch import prefetch
 from fastlm.errors import UserError, check
 from fastlm.model import Transformer, keep_what_fits
+from fastlm.model.memory import keep_attention
 from fastlm.monitor import Monitor, sparkline
 from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs, set_deterministic
 from fastlm.tokenizer import Tokenizer
-from fastlm.train import distributed, loop
+from fastlm.train import loop, parallel
 from fastlm.train.loop import Run
 from fastlm.train.loss_scale import loss_scale
 from fastlm.train.optim import make_optimizers, named_state
@@ -44,7 +46,7 @@ def check_start(cfg: StageConfig) -> torch.device:
     """
     device = pick_device(cfg.device)
     set_deterministic(cfg.deterministic, device)
-    distributed.micro_rows(cfg)
+    parallel.micro_rows(cfg)
     if cfg.resume:
         checkpoint.locate(cfg.resume)
     elif cfg.out:
@@ -72,6 +74,7 @@ def resume_or_create(
     more. A run goes on only where what it started from (FACTS) is the same.
     name: of the new run's folder in runs/, where --out names none.
     """
+    parallel.rest(model)
     optimizers = make_optimizers(model, cfg.optim)
     state = {
         "step": 0,
@@ -84,19 +87,20 @@ def resume_or_create(
         **facts,
     }
     if cfg.resume:
-        folder = Path(cfg.resume)
+        folder = parallel.settle_folder(Path(cfg.resume), model, lambda: Path(cfg.resume))
         lock = locked(folder)
-        place, saved, problems = checkpoint.newest_whole(folder)
+        place, saved, problems = newest_common(folder)
         for problem in problems:
-            distributed.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
+            parallel.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
         check_facts(place, saved, state, cfg.steps)
         checkpoint.restore(place, model, named_state(model, optimizers))
         state |= saved | {"attention": state["attention"]}  # that of this machine
     else:
         torch.manual_seed(cfg.seed)
-        folder = distributed.broadcast_from_main(partial(claim_folder, cfg.out, name))
+        folder = parallel.broadcast_from_main(partial(claim_folder, cfg.out, name))
+        folder = parallel.settle_folder(folder, model, partial(claim_folder, str(folder), name))
         lock = locked(folder)
-    if distributed.is_main_process():
+    if parallel.writes():
         text = to_toml(dataclasses.replace(cfg, resume=""))
         files.remove_leftovers(folder / "checkpoints")
         files.write_text(folder / "config.toml", text)
@@ -107,13 +111,23 @@ def resume_or_create(
         device,
         folder,
         lock,
-        distributed.console(),
+        parallel.console(),
         model,
         tokenizer,
         optimizers,
         loss_scale(device, state.get("loss_scale")) if in_fp16 else None,
         state,
     )
+
+
+def newest_common(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """As checkpoint.newest_whole(); of several machines' folders the last that all have."""
+    place, saved, problems = parallel.from_writer(lambda: checkpoint.newest_whole(folder))
+    step = min(parallel.all_gather(saved["step"]))
+    if saved["step"] != step:
+        place = checkpoint.place_of(folder / "checkpoints", step)
+        saved = parallel.from_writer(lambda: checkpoint.read_state(place))
+    return place, saved, problems
 
 
 def say_start(run: Run, words: str) -> None:
@@ -154,7 +168,7 @@ def make_folder(folder: Path, exist_ok: bool = False) -> bool:
 
 def locked(folder: Path) -> FileLock | None:
     """The lock of a run's folder, in the main process. It ends with its owner, however that ends."""
-    if not distributed.is_main_process():
+    if not parallel.writes():
         return None
     lock = FileLock(folder / ".lock")
     try:
@@ -208,14 +222,38 @@ def compiled_step(
 ) -> Callable[..., Tensor]:
     """The model's function as the training step calls it: with --compile compiled.
 
-    A small model's is replayed as CUDA graphs.
+    A small model's is replayed as CUDA graphs. In several processes the blocks are compiled one by one:
+    what is gathered before a block and added up behind it cannot be part of one program.
     """
+    if parallel.joined():
+        if cfg.compile:
+            compile_blocks(model, device)
+        return parallel.training_step(cfg, model, function)
     if not cfg.compile:
         return function
     if not replays_graphs(model, device):
         return compiled(function, device)
-    distributed.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
+    parallel.console().print("Step:  compiled, replayed as CUDA graphs", highlight=False)
     return compiled_in_graphs(function, device, model)
+
+
+def compile_blocks(model: Transformer, device: torch.device) -> None:
+    """Compile each block's training pass, which may recompute activations inside; others stay as they are."""
+    for block in model.blocks:
+        plain = block.forward
+        training = recomputing(plain) if model.checkpoint_activations else plain
+        block.forward = either(compiled(training, device), plain)
+    model.checkpoint_activations = False
+
+
+def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The pass, of which only attention is kept for the backward pass."""
+    return lambda *args: checkpoint_activations(forward, *args, use_reentrant=False, context_fn=keep_attention)
+
+
+def either(training: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """One function where there will be a backward pass, another where not."""
+    return lambda *args: (training if torch.is_grad_enabled() else other)(*args)
 
 
 def settle_memory(model: Transformer, device: torch.device, tokens: int) -> None:
@@ -246,13 +284,11 @@ def train_steps(
     with Monitor(
         run.folder,
         run.cfg.steps,
-        run.state["step"],
-        run.state["tokens"],
+        run.state,
         flops_per_token,
         run.device,
         run.console,
         run.cfg.tensorboard,
-        distributed.ranks(),
     ) as monitor:
         stopped = loop.train(run, prefetch(batches, run.device), loss, validate, monitor)
     return Outcome(stopped, monitor, time.perf_counter() - started)
@@ -271,10 +307,11 @@ def finish(run: Run, outcome: Outcome, result: Callable[[], None], next_commands
         run.say(f"Stopped by {name} after step {run.state['step']}; saved {place}. Go on with:")
         run.say(f"  fastlm {run.stage} --resume {run.folder}")
         return 128 + outcome.stopped
-    if not distributed.is_main_process():
-        return 0
-    run.say(f"\nTraining loss   {sparkline(outcome.monitor.losses)}")
-    result()
+    with parallel.gathered(run.model):
+        if not parallel.is_main_process():
+            return 0
+        run.say(f"\nTraining loss   {sparkline(outcome.monitor.losses)}")
+        result()
     run.say(f"Time {outcome.seconds:.0f} s, peak memory {peak_gib(run.device):.1f} GiB")
     run.say(f"\nCheckpoint: {checkpoint.locate(run.folder)}\nNext:")
     for command, purpose in next_commands.items():

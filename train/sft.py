@@ -14,7 +14,7 @@ from fastlm.data.examples.packing import PackedBatch
 from fastlm.inference.generation import generate
 from fastlm.monitor import Monitor
 from fastlm.runtime import autocast
-from fastlm.train import distributed, loop
+from fastlm.train import loop, parallel
 from fastlm.train.packed import Tuning, open_tuning
 from fastlm.train.run import compiled_step, finish, resume_or_create, say_start, train_steps
 
@@ -22,7 +22,7 @@ SAMPLES = 8
 SAMPLE_TOKENS = 128
 
 
-@distributed.under_torchrun
+@parallel.under_torchrun
 def sft(cfg: SftConfig) -> int:
     """Train a model on responses as cfg says; returns the process's exit code.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -104,6 +105,8 @@ class EvalConfig:
     """gpt2 or a tokenizer.json, where it is not the model's own."""
     max_documents: int = 0
     """Score only the first so many documents (0: all)."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What a record without a text does: end the command, or be left out."""
     batch_tokens: int = 0
     """Tokens per forward pass (0: 4,096 on a CPU, 131,072 on a GPU)."""
     compile: bool = False
@@ -235,8 +238,9 @@ class PlanConfig:
             f"chart is {self.chart!r}; it must end with .svg",
         )
         for count in self.gpus.split(","):
-            good = count.strip().isascii() and count.strip().isdigit() and int(count) > 0
-            check(good, f"gpus is {self.gpus!r}; it must be positive integers separated by commas")
+            good = re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", count, flags=re.ASCII)
+            expected = "positive integers below 1,000,000,000, separated by commas"
+            check(bool(good), f"gpus is {self.gpus!r}; it must be {expected}")
 
     @property
     def gpu_counts(self) -> list[int]:

@@ -47,6 +47,8 @@ def coerce(key: str, kind: Any, value: Any) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     check(type(value) is kind, f"{key} is {value!r}; it must be {KINDS[kind]}")
+    small = not isinstance(value, int) or abs(value) < 2**63
+    check(small, f"{key} is {value}; it must lie between -2^63 and 2^63")
     finite = not isinstance(value, float) or math.isfinite(value)
     check(finite, f"{key} is {value}; it must be finite")
     return value
@@ -73,7 +75,7 @@ def _override(config: T, values: dict[str, Any], prefix: str) -> T:
     types = field_types(type(config))
     changes: dict[str, Any] = {}
     for name in values:
-        check(name in types, f"unknown key {f'{prefix}{name}'!r}; {nearest(name, types)}")
+        check(name in types, f"unknown key {f'{prefix}{name}'!r}; {known_key(name, types)}")
     if "preset" in values:
         changes["model"] = preset(coerce(f"{prefix}preset", str, values["preset"]))
     for name, value in values.items():
@@ -86,7 +88,26 @@ def _override(config: T, values: dict[str, Any], prefix: str) -> T:
         if value.get("recipe") and hasattr(base, "recipe"):
             base = load_recipe(type(base), coerce(f"{key}.recipe", str, value["recipe"]))
         changes[name] = _override(base, value, f"{key}.")
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    try:
+        return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    except UserError as error:
+        raise UserError(with_tables(str(error), prefix, types)) from None
+
+
+def known_key(name: str, types: dict[str, Any]) -> str:
+    """The end of a message on an unknown key: where a key of that name is, or the nearest one."""
+    tables = [table for table, kind in types.items() if dataclasses.is_dataclass(kind)]
+    inside = [f"{table}.{name}" for table in tables if name in field_types(types[table])]
+    return f"did you mean {' or '.join(inside)}?" if inside else nearest(name, types)
+
+
+def with_tables(message: str, prefix: str, types: dict[str, Any]) -> str:
+    """A message that begins with a field of a configuration, or with its table and field, with all
+    tables that the field lies in: "optim.lr is 0" with "dpo.optim." is "dpo.optim.lr is 0"."""
+    table, _, field = message.split(" ")[0].rpartition(".")
+    if field not in types or not prefix.endswith(f"{table}."):
+        return message
+    return f"{prefix}{message[len(table) + bool(table) :]}"
 
 
 def shipped_recipes(cls: type) -> list[Path]:
@@ -135,16 +156,16 @@ def to_toml(config: Any) -> str:
     return "\n".join(out) + "\n"
 
 
-def is_noted(config: Any, noted: str) -> bool:
-    """Whether the configuration is the one that was noted as TOML.
+def is_same(config: Any, written: str) -> bool:
+    """Whether the configuration is the one that was written as TOML.
 
-    The note may be older than some fields, which then must have their defaults.
+    The text may be older than some fields, which then must have their defaults.
     """
     wanted = tomllib.loads(to_toml(type(config)()))
     try:
-        found = tomllib.loads(noted)
+        saved = tomllib.loads(written)
     except tomllib.TOMLDecodeError:
         return False
-    for name, value in found.items():
+    for name, value in saved.items():
         wanted[name] = wanted.get(name, {}) | value if isinstance(value, dict) else value
     return wanted == tomllib.loads(to_toml(config))

@@ -80,8 +80,8 @@ class StageConfig:
     out: str = ""
     """Run folder, which must not hold another run (default: runs/STAGE-NAME, numbered)."""
     resume: str = ""
-    """Run folder to go on with; its own configuration is used, and only --steps and the logging
-    options may change."""
+    """Run folder to go on with, with its own configuration; only its length, where it runs and what
+    it records may change."""
     cache: str = ""
     """Where tokenised data is kept (default: the user's cache folder)."""
     bad_rows: Literal["fail", "skip"] = "fail"
@@ -110,14 +110,21 @@ class StageConfig:
     device: str = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     deterministic: bool = False
-    """On a GPU, the same bits on every run, as on a CPU anyway: sums are added up in a fixed order and
-    torch.compile measures nothing, which is slower."""
+    """On a GPU, the same bits on every run, as on a CPU anyway: sums are added up in a fixed order
+    and torch.compile measures nothing, which is slower."""
     attention: Literal["auto", "torch", "flash", "flash3", "flash4", "xformers"] = "auto"
     """Attention backend; fastlm doctor prints what auto chooses and why."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """Under torchrun: each process holds the whole model (ddp), its part (fsdp), or its part of the
+    machine's (hsdp); auto: ddp where it fits."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free a block after its forward pass and gather it again for the backward pass."""
+    timeout_minutes: float = 10.0
+    """Under torchrun: how long a process waits for another one before the run ends."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_rows", "keep_checkpoints")
+        check_positive(self, "batch_rows", "keep_checkpoints", "timeout_minutes")
         check_not_negative(self, "micro_batch_rows", "validate_every", "checkpoint_every", "seed")
         check(
             self.batch_rows % self.micro_rows == 0,
@@ -127,6 +134,7 @@ class StageConfig:
 
     @property
     def micro_rows(self) -> int:
+        """Rows of one pass, if one process makes the whole step."""
         return self.micro_batch_rows or self.batch_rows
 
 
@@ -138,7 +146,8 @@ class PretrainConfig(StageConfig):
     """Model shape; single fields can be overridden with --model.FIELD."""
     data: str = "python-stdlib"
     """Text: python-stdlib, a .txt/.jsonl/.parquet file or folder, a hub data set (wikitext-103,
-    org/name), or a mixture. A folder's train/, validation/ and test/ are splits; test is not read."""
+    org/name), or a mixture. A folder's train/, validation/ and test/ are splits; test is not
+    read."""
     tokenizer: str = "gpt2"
     """gpt2, or a Hugging Face tokenizer.json (or the folder that holds one)."""
     seq_len: int = 256
@@ -203,7 +212,8 @@ class TuningConfig(StageConfig):
         check_not_negative(self, "steps", "max_len")
         check(
             self.row_len == 0 or self.row_len >= self.max_len,
-            f"row_len is {self.row_len}, shorter than max_len {self.max_len}; lengthen it, or leave it 0",
+            f"row_len is {self.row_len}, shorter than max_len {self.max_len}; "
+            f"lengthen it, or leave it 0",
         )
         check(0 <= self.held_out < 1, f"held_out is {self.held_out}; it must lie in [0, 1)")
 

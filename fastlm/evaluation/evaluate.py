@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from fastlm.checkpoint import locate
 from fastlm.config import EvalConfig
 from fastlm.data.catalogue import open_source
 from fastlm.data.text.documents import read_documents as documents_of
@@ -38,31 +39,66 @@ def evaluate(cfg: EvalConfig) -> int:
     device = pick_device(cfg.device)
     wanted = protocols.chosen(cfg.protocols)
     with process_group(device) as is_main_process, tf32_matmuls(cfg.tf32, device):
-        documents, digest = read_documents(cfg.data, cfg.split, cfg.max_documents)
         console = wide_console(stderr=cfg.json)
         console.quiet = not is_main_process
+        names = cfg.models.split(",")
+        for name in names:
+            check_there(name)
+        say(console, f"reading {cfg.data}")
+        documents, digest, left_out = read_documents(
+            cfg.data, cfg.split, cfg.max_documents, cfg.bad_rows
+        )
+        if left_out:
+            say(console, f"{left_out:,} records without a text left out")
         results: list[tuple[str, Result]] = []
-        for name in cfg.models.split(","):
+        for name in names:
+            say(console, f"loading {name}")
             model, tokenizer, longest = open_scorer(name, device, cfg.tokenizer)
             for protocol in views(wanted, documents, tokenizer, longest, console):
-                total = sum(s.n_scored for s in protocol.segments)
-                shown = console.is_terminal
-                with Progress(console=console, transient=True, disable=not shown) as progress:
-                    task = progress.add_task(f"{name}  {protocol.name}", total=total)
-                    nats = segment_nats(
-                        model,
-                        protocol.segments,
-                        device,
-                        cfg.batch_tokens,
-                        partial(progress.advance, task),
-                        cfg.compile,
-                    )
-                results.append((name, summarise(protocol, nats)))
+                result = score_protocol(model, protocol, name, cfg, device, console)
+                results.append((name, result))
+                say(console, f"{name}, {result.protocol}: perplexity {result.perplexity:,.2f}")
         if not cfg.json:
             print_table(console, cfg, digest, results)
         elif is_main_process:
             print_json(cfg, digest, results)
     return 0
+
+
+def score_protocol(
+    model: Transformer | Logps,
+    protocol: Protocol,
+    name: str,
+    cfg: EvalConfig,
+    device: torch.device,
+    console: Console,
+) -> Result:
+    """What the model of that name reaches by one protocol, with a progress bar in a terminal."""
+    hidden = not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        total = sum(segment.n_scored for segment in protocol.segments)
+        task = progress.add_task(f"{name}  {protocol.name}", total=total)
+        nats = segment_nats(
+            model,
+            protocol.segments,
+            device,
+            cfg.batch_tokens,
+            partial(progress.advance, task),
+            cfg.compile,
+        )
+    return summarise(protocol, nats)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def check_there(name: str) -> None:
+    """Raise UserError where there is no model of that name: before the first one is scored."""
+    folder = local_folder(name)
+    if not is_hugging_face(folder):
+        locate(folder)
 
 
 @contextmanager
@@ -83,9 +119,11 @@ def process_group(device: torch.device) -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str], str]:
-    """The documents of a split, whole, and the split's digest."""
-    source = open_source(data)
+def read_documents(
+    data: str, split: str, max_documents: int, bad_rows: str = "fail"
+) -> tuple[list[str], str, int]:
+    """The documents of a split, whole, their digest, and how many bad records were left out."""
+    source = open_source(data, on_bad_row=bad_rows)
     splits = source.splits
     check(
         split in ("", *splits), f"{data} has no split {split!r}; choose among {', '.join(splits)}"
@@ -95,7 +133,8 @@ def read_documents(data: str, split: str, max_documents: int) -> tuple[list[str]
     check(bool(documents), f"{data} has no text in its split {chosen}; name another --split")
     if len(documents) == 1:
         documents = protocols.wikitext_documents(documents[0])[: max_documents or None]
-    return documents, hashlib.sha256("".join(documents).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("".join(documents).encode()).hexdigest()[:16]
+    return documents, digest, source.bad.count
 
 
 def open_scorer(

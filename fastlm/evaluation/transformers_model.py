@@ -27,7 +27,8 @@ def open_transformers_model(
         import transformers
     except ImportError:
         raise UserError(
-            f"{folder}: architecture {architecture} needs transformers; install it: pip install 'fastlm[hf]'"
+            f"{folder}: architecture {architecture} needs transformers; "
+            "install it: pip install 'fastlm[hf]'"
         ) from None
     transformers.utils.logging.disable_progress_bar()
     try:

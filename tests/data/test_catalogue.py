@@ -200,9 +200,9 @@ def test_an_evaluation_takes_held_out_text_where_there_is_some(splits, chosen, t
 
     for split in splits:
         write(tmp_path / split / "a.jsonl", split, 3)
-    documents, _ = read_for_evaluation(str(tmp_path), "", 0)
+    documents, _, _ = read_for_evaluation(str(tmp_path), "", 0)
     assert [text.split()[0] for text in documents] == [chosen] * 3
-    named, _ = read_for_evaluation(str(tmp_path), splits[-1], 1)
+    named, _, _ = read_for_evaluation(str(tmp_path), splits[-1], 1)
     assert [text.split()[0] for text in named] == [splits[-1]]
     with pytest.raises(UserError, match="has no split 'other'; choose among"):
         read_for_evaluation(str(tmp_path), "other", 0)

@@ -226,19 +226,9 @@ def test_total_nats_do_not_depend_on_the_number_of_processes(model, small_tokeni
         model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m"
     )
     (tmp_path / "text.txt").write_text(TEXT)
-    command = [
-        "-m",
-        "fastlm",
-        "eval",
-        str(tmp_path / "m"),
-        "--data",
-        str(tmp_path / "text.txt"),
-        "--json",
-        "--device",
-        "cpu",
-        "--batch-tokens",
-        "80",
-    ]
+    options = ["--json", "--device", "cpu", "--batch-tokens", "80"]
+    data = ["--data", str(tmp_path / "text.txt")]
+    command = ["-m", "fastlm", "eval", str(tmp_path / "m"), *data, *options]
     run = partial(
         subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
@@ -356,8 +346,16 @@ def test_the_command_scores_runs_and_hugging_face_folders_alike(
         (["--tf32", "--device", "cpu"], "--tf32 needs an NVIDIA GPU"),
     ],
 )
-def test_a_mistake_is_one_line(extra, words, small_text, mistake):
-    assert words in mistake(["eval", "nowhere", "--data", str(small_text), *extra])
+def test_a_mistake_is_one_line(extra, words, model, small_tokenizer, small_text, tmp_path, mistake):
+    files = {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}
+    write_folder(model, files, 0, tmp_path / "model")
+    assert words in mistake(["eval", str(tmp_path / "model"), "--data", str(small_text), *extra])
+
+
+def test_a_wrong_second_model_is_told_before_the_first_is_scored(tmp_path, mistake):
+    (tmp_path / "config.json").write_text("{}")
+    line = mistake(["eval", str(tmp_path), "nowhere", "--data", "no/such.txt"])
+    assert "nowhere does not exist" in line
 
 
 @pytest.mark.parametrize(
@@ -500,3 +498,19 @@ def cut(path) -> None:
 def change(folder, **values) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_records_without_a_text_end_the_command_or_are_left_out_and_counted(
+    model, small_tokenizer, small_text, tmp_path, capsys
+):
+    files = {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}
+    write_folder(model, files, 0, tmp_path / "model")
+    good = json.dumps({"text": small_text.read_text(encoding="utf-8")[:2000]})
+    (tmp_path / "text.jsonl").write_text(f'{good}\n{{"text": 3}}\n')
+    command = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "text.jsonl")]
+    assert main(command) == 2
+    assert "text.jsonl:2: field 'text': expected text, got int" in capsys.readouterr().err
+    assert main([*command, "--bad-rows", "skip", "--protocols", "window"]) == 0
+    said = capsys.readouterr().out
+    assert "1 records without a text left out" in said
+    assert re.search(r"model, window: perplexity [\d,.]+\n", said)

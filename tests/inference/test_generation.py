@@ -19,7 +19,7 @@ from fastlm.inference.sampling import choose, fixed_point_sums, restrict, unifor
 from fastlm.inference.text import TextStream, write_texts
 from fastlm.interop.exporting import write_folder
 from fastlm.interop.open_model import stop_tokens
-from fastlm.kernels.fused_linear import FEW_ROWS
+from fastlm.kernels.linear import FEW_ROWS
 from fastlm.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")

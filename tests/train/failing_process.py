@@ -7,14 +7,14 @@ import sys
 from fastlm import cli
 from fastlm.config import PretrainConfig
 from fastlm.errors import UserError
-from fastlm.train import distributed
+from fastlm.train import parallel
 
 
-@distributed.under_torchrun
+@parallel.under_torchrun
 def stage(cfg: PretrainConfig) -> int:
-    if not distributed.is_main_process():
+    if not parallel.is_main_process():
         raise UserError("only the second process knows")
-    return distributed.all_reduce_max(0)
+    return parallel.all_reduce_max(0)[0]
 
 
 if __name__ == "__main__":

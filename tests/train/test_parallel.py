@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fastlm import checkpoint
 from fastlm.cli import main
@@ -23,7 +23,7 @@ from fastlm.data.examples.load import load_instructions, pack_examples
 from fastlm.data.examples.packing import packed_batch
 from fastlm.errors import UserError
 from fastlm.interop.open_model import open_model
-from fastlm.train import distributed
+from fastlm.train import parallel
 
 HERE = Path(__file__).parent
 STAGES = ("pretrain", "shortlist", "sft", "dpo")
@@ -60,7 +60,8 @@ def figures(run: Path) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.locate(run) / "model.safetensors")
+    model = checkpoint.load_model(checkpoint.locate(run), torch.device("cpu"))[0]
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def same(one: Path, other: Path) -> None:
@@ -100,7 +101,7 @@ def data(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, small_text, small_tokenizer, data) -> Path:
-    """ONE/STAGE by one process, TWO/STAGE by two, and resumed/STAGE begun by one and ended by two."""
+    """ONE/STAGE by one process, TWO/STAGE and SHARDED/STAGE by two, and resumed-WAY/STAGE begun by one and ended by two."""
     folder = tmp_path_factory.mktemp("runs")
     common = ["--steps", "6", "--batch-rows", "4", "--micro-batch-rows", "2", "--device", "cpu",
               "--validate-every", "3", "--checkpoint-every", "3"]  # fmt: skip
@@ -109,6 +110,8 @@ def runs(tmp_path_factory, small_text, small_tokenizer, data) -> Path:
 
     def command(stage: str, name: str) -> list[str]:
         out = ["--out", str(folder / name / stage), "--cache", str(folder / name / "cache"), *common]
+        if name == "sharded":
+            out += ["--parallel", "fsdp"]
         if stage in ("sft", "dpo"):
             return [stage, str(folder / "one/pretrain"), "--data", str(data[stage]), "--max-len", "64", "--row-len", "64",
                     "--optim.lr", "0.003", "--optim.embedding-lr", "0.003", "--optim.warmup-steps", "2", *out]  # fmt: skip
@@ -116,14 +119,31 @@ def runs(tmp_path_factory, small_text, small_tokenizer, data) -> Path:
 
     for stage in STAGES:
         assert main(command(stage, "one")) == 0
-    commands = [command(stage, "two") for stage in STAGES]
+    commands = [command(stage, name) for name in ("two", "sharded") for stage in STAGES]
     for stage in ("pretrain", "dpo"):
-        resumed = stopped_after_step_3(folder / "one" / stage, folder / "resumed" / stage)
-        commands.append([stage, "--resume", str(resumed)])
+        for way in ("ddp", "fsdp"):
+            resumed = stopped_after_step_3(folder / "one" / stage, folder / f"resumed-{way}" / stage)
+            commands.append([stage, "--resume", str(resumed), "--parallel", way])
     (folder / "commands.json").write_text(json.dumps(commands))
     done = torchrun(str(HERE / "each_process.py"), str(folder / "commands.json"))
     (folder / "output.txt").write_text(done.stdout)
     return folder
+
+
+def close(one: Path, other: Path) -> None:
+    """The same losses, figures and weights to 1e-5."""
+    a, b = figures(one), figures(other)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert y == pytest.approx(x, rel=1e-5, abs=1e-6)
+    old, new = weights(one), weights(other)
+    for name in old:
+        torch.testing.assert_close(new[name], old[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_with_half_the_model_each_take_the_steps_of_one(stage, runs):
+    close(runs / "one" / stage, runs / "sharded" / stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -143,21 +163,24 @@ def test_the_processes_of_sft_count_very_different_numbers_of_targets(runs, data
 
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 def test_a_run_begun_by_one_process_goes_on_with_two_and_the_other_way_round(stage, runs, tmp_path):
-    back = stopped_after_step_3(runs / "two" / stage, tmp_path / "back")
+    same(runs / "one" / stage, runs / "resumed-ddp" / stage)
+    close(runs / "one" / stage, runs / "resumed-fsdp" / stage)
     cache = shutil.copytree(runs / "two/cache", tmp_path / "cache")
-    assert main([stage, "--resume", str(back), "--cache", str(cache)]) == 0
-    for run in (runs / "resumed" / stage, back):
-        same(runs / "one" / stage, run)
-        assert checkpoint.read_state(checkpoint.locate(run))["position"] == 24
+    for name, alike in (("two", same), ("sharded", close)):
+        back = stopped_after_step_3(runs / name / stage, tmp_path / name)
+        assert main([stage, "--resume", str(back), "--cache", str(cache)]) == 0
+        alike(runs / "one" / stage, back)
+        assert checkpoint.read_state(checkpoint.locate(back))["position"] == 24
 
 
 def test_only_the_first_process_prints_and_writes(runs):
     text = (runs / "output.txt").read_text()
-    assert text.count("Checkpoint: ") == len(STAGES) + 2
+    assert text.count("Checkpoint: ") == 2 * len(STAGES) + 4
     assert "parameters on 2 x cpu" in text
     for stage in STAGES:
-        one, two = ({str(p.relative_to(runs / n / stage)) for p in (runs / n / stage).rglob("*")} for n in ("one", "two"))
-        assert one == two
+        found = ((runs / n / stage).rglob("*") for n in ("one", "two"))
+        one, two = ({p.name for p in paths if not p.name.endswith(".safetensors")} for paths in found)
+        assert one | {".launch", ".shared"} == two
     one, two = (sorted(p.name for p in (runs / n / "cache").glob("*")) for n in ("one", "two"))
     assert one == two
 
@@ -171,7 +194,9 @@ def test_the_reference_of_dpo_is_computed_in_shares_and_whole_in_its_file(runs):
         np.testing.assert_array_equal(*numbers)  # where NaN, in both
     text = (runs / "output.txt").read_text()
     computed = [int(line.split(",")[1].split()[0]) for line in text.splitlines() if line.startswith("Reference: ")]
-    assert computed == [12, 1, 0, 0], "each batch by one of the two; the run that went on has the reference of its beginning"
+    assert computed == [12, 1] * 2 + [0] * 4, (
+        "each batch by one of the two; the run that went on has the reference of its beginning"
+    )
 
 
 def test_rows_that_the_processes_cannot_share_are_one_line_and_exit_code_2(small_run, tmp_path):
@@ -192,20 +217,12 @@ def test_a_mistake_in_one_process_is_its_line_alone(tmp_path):
 
 
 def test_micro_batches_are_of_each_process(monkeypatch):
-    monkeypatch.setattr(distributed, "ranks", lambda: (0, 4))
-    assert distributed.micro_rows(PretrainConfig(batch_rows=32)) == 8
-    assert distributed.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=4)) == 4
-    assert distributed.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=16)) == 8
+    monkeypatch.setattr(parallel, "ranks", lambda: (0, 4))
+    assert parallel.micro_rows(PretrainConfig(batch_rows=32)) == 8
+    assert parallel.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=4)) == 4
+    assert parallel.micro_rows(PretrainConfig(batch_rows=32, micro_batch_rows=16)) == 8
     with pytest.raises(UserError, match="micro_batch_rows is 4, which does not divide the 6 rows"):
-        distributed.micro_rows(PretrainConfig(batch_rows=24, micro_batch_rows=4))
-
-
-def test_buckets_hold_every_parameter_once_in_order(monkeypatch):
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
-    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 4, 20, 1, 1)]
-    found = list(distributed.buckets(parameters))
-    assert [[p.numel() for p in bucket] for bucket in found] == [[3, 5], [4], [20], [1, 1]]
-    assert [id(p) for bucket in found for p in bucket] == list(map(id, parameters))
+        parallel.micro_rows(PretrainConfig(batch_rows=24, micro_batch_rows=4))
 
 
 @pytest.mark.slow
@@ -236,3 +253,24 @@ def test_two_compiled_processes_agree_with_one_that_is_not(small_run, tmp_path):
     one, two = ([row["loss"] for row in rows(tmp_path / n) if "loss" in row] for n in ("one", "two"))
     assert len(one) == 4
     assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_killed_process_ends_the_group_and_the_run_ends_as_if_nothing_had_been(way, small_run, tmp_path):
+    """tests/train/kills.py does the same as often as one likes."""
+    options = [*small_run, "--steps", "100", "--validate-every", "0", "--checkpoint-every", "2", "--parallel", way]
+    assert kills.torchrun([*options, "--out", str(tmp_path / "undisturbed")], 0, tmp_path / "log").wait(240) == 0
+    (seconds,) = kills.kill_at_random(options, tmp_path / "killed", 1, tmp_path / "log")
+    assert seconds < 60
+    assert (tmp_path / "log").read_text().count("fastlm: ") <= 1  # none where the kill met a process that was ending
+    old, new = weights(tmp_path / "undisturbed"), weights(tmp_path / "killed")
+    assert [name for name in old if not old[name].equal(new[name])] == []
+
+
+@pytest.mark.slow
+def test_a_process_that_keeps_the_others_waiting_is_named(tmp_path):
+    done = torchrun(str(HERE / "hanging_process.py"), ok=False)
+    told = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert told == ["fastlm: waited 0.1 minutes (--timeout-minutes) for process 1, which reads the rows of step 7; "
+                    "go on with --resume, or have torchrun do it: --max-restarts"]  # fmt: skip
