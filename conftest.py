@@ -1,4 +1,7 @@
-"""Read by pytest before any test: without a GPU, Triton's kernels run in its interpreter (decided when it is imported)."""
+"""Read by pytest before any test.
+
+Without a GPU, Triton's kernels run in its interpreter (decided when it is imported).
+"""
 
 import os
 

@@ -213,16 +213,13 @@ def add_measures(request, record):
 
     def note(**values: float) -> None:
         where = place(request.node)
-        ours = [
-            r
-            for r in request.config.stash[ROWS]
-            if r["group"] == where["group"] and r["case"] == where["case"]
-        ]
-        mine = [r for r in ours if r["peer"] == "ours" and "median" in r]
-        if mine:
-            keep(request.config, [mine[0] | {"measures": mine[0].get("measures", {}) | values}])
-        else:
-            record(measures={"ours": values})
+        for row in request.config.stash[ROWS]:
+            same_case = (row["group"], row["case"]) == (where["group"], where["case"])
+            if same_case and row["peer"] == "ours" and "median" in row:
+                measures = row.get("measures", {}) | values
+                keep(request.config, [row | {"measures": measures}])
+                return
+        record(measures={"ours": values})
 
     return note
 

@@ -35,7 +35,7 @@ def test_preparing_text(take_turns, add_measures, measuring, tmp_path):
     file.write_bytes(text)
     rows = datasets.Dataset.from_dict({"text": file.read_text("utf-8").splitlines(keepends=True)})
 
-    def mine() -> None:
+    def fastlm_prepare() -> None:
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         prepare(str(file), ours, tmp_path / "cache")
 
@@ -48,7 +48,7 @@ def test_preparing_text(take_turns, add_measures, measuring, tmp_path):
             load_from_cache_file=False,
         )
 
-    times = take_turns(mine, {"datasets.map": usual}, rounds=3, warmup=1)
+    times = take_turns(fastlm_prepare, {"datasets.map": usual}, rounds=3, warmup=1)
     if times:
         megabytes = len(text) / 1e6
         faster = ratio(times["datasets.map"], times["ours"])

@@ -6,7 +6,7 @@ import json
 
 from fastlm.config import KernelsConfig
 from fastlm.errors import UserError
-from fastlm.kernels.report import collect, table
+from fastlm.kernels.audit.report import collect, table
 
 
 def report(cfg: KernelsConfig) -> int:

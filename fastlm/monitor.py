@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastlm import files, runtime
 from fastlm.errors import UserError
-from fastlm.runtime import ceiling, peak_gib
+from fastlm.runtime import ceiling, peak_gib, ranks
 
 BARS = " ▁▂▃▄▅▆▇█"
 # of a validation; the file has all
@@ -131,23 +131,21 @@ class Monitor:
         self,
         run: Path,
         steps: int,
-        start: int,
-        tokens: int,
+        state: dict[str, Any],
         flops_per_token: float,
         device: torch.device,
         console: Console,
         tensorboard: bool = False,
-        ranks: tuple[int, int] = (0, 1),
     ):
-        """run: its folder; steps: of the whole run; start: how many are done, on so many tokens.
+        """run: its folder; steps: of the whole run; state: its "step" and "tokens" so far.
 
-        flops_per_token: what one costs to train on. ranks: this process's number and how many share
-        the work. The main process alone records; power and memory are its device's.
+        flops_per_token: what one costs to train on. The main process alone records; power and
+        memory are its device's.
         """
-        rank, self.world = ranks
+        rank, self.world = ranks()
         self.steps = steps
-        self.start = start
-        self.tokens = tokens
+        self.start = state["step"]
+        self.tokens = state["tokens"]
         self.flops = flops_per_token
         self.device = device
         self.console = console
@@ -155,7 +153,7 @@ class Monitor:
         peak, self.peak_name = ceiling(device)
         self.peak = peak * self.world
         self.power = Power(device)
-        self.losses = keep_lines(self.path, start)
+        self.losses = keep_lines(self.path, self.start)
         # closed in close()
         self.file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self.validations: list[dict[str, float]] = []
@@ -173,7 +171,7 @@ class Monitor:
             disable=not console.is_terminal,
         )
         warming_up = "compiling and warming up"
-        self.task = self.progress.add_task("step", total=steps, completed=start, text=warming_up)
+        self.task = self.progress.add_task("step", total=steps, completed=self.start, text=warming_up)
         self.progress.start()
 
     def step(

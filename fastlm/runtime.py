@@ -287,7 +287,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 
 def peak_of(name: str) -> float | None:
-    """The data sheet's peak of a GPU, FLOP/s: of the longest name in PEAKS that is part of its own."""
+    """The data sheet's peak of a GPU, FLOP/s: of the longest name in PEAKS that its own holds."""
     if "Laptop" in name:  # another chip under the same number
         return None
     whole_words = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])"

@@ -1,9 +1,15 @@
-"""The fused operations: RMSNorm, RoPE, SwiGLU, cross-entropy and the log-prob gather, each with its plain reference."""
+"""The fused operations: each with its formula, its plain PyTorch reference and its kernels.
+
+A public function has the name of its module, and hides it: `fastlm.kernels.rope` is the function.
+What else a module has is imported by name (`from fastlm.kernels.rope import rope_reference`). The
+modules that are needed as such, with launches or the bridge to C++ in them, lie where no function
+has their name: `fastlm.kernels.triton`, `fastlm.kernels.native`.
+"""
 
 from fastlm.kernels.attention import attention
 from fastlm.kernels.cross_entropy import cross_entropy
 from fastlm.kernels.embedding import embedding, tied_embedding
-from fastlm.kernels.fused_linear import add_rms_norm_linear, linear, rms_norm_linear, swiglu_linear
+from fastlm.kernels.linear import linear, swiglu_linear
 from fastlm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastlm.kernels.logprobs import linear_logprobs
 from fastlm.kernels.rms_norm import add_rms_norm, rms_norm
@@ -12,7 +18,6 @@ from fastlm.kernels.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
-    "add_rms_norm_linear",
     "attention",
     "cross_entropy",
     "embedding",
@@ -20,7 +25,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "rms_norm",
-    "rms_norm_linear",
     "rope",
     "swiglu",
     "swiglu_linear",

@@ -1,41 +1,24 @@
-"""The log-probability of each target behind the head's matmul: DPO's gather, without the (N, V) logits.
+"""The log-probability of each target behind the head's matmul: DPO's gather, no (N, V) logits.
 
-    logp_i = z_t - log sum_j exp z_j,  z = h_i W^T (+ bias), t the target of row i; 0 where the target is ignored
+    logp_i = z_t - log sum_j exp z_j,  z = h_i W^T (+ bias), t the target of row i; 0 where ignored
     dlogits = upstream_i ([j = t] - p_j)          dh = dlogits W          dW = dlogits^T h
 
-It is the negated loss of linear_cross_entropy.py with one upstream gradient per row, on the same chunks: the forward
-keeps the log-sum-exp (fp32, one per row), the backward makes each chunk's logits again, 4 matmuls in all; keep_bytes of
-logits are kept instead of made again, on a CPU, where matmuls are dear and memory is not, 256 MiB unless it says otherwise.
+It is the negated loss of linear_cross_entropy.py with one upstream gradient per row, on the same
+chunks: the forward keeps the log-sum-exp (fp32, one per row), the backward makes each chunk's
+logits again, 4 matmuls in all; keep_bytes of logits are kept instead of made again, on a CPU, where
+matmuls are dear and memory is not, 256 MiB unless it says otherwise.
 Source: Rafailov et al., Direct Preference Optimization, 2023, equation 7.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastlm.kernels.linear_cross_entropy import linear_nll
+from fastlm.kernels.linear_cross_entropy import Limits, head_loss
+from fastlm.kernels.loss_options import LossOptions
 
 
-def linear_logprobs_reference(
-    h: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float = 0.0,
-    vocab_size: int | None = None,
-) -> Tensor:
-    """log_softmax of all the logits, then the gather, in plain PyTorch."""
-    z = torch.nn.functional.linear(h, weight, bias)[:, :vocab_size]
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    inside = (targets >= 0) & (targets < z.shape[1])
-    logp = z.log_softmax(-1).gather(1, targets.long().clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    return logp.masked_fill(~inside, float("nan")).masked_fill(targets == ignore_index, 0.0)
-
-
+# Ten parameters: the options are what users write.
 def linear_logprobs(
     h: Tensor,
     weight: Tensor,
@@ -49,13 +32,14 @@ def linear_logprobs(
     max_counted: int | None = None,
     keep_bytes: int | None = None,
 ) -> Tensor:
-    """log p(target) = z_t - log sum exp z of each row in nats, z = h W^T + bias, without ever holding the (N, V)
-    logits.
+    """log p(target) = z_t - log sum exp z of each row in nats, z = h W^T + bias.
 
-    h (N, D), weight (V, D), bias (V,), targets (N,) integers; columns from vocab_size on are padding. Returns (N,)
-    fp32 whatever autocast says, 0 where the target is ignored and NaN where it is out of range. chunk_bytes,
-    max_counted and keep_bytes as in linear_cross_entropy. Raises ValueError on shapes or options that do not fit.
+    Without ever holding the (N, V) logits. h (N, D), weight (V, D), bias (V,), targets (N,)
+    integers; columns from vocab_size on are padding. Returns (N,) fp32 whatever autocast says, 0
+    where the target is ignored and NaN where it is out of range. chunk_bytes, max_counted and
+    keep_bytes as in linear_cross_entropy. Raises ValueError on shapes or options that do not fit.
     Source: Rafailov et al. 2023.
     """
-    options = (ignore_index, 0.0, 0.0, softcap, vocab_size)
-    return -linear_nll("linear_logprobs", h, weight, bias, targets, options, "none", chunk_bytes, max_counted, keep_bytes)
+    options = LossOptions(ignore_index, softcap=softcap, vocab_size=vocab_size)
+    limits = Limits(chunk_bytes, max_counted, keep_bytes)
+    return -head_loss("linear_logprobs", h, weight, bias, targets, options, "none", limits)

@@ -1,6 +1,7 @@
 """Causal attention within packed documents on a CPU, as one opaque operator.
 
-    out_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j          lse_i = log sum_j exp(q_i . k_j / sqrt(head_dim))
+    out_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j
+    lse_i = log sum_j exp(q_i . k_j / sqrt(head_dim))
 
 over the keys j that query i sees: the last query of segment s, cu_q[s + 1] - 1, sees all of the
 segment's keys, cu_k[s] to cu_k[s + 1]; the one before it one key less, and so on.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.common import cpu_kernel
+from fastlm.kernels.common import call_directly_on_cpu
 
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
@@ -41,7 +42,9 @@ def document(x: Tensor, span: slice, heads: int) -> Tensor:
 
 
 @torch.library.custom_op("fastlm::packed_documents", mutates_args=())
-def packed_documents(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
+def packed_documents(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention within each segment, on a CPU.
 
     q: (N, H, Dh), k, v: (M, Hkv, Dh); returns out (N, H, Dh) and the log-sum-exp (N, H) in fp32.
@@ -136,6 +139,6 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | No
     return (*packed_documents_backward(dout, *ctx.saved_tensors), None, None)
 
 
-cpu_kernel(packed_documents)
-cpu_kernel(packed_documents_backward)
+call_directly_on_cpu(packed_documents)
+call_directly_on_cpu(packed_documents_backward)
 packed_documents.register_autograd(_backward, setup_context=_save)

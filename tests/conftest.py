@@ -26,7 +26,7 @@ def small_text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory, small_text) -> Path:
-    """A byte-level BPE of 384 tokens as a Hugging Face tokenizer.json, trained on the small text."""
+    """A byte-level BPE of 384 tokens as a tokenizer.json, trained on the small text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -48,11 +48,12 @@ def small_tokenizer(tmp_path_factory, small_text) -> Path:
 @pytest.fixture
 def small_run(small_text, small_tokenizer, tmp_path) -> list[str]:
     """Arguments of a pretraining run that takes about a tenth of a second a step."""
-    return [
-        "--preset", "tiny", "--model.vocab-size", str(VOCAB), "--tokenizer", str(small_tokenizer), "--data", str(small_text),
-        "--cache", str(tmp_path / "cache"), "--batch-rows", "8", "--seq-len", "32", "--steps", "12", "--validate-every", "6",
-        "--checkpoint-every", "4", "--device", "cpu",
-    ]  # fmt: skip
+    options = (
+        "--preset tiny --batch-rows 8 --seq-len 32 --steps 12 --validate-every 6 "
+        f"--checkpoint-every 4 --device cpu --model.vocab-size {VOCAB}"
+    )
+    paths = {"tokenizer": small_tokenizer, "data": small_text, "cache": tmp_path / "cache"}
+    return [*options.split(), *(f"--{name}={path}" for name, path in paths.items())]
 
 
 @pytest.fixture

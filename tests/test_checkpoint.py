@@ -1,4 +1,6 @@
-"""Checkpoints: everything comes back bit for bit, nothing is ever half there, and each kind of damage is named."""
+"""Checkpoints: everything comes back bit for bit, nothing is ever half there, and each kind of
+damage is named.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def advance(model, optimizers) -> None:
 
 def save(folder, step: int = 2, nats: float | None = None, **made):
     model, optimizers = trained(**made)
-    state = {"step": step, "position": 16 * step, "validation_loss": nats, "model": asdict(model.config)}
+    state = {
+        "step": step,
+        "position": 16 * step,
+        "validation_loss": nats,
+        "model": asdict(model.config),
+    }
     return checkpoint.save(folder, model, named_state(model, optimizers), state), model, optimizers
 
 
@@ -75,7 +82,11 @@ def test_the_best_and_the_last_are_kept(tmp_path):
         save(tmp_path, step, nats, steps=0)
     assert checkpoint.best(tmp_path) == (tmp_path / "step-000002", 1.5)
     checkpoint.prune(tmp_path, keep=2)
-    assert [p.name for p in checkpoint.steps_saved(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
+    assert [p.name for p in checkpoint.steps_saved(tmp_path)] == [
+        "step-000002",
+        "step-000004",
+        "step-000005",
+    ]
 
 
 def test_a_path_names_a_run_or_a_checkpoint(tmp_path):
@@ -167,15 +178,33 @@ def flip(path) -> None:
 
 DAMAGE = {
     "one bit of the weights": (lambda p: flip(p / "model.safetensors"), "is damaged: its SHA-256"),
-    "one bit of the optimizer": (lambda p: flip(p / "optimizer.safetensors"), "is damaged: its SHA-256"),
-    "cut short": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:99]), "is damaged"),
+    "one bit of the optimizer": (
+        lambda p: flip(p / "optimizer.safetensors"),
+        "is damaged: its SHA-256",
+    ),
+    "cut short": (
+        lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:99]),
+        "is damaged",
+    ),
     "a file missing": (lambda p: (p / "optimizer.safetensors").unlink(), "could not read"),
     "state cut short": (lambda p: (p / "state.json").write_text('{"step": 3, '), "not JSON"),
-    "state of another kind": (lambda p: (p / "state.json").write_text("[]"), "expected a JSON object"),
-    "state without digests": (lambda p: (p / "state.json").write_text("{}"), "lacks its step, or the digests"),
+    "state of another kind": (
+        lambda p: (p / "state.json").write_text("[]"),
+        "expected a JSON object",
+    ),
+    "state without digests": (
+        lambda p: (p / "state.json").write_text("{}"),
+        "lacks its step, or the digests",
+    ),
     "digests emptied": (lambda p: edit(p, sha256={}), "lacks its step, or the digests"),
-    "a digest of another file": (lambda p: edit(p, sha256={"/dev/zero": ""}), "lacks its step, or the digests"),
-    "a position edited": (lambda p: edit(p, keep_digest=True, position=33), "was changed after it was written"),
+    "a digest of another file": (
+        lambda p: edit(p, sha256={"/dev/zero": ""}),
+        "lacks its step, or the digests",
+    ),
+    "a position edited": (
+        lambda p: edit(p, keep_digest=True, position=33),
+        "was changed after it was written",
+    ),
     "a step of text": (lambda p: edit(p, step="2"), "lacks its step, or the digests"),
 }
 

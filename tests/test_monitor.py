@@ -19,7 +19,13 @@ CPU = torch.device("cpu")
 
 
 def make(tmp_path, **changes) -> Monitor:
-    arguments = {"steps": 3, "start": 0, "tokens": 0, "flops_per_token": 1e6, "device": CPU, "console": Console(quiet=True)}
+    arguments = {
+        "steps": 3,
+        "state": {"step": 0, "tokens": 0},
+        "flops_per_token": 1e6,
+        "device": CPU,
+        "console": Console(quiet=True),
+    }
     return Monitor(tmp_path, **(arguments | changes))
 
 
@@ -44,7 +50,10 @@ def test_speed_counts_the_step_and_not_what_happens_between_steps(tmp_path, monk
 
 
 def test_on_a_gpu_a_step_is_read_when_the_next_is_noted(tmp_path, monkeypatch):
-    """Each step records an event behind its figures' copy; the one before is waited for, never the newest."""
+    """Each step records an event behind its figures' copy.
+
+    The one before is waited for, never the newest.
+    """
     happened = []
 
     class Event:
@@ -81,7 +90,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
 
 def test_lines_after_the_checkpoint_and_a_line_cut_short_go(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 2, "validation_loss": 1}\n{"step": 3, "lo')
+    whole = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n'
+    path.write_text(whole + '{"step": 2, "validation_loss": 1}\n{"step": 3, "lo')
     assert keep_lines(path, 2) == [3.0, 2.5]
     assert path.read_text().count("\n") == 3
     assert keep_lines(path, 1) == [3.0]
@@ -89,7 +99,10 @@ def test_lines_after_the_checkpoint_and_a_line_cut_short_go(tmp_path):
 
 
 def fake_nvml(monkeypatch, **answers) -> types.SimpleNamespace:
-    """nvidia-ml-py's published names; milliwatts and millijoules as NVML gives them. Returns the clock."""
+    """nvidia-ml-py's published names; milliwatts and millijoules as NVML gives them.
+
+    Returns the clock.
+    """
     nvml = types.ModuleType("pynvml")
     nvml.NVMLError = type("NVMLError", (Exception,), {})
 
@@ -165,7 +178,16 @@ def test_perplexity_is_exp_of_nats():
 
 
 @pytest.mark.parametrize(
-    "line", ["[1]", "7", '{"step": "2"}', '{"step": 2, "loss": "low"}', '{"step": true}', "[" * 9999, "\ufffd"]
+    "line",
+    [
+        "[1]",
+        "7",
+        '{"step": "2"}',
+        '{"step": 2, "loss": "low"}',
+        '{"step": true}',
+        "[" * 9999,
+        "\ufffd",
+    ],
 )
 def test_a_damaged_line_of_metrics_goes_and_the_rest_stays(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

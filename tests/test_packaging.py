@@ -29,7 +29,8 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     """A wheel of this source tree, built as pip builds it."""
     source = folder / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=NOT_SOURCE)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(source)]
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
+    command = [*pip, "--wheel-dir", str(folder), str(source)]
     if all(importlib.util.find_spec(name) for name in ("scikit_build_core", "nanobind")):
         command.append("--no-build-isolation")
     subprocess.run(command, check=True, env=os.environ | environment, capture_output=True, timeout=600)
@@ -45,11 +46,19 @@ def run_installed(wheel: Path, code: str) -> str:
     """What the code prints in a Python that sees the unpacked wheel instead of this source tree."""
     site = wheel.parent / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    # -S leaves out .pth files, and with them an editable install of this tree, which would come first
+    # -S leaves out .pth files, and with them an editable install of this tree, which would come
+    # first
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     }
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=site, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=site,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -80,7 +89,10 @@ def test_wheel_holds_one_package_with_the_native_module_inside(tmp_path):
     assert not any(n.endswith((".cpp", ".hpp")) for n in names)
     assert "fastlm/py.typed" in names
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
-    for folder in ("kernels", "train"):  # symbolic links in the source tree, real folders in the wheel
+    for folder in (
+        "kernels",
+        "train",
+    ):  # symbolic links in the source tree, real folders in the wheel
         sources = {f"fastlm/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.py")}
         sources |= {f"fastlm/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.toml")}
         assert sources

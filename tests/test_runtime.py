@@ -73,7 +73,10 @@ def test_tf32_is_on_only_where_it_is_wanted_and_only_inside(monkeypatch):
         assert flags.allow_tf32
     assert not flags.allow_tf32
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: False)
-    with pytest.raises(UserError, match="--tf32 needs an NVIDIA GPU"), runtime.tf32_matmuls(True, GPU):
+    with (
+        pytest.raises(UserError, match="--tf32 needs an NVIDIA GPU"),
+        runtime.tf32_matmuls(True, GPU),
+    ):
         pass
 
 
@@ -92,7 +95,9 @@ def test_a_small_model_is_replayed_and_only_on_a_gpu():
 
 
 class InGraphMemory(torch.autograd.Function):
-    """sum(w x), whose gradient lies, as a CUDA graph's does, where the one of the pass before it lay."""
+    """sum(w x), whose gradient lies, as a CUDA graph's does, where the one of the pass before it
+    lay.
+    """
 
     memory = torch.empty(3)
 
@@ -132,7 +137,13 @@ def test_a_replayed_pass_finds_its_batch_where_the_first_one_was(monkeypatch):
 
     monkeypatch.setattr(runtime, "compiled", lambda function, device, options: function)
     step = runtime.compiled_in_graphs(function, GPU, torch.nn.Module())
-    batches = [(torch.full((2, 3), n), {"documents": (torch.arange(n, n + 4), torch.tensor(n)), "plain": 7}) for n in range(3)]
+    batches = [
+        (
+            torch.full((2, 3), n),
+            {"documents": (torch.arange(n, n + 4), torch.tensor(n)), "plain": 7},
+        )
+        for n in range(3)
+    ]
     for batch in batches:
         step(*batch)
     step(torch.zeros(5, 3), batches[0][1])

@@ -42,8 +42,19 @@ def hugging_face_json():
 
 def test_gpt2_ids_are_the_published_ones(gpt2):
     assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
-    assert gpt2.encode("Hello world") == [15496, 995]  # as in OpenAI's and Hugging Face's documentation
-    assert gpt2.encode("The quick brown fox jumps over the lazy dog") == [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290]
+    # as in OpenAI's and Hugging Face's documentation
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("The quick brown fox jumps over the lazy dog") == [
+        464,
+        2068,
+        7586,
+        21831,
+        18045,
+        625,
+        262,
+        16931,
+        3290,
+    ]
 
 
 def test_gpt2_files_have_the_hashes_that_tiktoken_pins():
@@ -105,7 +116,13 @@ def test_mistakes_give_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "other.json").write_text('{"model": {}}')
     (tmp_path / "empty").mkdir()
-    cases = ["gpt5", str(tmp_path), str(tmp_path / "other.json"), str(tmp_path / "empty"), str(tmp_path / "none.json")]
+    cases = [
+        "gpt5",
+        str(tmp_path),
+        str(tmp_path / "other.json"),
+        str(tmp_path / "empty"),
+        str(tmp_path / "none.json"),
+    ]
     for name in cases:
         with pytest.raises(UserError) as error:
             load_tokenizer(name)
@@ -119,7 +136,10 @@ DAMAGED = {
     "vocabulary of text": {"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}},
     "merge of nothing": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}},
     "unknown model": {"model": {"type": "Nothing", "vocab": {"a": 0}}},
-    "normalizer of another kind": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "normalizer": 7},
+    "normalizer of another kind": {
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+        "normalizer": 7,
+    },
     "empty vocabulary": {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}},
 }
 
@@ -157,5 +177,6 @@ def test_altered_vocabulary_is_refused(monkeypatch):
 
 
 def test_import_is_light():
-    code = "import sys, fastlm.tokenizer; print(*[m for m in ('torch', 'tiktoken', 'tokenizers', 'regex') if m in sys.modules])"
+    heavy = "{'torch', 'tiktoken', 'tokenizers', 'regex'}"
+    code = f"import sys, fastlm.tokenizer; print(*{heavy} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

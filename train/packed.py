@@ -52,8 +52,10 @@ class Tuning(Generic[C]):
     @property
     def max_counted(self) -> int:
         """Targets that a micro-batch may have."""
-        parts = [self.train] if self.held_out is None else [self.train, self.held_out]
-        return self.micro_rows * max(part.most_counted for part in parts)
+        most = self.train.most_counted
+        if self.held_out is not None:
+            most = max(most, self.held_out.most_counted)
+        return self.micro_rows * most
 
     @cached_property
     def room(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fastlm import checkpoint, files
 from fastlm.config import DpoConfig, PipelineConfig, PretrainConfig, SftConfig
-from fastlm.config.toml import is_noted, load_run, to_toml
+from fastlm.config.toml import is_same, load_run, to_toml
 from fastlm.data.examples.load import load_instructions, load_preferences, pack_examples
 from fastlm.data.examples.packing import PackedBatch, PackedRows, packed_epoch
 from fastlm.data.prefetch import move
@@ -86,7 +86,7 @@ def claim_folder(cfg: PipelineConfig) -> Path:
     options = out / "config.toml"
     if options.is_file():
         check(
-            is_noted(cfg, options.read_text(encoding="utf-8")),
+            is_same(cfg, options.read_text(encoding="utf-8")),
             f"{out} was begun with other options; give the same ones to go on, or choose another --out",
         )
         return out

@@ -89,11 +89,6 @@ def plain_operations():
         "linear": lambda x, w, sizes=None: (
             F.linear(x, w) if sizes is None else F.linear(x, w).split(sizes, -1)
         ),
-        "rms_norm_linear": lambda x, w, eps, weight: F.linear(norm(x, w, eps), weight),
-        "add_rms_norm_linear": lambda x, r, w, eps, weight: (
-            F.linear(add_norm(x, r, w, eps)[0], weight),
-            x + r,
-        ),
         "swiglu_linear": lambda gate_up, weight, keep_product: F.linear(swiglu(gate_up), weight),
     }
 
@@ -103,12 +98,10 @@ def inside(name: str, config, tokens: int, counted: int) -> tuple[int, int]:
 
     For the head's ops, in all.
     """
-    from fastlm.kernels.rms_norm import _partials
+    from fastlm.kernels.triton.rms_norm import partial_sums
 
     if "rms_norm_backward" in name:
-        return 2 * 4 * _partials(
-            tokens, config.dim
-        ) * config.dim, 2  # partial sums written and read
+        return 2 * 4 * partial_sums(tokens) * config.dim, 2  # partial sums written and read
     if head_op(name):
         vocab = config.padded_vocab_size
         chunks = head_chunks(config, counted)
@@ -125,7 +118,7 @@ def inside(name: str, config, tokens: int, counted: int) -> tuple[int, int]:
 
 def head_chunks(config, counted: int) -> int:
     """How many chunks of logits the head's ops make."""
-    from fastlm.kernels.linear_cross_entropy import gpu_chunk_rows
+    from fastlm.kernels.head_chunks import gpu_chunk_rows
 
     return -(-counted // gpu_chunk_rows(counted, 2 * config.padded_vocab_size, config.dim, *H100))
 
@@ -198,7 +191,7 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
     """
     from gpucompile import DEVICE, compile_for_gpu
 
-    import fastlm.kernels.flops
+    import fastlm.kernels.audit.flops
     import fastlm.model
 
     box, tokens = {}, rows * seq_len

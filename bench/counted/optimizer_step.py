@@ -1,8 +1,8 @@
 """Clipping and the optimizers in one GPU step, counted without storage: bytes, FLOPs, launches.
 
 Each operation that PyTorch is asked for counts with what it reads and writes, each tensor once; a
-kernel of our own with kernels/updates.py's PASSES, which a test counts. A pass over a list is as
-many launches as PyTorch makes of it.
+kernel of our own with kernels/triton/updates.py's PASSES, which a test counts. A pass over a list
+is as many launches as PyTorch makes of it.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Counting(TorchDispatchMode):
 
 @contextlib.contextmanager
 def own_kernels(part: Part) -> Iterator[None]:
-    """Inside, launches of kernels/updates.py are counted and not made."""
-    from fastlm.kernels import updates
+    """Inside, launches of kernels/triton/updates.py are counted and not made."""
+    from fastlm.kernels.triton import updates
 
     def launch(kernel, lists, **arguments):
         name = getattr(kernel, "fn", kernel).__name__
@@ -126,17 +126,17 @@ def own_kernels(part: Part) -> Iterator[None]:
 
     class Clip:
         def __getitem__(self, grid):
-            return lambda partials, found, *rest, **options: part.count(
+            return lambda *, partials, found, **options: part.count(
                 partials.nbytes + found.nbytes
             )
 
     nothing = mock.patch.object(
-        updates, "_on_device", lambda values, dtype, device: torch.empty(len(values), device=device)
+        updates, "on_device", lambda values, dtype, device: torch.empty(len(values), device=device)
     )
     with (
         nothing,
-        mock.patch.object(updates, "_launch", launch),
-        mock.patch.object(updates, "_clip_kernel", Clip()),
+        mock.patch.object(updates, "launch", launch),
+        mock.patch.object(updates, "clip_kernel", Clip()),
     ):
         yield
 

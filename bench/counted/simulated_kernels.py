@@ -52,10 +52,10 @@ def counts(case) -> dict[str, float]:
 
 def chosen_cases(liger: bool) -> list:
     if liger:
-        from fastlm.kernels.against import liger_cases
+        from fastlm.kernels.audit.against import liger_cases
 
         return liger_cases()
-    from fastlm.kernels.configurations import cases
+    from fastlm.kernels.audit.configurations import cases
 
     return cases()
 

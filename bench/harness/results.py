@@ -91,25 +91,24 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
     Medians, and the tenths furthest apart.
     """
-    mine = {
-        key(row)[:2] + key(row)[3:]: row
-        for row in rows
-        if row["peer"] == "ours" and "median" in row
-    }
-    found = []
+    measured_ours = {}
     for row in rows:
-        base = mine.get(key(row)[:2] + key(row)[3:])
-        if (
-            base
-            and row["peer"] != "ours"
-            and "median" in row
-            and ("ratio" not in row or "between processes" in row)
-        ):
+        if row["peer"] == "ours" and "median" in row:
+            measured_ours[case_and_unit(row)] = row
+    completed = []
+    for row in rows:
+        base = measured_ours.get(case_and_unit(row))
+        in_one_process = "ratio" in row and "between processes" not in row
+        if base and row["peer"] != "ours" and "median" in row and not in_one_process:
             pairs = {"median": "median", "q10": "q90", "q90": "q10"}
             ratio = {name: row[name] / base[other] for name, other in pairs.items()}
             row = row | {"ratio": ratio, "between processes": True}
-        found.append(row)
-    return found
+        completed.append(row)
+    return completed
+
+
+def case_and_unit(row: dict) -> tuple:
+    return row["group"], row["case"], row.get("unit", "")
 
 
 def place(file: str, test: str, contender: str = "") -> dict[str, str]:
@@ -129,15 +128,15 @@ def line(row: dict) -> str:
     """A row in one line, as it is printed when it is known."""
     words = [row["peer"]]
     words += [f"{why}: {row[why]}" for why in ("missing", "failed") if why in row]
-    words += [row["note"]] if "note" in row and "median" not in row else []
+    if "note" in row and "median" not in row:
+        words.append(row["note"])
     if "median" in row:
         words.append(f"{row['median']:.4g} {row['unit']} ({row['q10']:.4g} to {row['q90']:.4g})")
     if "ratio" in row:
         what = "ours reaches {:.3f} of it" if row["peer"] in CEILINGS else "{:.3f} times ours"
         words.append(what.format(row["ratio"]["median"]))
-    return ", ".join(
-        words + [f"{name} {value:.4g}" for name, value in row.get("measures", {}).items()]
-    )
+    words += [f"{name} {value:.4g}" for name, value in row.get("measures", {}).items()]
+    return ", ".join(words)
 
 
 def key(row: dict) -> tuple:
@@ -149,12 +148,12 @@ def merged(old: list[dict], new: list[dict]) -> list[dict]:
 
     A measurement also replaces what was missing or failed, and the other way round.
     """
-    replaced = {key(row)[:3] for row in new if "missing" in row or "failed" in row} | {
-        (*key(row)[:3], "") for row in new
-    }
-    kept = {
-        key(row): row for row in old if key(row)[:3] not in replaced and key(row) not in replaced
-    }
+    without_unit = {(*key(row)[:3], "") for row in new}
+    without_figures = {key(row)[:3] for row in new if "missing" in row or "failed" in row}
+    kept = {}
+    for row in old:
+        if key(row) not in without_unit and key(row)[:3] not in without_figures:
+            kept[key(row)] = row
     return list((kept | {key(row): row for row in new}).values())
 
 
@@ -184,20 +183,23 @@ def falls(old: list[dict], new: list[dict], band: float = NOISE) -> list[str]:
     rounds are below nine in ten of the earlier ones. Only ratios are compared, never times: another
     machine, or the same one busier, has other times and about these ratios.
     """
-    before, found = {key(row): row for row in old}, []
+    before = {key(row): row for row in old}
     measured = {key(row)[:3] for row in old if "median" in row}
+    worse = []
     for row in new:
-        name, earlier = f"{row['case']}, {row['peer']}", before.get(key(row), {})
+        name = f"{row['case']}, {row['peer']}"
+        earlier = before.get(key(row), {})
         if "failed" in row and key(row)[:3] in measured:
-            found.append(f"{name}: measured before, failed now: {row['failed']}")
+            worse.append(f"{name}: measured before, failed now: {row['failed']}")
         elif "ratio" in row and "ratio" in earlier:
-            was, now = earlier["ratio"]["median"], row["ratio"]["median"]
+            was = earlier["ratio"]["median"]
+            now = row["ratio"]["median"]
             if now < (1 - band) * was and row["ratio"]["q90"] < earlier["ratio"]["q10"]:
-                found.append(
+                worse.append(
                     f"{name}, {row['unit']}: the ratio fell from {was:.2f} to {now:.2f}, "
                     f"by more than {band:.0%}"
                 )
-    return found
+    return worse
 
 
 def comparison(old: list[dict], new: list[dict]) -> tuple[list[str], bool]:

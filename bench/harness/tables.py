@@ -20,6 +20,7 @@ UNITS = {
     "state_gb": "GB state",
     "peak_gib": "GiB peak",
 }
+OUTCOMES = ("passed", "failed", "skipped")
 SHOWN = ("tokens_per_second", "mfu", "gb_per_second", "tflop_per_second")  # in the short table
 
 
@@ -35,29 +36,33 @@ def ratio(row: Row) -> str:
 
     With the spread of the rounds.
     """
-    r, scale, unit = row["ratio"], *((100, "%") if row["peer"] in CEILINGS else (1, "×"))
-    spread = (
-        f" ({number(scale * r['q10'])} to {number(scale * r['q90'])})" if row["rounds"] > 1 else ""
-    )
-    return f"{number(scale * r['median'])}{unit}{spread}"
+    is_ceiling = row["peer"] in CEILINGS
+    scale = 100 if is_ceiling else 1
+    median, low, high = (number(scale * row["ratio"][name]) for name in ("median", "q10", "q90"))
+    text = median + ("%" if is_ceiling else "×")
+    return f"{text} ({low} to {high})" if row["rounds"] > 1 else text
 
 
 def cell(row: Row | None) -> str:
     """One contender in one case."""
     if row is None:
         return ""
-    if "failed" in row:
-        return f"FAILED: {row['failed']}"
-    if "missing" in row:
-        return f"missing: {row['missing']}"
-    unit = f" {row['unit']}" if row["peer"] == "ours" and "median" in row else ""
-    words = [f"{number(row['median'])}{unit}"] if "median" in row else []
-    words += [f"**{ratio(row)}**"] if "ratio" in row else []
-    words += [
-        f"{number(value)} {UNITS.get(name, name.replace('_', ' '))}"
-        for name, value in row.get("measures", {}).items()
-    ]
+    for why in ("failed", "missing"):
+        if why in row:
+            return f"{why.upper() if why == 'failed' else why}: {row[why]}"
+    words = []
+    if "median" in row:
+        unit = f" {row['unit']}" if row["peer"] == "ours" else ""
+        words.append(number(row["median"]) + unit)
+    if "ratio" in row:
+        words.append(f"**{ratio(row)}**")
+    for name, value in row.get("measures", {}).items():
+        words.append(f"{number(value)} {in_words(name)}")
     return ", ".join(words)
+
+
+def in_words(measure: str) -> str:
+    return UNITS.get(measure, measure.replace("_", " "))
 
 
 def table(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -71,22 +76,23 @@ def names(rows: list[Row], field: str) -> list[str]:
 
 def measured(rows: list[Row]) -> list[str]:
     """A line for each case and unit, a column for each contender."""
-    found = {(row["case"], row.get("unit", ""), row["peer"]): row for row in rows}
-    rest = [p for p in names(rows, "peer") if p not in ("ours", "case") and p not in CEILINGS]
-    peers = [p for p in ("ours", *rest, *CEILINGS, "case") if p in names(rows, "peer")]
+    by_place = {(row["case"], row.get("unit", ""), row["peer"]): row for row in rows}
+    present = names(rows, "peer")
+    others = [peer for peer in present if peer not in ("ours", "case", *CEILINGS)]
+    peers = [peer for peer in ("ours", *others, *CEILINGS, "case") if peer in present]
     lines = []
     for case in names(rows, "case"):
-        units = [u for u in dict.fromkeys(u for c, u, _ in found if c == case) if u]
-        for unit in units or [
-            ""
-        ]:  # what is missing or failed has no unit: it stands in the first line
-            cells = [
-                found.get((case, unit, p))
-                or (found.get((case, "", p)) if unit in units[:1] else None)
-                for p in peers
-            ]
-            lines.append([case, *map(cell, cells)])
-    return table(["case", *("not run" if p == "case" else p for p in peers)], lines)
+        all_units = dict.fromkeys(unit for named, unit, _ in by_place if named == case)
+        units = [unit for unit in all_units if unit] or [""]
+        for unit in units:
+            cells = []
+            for peer in peers:
+                row = by_place.get((case, unit, peer))
+                if row is None and unit == units[0]:
+                    row = by_place.get((case, "", peer))  # missing or failed: it has no unit
+                cells.append(cell(row))
+            lines.append([case, *cells])
+    return table(["case", *("not run" if peer == "case" else peer for peer in peers)], lines)
 
 
 def plain(rows: list[Row]) -> list[str]:
@@ -95,11 +101,11 @@ def plain(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         values = row.get("measures", {})
-        cells = [number(values[f]) if f in values else "" for f in figures]
-        lines.append([row["case"], row["peer"], *(cells if values else [cell(row), *cells[1:]])])
-    return table(
-        ["case", "contender", *(UNITS.get(f, f.replace("_", " ")) for f in figures)], lines
-    )
+        cells = [number(values[name]) if name in values else "" for name in figures]
+        if not values:
+            cells[:1] = [cell(row)]
+        lines.append([row["case"], row["peer"], *cells])
+    return table(["case", "contender", *map(in_words, figures)], lines)
 
 
 def title(group: str) -> str:
@@ -118,37 +124,35 @@ def short_table(rows: list[Row]) -> str:
     """
     lines = []
     for case, unit in dict.fromkeys((row["case"], row["unit"]) for row in rows if "median" in row):
-        mine = [row for row in rows if row["case"] == case and row.get("unit") == unit]
-        first = next((row for row in mine if row["peer"] == "ours"), mine[0])
-        name = "" if first["peer"] == "ours" else f"{first['peer']} "
-        rate = [
-            f"{number(v)} {UNITS[k]}" for k, v in first.get("measures", {}).items() if k in SHOWN
-        ]
-        shown = [f"{row['peer']} {ratio(row).split(' (')[0]}" for row in mine if "ratio" in row]
-        lines.append(
-            f"{case:38} {name + number(first['median']):>12} {unit}   {', '.join(rate + shown)}"
-        )
-    alone = [
-        row
-        for row in rows
-        if row.get("measures") and "median" not in row and row["group"] != "correctness"
-    ]
-    lines += [f"{row['case']:38} {cell(row)}" for row in alone]
+        contenders = [row for row in rows if row["case"] == case and row.get("unit") == unit]
+        lines.append(short_line(case, unit, contenders))
+    for row in rows:
+        if row.get("measures") and "median" not in row and row["group"] != "correctness":
+            lines.append(f"{row['case']:38} {cell(row)}")
     tests = [row["measures"] for row in rows if row["group"] == "correctness" and "measures" in row]
     if tests:
-        lines.append(
-            "tests: "
-            + ", ".join(
-                f"{sum(t[n] for t in tests):.0f} {n}" for n in ("passed", "failed", "skipped")
-            )
-        )
-    gone = Counter((row["peer"], row["missing"]) for row in rows if "missing" in row)
-    lines += [f"missing {peer}, {count} times: {why[:120]}" for (peer, why), count in gone.items()]
-    return "\n".join(
-        lines
-        + [
-            f"FAILED {row['case']}, {row['peer']}: {row['failed'][:120]}"
-            for row in rows
-            if "failed" in row
-        ]
-    )
+        totals = {name: sum(test[name] for test in tests) for name in OUTCOMES}
+        lines.append("tests: " + ", ".join(f"{n:.0f} {name}" for name, n in totals.items()))
+    missing = Counter((row["peer"], row["missing"]) for row in rows if "missing" in row)
+    for (peer, why), count in missing.items():
+        lines.append(f"missing {peer}, {count} times: {why[:120]}")
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"FAILED {row['case']}, {row['peer']}: {row['failed'][:120]}")
+    return "\n".join(lines)
+
+
+def short_line(case: str, unit: str, contenders: list[Row]) -> str:
+    """One case: our figure (or the first contender's), its rates, and the others' ratios."""
+    first = next((row for row in contenders if row["peer"] == "ours"), contenders[0])
+    figure = number(first["median"])
+    if first["peer"] != "ours":
+        figure = f"{first['peer']} {figure}"
+    shown = []
+    for name, value in first.get("measures", {}).items():
+        if name in SHOWN:
+            shown.append(f"{number(value)} {UNITS[name]}")
+    for row in contenders:
+        if "ratio" in row:
+            shown.append(f"{row['peer']} {ratio(row).split(' (')[0]}")
+    return f"{case:38} {figure:>12} {unit}   {', '.join(shown)}"

@@ -59,13 +59,13 @@ def parse(cls: type[T], argv: Sequence[str], argument: str = "", rest: str = "")
 
 def flags(cls: type, prefix: str = "--") -> dict[str, Any]:
     """Every option of a configuration, with the type of its field."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for name, kind in field_types(cls).items():
         if dataclasses.is_dataclass(kind):
-            found |= flags(typing.cast(type, kind), f"{prefix}{name}.")
+            types |= flags(typing.cast(type, kind), f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}".replace("_", "-")] = kind
-    return found
+            types[f"{prefix}{name}".replace("_", "-")] = kind
+    return types
 
 
 def negative(flag: str) -> str:
@@ -115,7 +115,8 @@ def read_words(cls: type, argv: Sequence[str], argument: str) -> dict[str, Any]:
             option = value.partition("=")[0].replace("_", "-")
             check(
                 option not in known and option not in off,
-                f"{flag} needs a value: {expected(kind)}; {option} is an option, so write {flag}={value} if it is meant",
+                f"{flag} needs a value: {expected(kind)}; "
+                f"{option} is an option, so write {flag}={value} if it is meant",
             )
         given = coerce(flag, kind, value)
         values[flag] = values.get(flag, ()) + given if kind == TEXTS else given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -237,8 +238,9 @@ class PlanConfig:
             f"chart is {self.chart!r}; it must end with .svg",
         )
         for count in self.gpus.split(","):
-            good = count.strip().isascii() and count.strip().isdigit() and int(count) > 0
-            check(good, f"gpus is {self.gpus!r}; it must be positive integers separated by commas")
+            good = re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", count, flags=re.ASCII)
+            expected = "positive integers below 1,000,000,000, separated by commas"
+            check(bool(good), f"gpus is {self.gpus!r}; it must be {expected}")
 
     @property
     def gpu_counts(self) -> list[int]:

@@ -57,16 +57,16 @@ def groups(config: Any, prefix: str = "--") -> Iterator[tuple[str, list[Option]]
     shared = f"{prefix}*: " if prefix != "--" else ""
     written: set[str] = set()
     for base in cls.__mro__:
-        found = []
+        options = []
         for name in inspect.get_annotations(base):
             if name in types and name not in written and not dataclasses.is_dataclass(types[name]):
                 flag = f"{prefix}{name}".replace("_", "-")
                 meaning = meanings(cls)[name]
-                found.append(Option(flag, types[name], getattr(config, name), meaning))
+                options.append(Option(flag, types[name], getattr(config, name), meaning))
                 written.add(name)
-        if found:
+        if options:
             own = "Options" if base is cls and not shared else first_line(base)
-            yield f"{shared}{own}", found
+            yield f"{shared}{own}", options
     for name, kind in types.items():
         if dataclasses.is_dataclass(kind):
             yield from groups(getattr(config, name), f"{prefix}{name}.")
@@ -106,12 +106,15 @@ def named(cls: type, width: int) -> Iterator[str]:
     """The presets and the shipped recipes, where the command takes them."""
     if "preset" in field_types(cls):
         shapes = {
-            name: f"{c.n_layers} layers of {c.dim} channels, {c.n_heads} heads, {c.max_seq_len:_} tokens at a time"
+            name: f"{c.n_layers} layers of {c.dim} channels, {c.n_heads} heads, "
+            f"{c.max_seq_len:_} tokens at a time"
             for name, c in PRESETS.items()
         }
         yield table("Presets (--preset)", shapes, width)
     if "recipe" in field_types(cls):
-        recipes = {path.stem: recipe_comment(path.read_text("utf-8")) for path in shipped_recipes(cls)}
+        recipes = {
+            path.stem: recipe_comment(path.read_text("utf-8")) for path in shipped_recipes(cls)
+        }
         yield table("Recipes (--recipe)", recipes, width)
 
 
@@ -146,10 +149,10 @@ def wrapped(text: str, width: int) -> str:
 
 def meanings(cls: type) -> dict[str, str]:
     """What each field of a configuration means: the string that stands below it in the source."""
-    found: dict[str, str] = {}
+    strings: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        found |= strings_below(base.__module__)[base.__name__]
-    return found
+        strings |= strings_below(base.__module__)[base.__name__]
+    return strings
 
 
 @functools.cache

@@ -156,16 +156,16 @@ def to_toml(config: Any) -> str:
     return "\n".join(out) + "\n"
 
 
-def is_noted(config: Any, noted: str) -> bool:
-    """Whether the configuration is the one that was noted as TOML.
+def is_same(config: Any, written: str) -> bool:
+    """Whether the configuration is the one that was written as TOML.
 
-    The note may be older than some fields, which then must have their defaults.
+    The text may be older than some fields, which then must have their defaults.
     """
     wanted = tomllib.loads(to_toml(type(config)()))
     try:
-        found = tomllib.loads(noted)
+        saved = tomllib.loads(written)
     except tomllib.TOMLDecodeError:
         return False
-    for name, value in found.items():
+    for name, value in saved.items():
         wanted[name] = wanted.get(name, {}) | value if isinstance(value, dict) else value
     return wanted == tomllib.loads(to_toml(config))

@@ -110,8 +110,8 @@ class StageConfig:
     device: str = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     deterministic: bool = False
-    """On a GPU, the same bits on every run, as on a CPU anyway: sums are added up in a fixed order and
-    torch.compile measures nothing, which is slower."""
+    """On a GPU, the same bits on every run, as on a CPU anyway: sums are added up in a fixed order
+    and torch.compile measures nothing, which is slower."""
     attention: Literal["auto", "torch", "flash", "flash3", "flash4", "xformers"] = "auto"
     """Attention backend; fastlm doctor prints what auto chooses and why."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
@@ -145,7 +145,8 @@ class PretrainConfig(StageConfig):
     """Model shape; single fields can be overridden with --model.FIELD."""
     data: str = "python-stdlib"
     """Text: python-stdlib, a .txt/.jsonl/.parquet file or folder, a hub data set (wikitext-103,
-    org/name), or a mixture. A folder's train/, validation/ and test/ are splits; test is not read."""
+    org/name), or a mixture. A folder's train/, validation/ and test/ are splits; test is not
+    read."""
     tokenizer: str = "gpt2"
     """gpt2, or a Hugging Face tokenizer.json (or the folder that holds one)."""
     seq_len: int = 256
@@ -210,7 +211,8 @@ class TuningConfig(StageConfig):
         check_not_negative(self, "steps", "max_len")
         check(
             self.row_len == 0 or self.row_len >= self.max_len,
-            f"row_len is {self.row_len}, shorter than max_len {self.max_len}; lengthen it, or leave it 0",
+            f"row_len is {self.row_len}, shorter than max_len {self.max_len}; "
+            f"lengthen it, or leave it 0",
         )
         check(0 <= self.held_out < 1, f"held_out is {self.held_out}; it must lie in [0, 1)")
 
@@ -241,7 +243,11 @@ class DpoConfig(TuningConfig):
     """simpo: by how much the chosen answer's reward shall exceed the other's."""
     share_prompt: bool = True
     """Compute the prompt once for both answers; the result is the same."""
-    optim: OptimConfig = field(default_factory=lambda: dataclasses.replace(TUNING, lr=2e-6, embedding_lr=2e-6, head_lr=2e-6))
+    optim: OptimConfig = field(
+        default_factory=lambda: dataclasses.replace(
+            TUNING, lr=2e-6, embedding_lr=2e-6, head_lr=2e-6
+        )
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,4 @@
-"""What training would take on so many GPUs, reckoned before a GPU is rented: every figure here is
-arithmetic.
+"""What training would take on so many GPUs: every figure here is arithmetic.
 
 cards.py: what a GPU has. work.py: what is trained, and how it is shared out. memory.py: bytes in
 each GPU. step.py: seconds of a step, computing and communicating. duration.py: a whole run, with

@@ -146,14 +146,23 @@ def memory_table(cases: list[Case], gpu: Card) -> Table:
 
 def step_table(cases: list[Case]) -> Table:
     title = "An optimizer step; waiting is the sending that no computing hides"
-    table = new_table(title, "GPUs|mode|tokens|computing|sent|sending|waiting|in all|tokens/s|MFU")
+    table = new_table(
+        title, "GPUs|mode|rows|tokens|compute|sent|sending|waiting|in all|tokens/s|MFU"
+    )
     for case in cases:
         seconds, waiting = case.run.step_s, case.step.waiting_s
         table.add_row(
-            *place(case), short(case.step.tokens), time(seconds - waiting),
-            f"{case.step.sent_bytes / 1e9:.2f} GB", time(case.step.sending_s), time(waiting),
-            time(seconds), short(case.run.tokens_per_s), f"{case.run.mfu:.1%}",
-        )  # fmt: skip
+            *place(case),
+            f"{case.work.passes} x {case.work.rows}",
+            short(case.step.tokens),
+            time(seconds - waiting),
+            f"{short(case.step.sent_bytes)}B",
+            time(case.step.sending_s),
+            time(waiting),
+            time(seconds),
+            short(case.run.tokens_per_s),
+            f"{case.run.mfu:.1%}",
+        )
     return table
 
 
@@ -164,9 +173,15 @@ def run_table(cases: list[Case], cfg: PlanConfig) -> Table:
     for case in cases:
         run = case.run
         table.add_row(
-            *place(case), short(run.tokens_per_day), time(run.seconds), f"{run.failures:,.2f}",
-            time(run.checkpoint_s), time(run.every_s), f"{run.lost:.2%}", f"{run.mwh:,.2f}",
-        )  # fmt: skip
+            *place(case),
+            short(run.tokens_per_day),
+            time(run.seconds),
+            f"{run.failures:,.2f}",
+            time(run.checkpoint_s),
+            time(run.every_s),
+            f"{run.lost:.2%}",
+            f"{run.mwh:,.2f}",
+        )
     return table
 
 
@@ -201,11 +216,11 @@ def chart(cases: list[Case]) -> str:
     mend = "there is nothing to draw; leave --chart out"
     check(bool(fitting), f"the model fits no GPU in any mode: {mend}")
     modes = sorted({case.way.mode for case in fitting} - {"one"}) or ["one"]
-    unit = "million tokens a day, projected"
+    unit = "billion tokens a day, projected"
     rows = []
     for mode in modes:
         for case in fitting:
             if case.way.mode in (mode, "one"):
-                rate = case.run.tokens_per_day / 1e6
+                rate = case.run.tokens_per_day / 1e9
                 rows.append({"unit": unit, "peer": mode, "at": case.way.gpus, "median": rate})
     return curves("GPUs", rows)

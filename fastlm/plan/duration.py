@@ -43,20 +43,16 @@ def checkpoint_bytes(work: Work) -> int:
 
 
 def best_interval(write_s: float, between_failures_s: float) -> float:
-    """sqrt(2 write_s between_failures_s): the seconds between checkpoints that lose the least
-    (Young 1974).
-    """
+    """Seconds between checkpoints that lose the least: sqrt(2 write failure) (Young 1974)."""
     return (2 * write_s * between_failures_s) ** 0.5
 
 
 def run(work: Work, way: Way, card: Card, one: Step, tokens: float, write_gb_s: float) -> Run:
-    """The run, a step of which is `one`; every machine writes its part of a checkpoint at
-    write_gb_s.
+    """The run, a step of which is `one`; every machine writes its part of a checkpoint.
 
-    One GPU's training waits until it is written; several copy theirs to the host and go on.
-
-    Lost, as a share: stall / interval + (interval / 2 + restart) / time between failures. Energy:
-    every GPU at its data sheet's most, all the time; hosts, network and cooling come on top.
+    One GPU's training waits until it is written; several copy theirs to the host and go on. Lost,
+    as a share: stall / interval + (interval / 2 + restart) / time between failures. Energy: every
+    GPU at its data sheet's most, all the time; hosts, network and cooling come on top.
     """
     seconds = one.seconds(work.passes)
     rate = one.tokens / seconds
@@ -66,8 +62,7 @@ def run(work: Work, way: Way, card: Card, one: Step, tokens: float, write_gb_s: 
     stall_s = write_s if way.gpus == 1 else STALL_S + size / way.gpus / HOST_BYTES_S
     every = max(best_interval(stall_s, between), write_s)
     lost = stall_s / every + (every / 2 + RESTART_S) / between
-    per_day = rate * DAY / (1 + lost)
-    days = tokens / per_day
+    days = tokens / (rate * DAY) * (1 + lost)
     return Run(
         step_s=seconds,
         tokens_per_s=rate,
@@ -77,7 +72,7 @@ def run(work: Work, way: Way, card: Card, one: Step, tokens: float, write_gb_s: 
         stall_s=stall_s,
         every_s=every,
         lost=lost / (1 + lost),
-        tokens_per_day=per_day,
+        tokens_per_day=tokens / days,
         seconds=days * DAY,
         failures=days * FAILURES_PER_GPU_DAY * way.gpus,
         mwh=days * 24 * way.gpus * card.watts / 1e6,

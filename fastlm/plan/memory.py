@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastlm.config import ModelConfig
-from fastlm.kernels.linear_cross_entropy import gpu_chunk_rows
+from fastlm.kernels.head_chunks import gpu_chunk_rows
 from fastlm.model import SwiGLULinear, Transformer, keep_what_fits
 from fastlm.plan.cards import Card
 from fastlm.plan.work import (
@@ -32,9 +32,7 @@ Moment = dict[str, int]  # kind -> bytes
 
 
 def keeps_product(work: Work, memory_bytes: int) -> bool:
-    """Whether SwiGLU's product is saved on such a GPU: what a run decides, asked of a model without
-    storage.
-    """
+    """Whether a run keeps SwiGLU's product on such a GPU, asked of a model without storage."""
     with torch.device("meta"):
         model = Transformer(work.config, checkpoint_activations=work.recompute)
     keep_what_fits(model, work.tokens, memory_bytes, ITEM)
@@ -89,19 +87,16 @@ def cast_bytes(c: ModelConfig, itemsize: int) -> int:
 
 
 def optimizer_bytes(c: ModelConfig, name: str) -> int:
-    """AdamW's two moments of every number in fp32, or Muon's one of a block's matrices: 8 P, or 8 P
-    - 4 hidden.
-    """
+    """AdamW's two moments of every number in fp32, 8 P; Muon has one for the blocks' matrices."""
     return 2 * FULL * stored_parameters(c) - (FULL * hidden_parameters(c) if name == "muon" else 0)
 
 
 def muon_bytes(c: ModelConfig, way: Way) -> int:
-    """What orthogonalising takes while it lasts: b (2 hidden + 7 sum of m^2) on one GPU, m a
-    matrix's shorter side.
+    """What orthogonalising takes while it lasts; on one GPU b (2 hidden + 7 sum of m^2).
 
-    The momenta as one stack, beside it those products that this GPU makes, and seven stacks of m x
-    m (polynomials() in fastlm/train/optim.py). Of several GPUs each has its share of every shape's
-    matrices, and gets its part of all back.
+    m: a matrix's shorter side. The momenta as one stack, beside it those products that this GPU
+    makes, and seven stacks of m x m (polynomials() in fastlm/train/optim.py). Of several GPUs each
+    has its share of every shape's matrices, and gets its part of all back.
     """
     share = -(-c.n_layers // way.gpus)
     squares = share * sum(min(shape) ** 2 for shape in matrices(c))
@@ -113,14 +108,14 @@ def muon_bytes(c: ModelConfig, way: Way) -> int:
 
 
 def moments(work: Work, way: Way, card: Card) -> dict[str, Moment]:
-    """The moments at which memory is fullest, each with its bytes by kind: the peak is the largest
-    sum.
+    """The moments at which memory is fullest, each by kind; the peak is the largest sum.
 
     loss: the last chunk of logits, before any activation is freed. last block: its backward pass,
-    the first to run. backward: its end, when every gradient is there. optimizer: Muon's work, or
-    nothing beside the gradients. A shard of the weights is 4 P / shards; where they are sharded, a
-    block's 16-bit weights are there while it runs, and the next one's, its gradient before that is
-    shared out (6 bytes a number), and embedding, head and norms in 16 bits all the time.
+    the first to run. backward: its end, when every gradient is there, compiled beside those of the
+    passes before. optimizer: Muon's work, or nothing beside the gradients. A shard of the weights
+    is 4 P / shards; where they are sharded, a block's 16-bit weights are there while it runs, and
+    the next one's, its gradient before that is shared out (6 bytes a number), and embedding, head
+    and norms in 16 bits all the time.
     """
     c, tokens, shards = work.config, work.tokens, way.shards
     keep = keeps_product(work, card.memory_gib << 30)

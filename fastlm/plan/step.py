@@ -1,5 +1,4 @@
-"""Seconds of an optimizer step: what the GPU computes, what goes between GPUs, and how much of that
-is waited for.
+"""Seconds of an optimizer step: computing, sending, and the part of sending that is waited for.
 
 Computing: every part at the rate that is usually reached of its bound, as
 bench/counted/compiled_step.py counts it for one H100 (docs/kernels.md, "The trainer's step,
@@ -73,22 +72,19 @@ class Step(NamedTuple):
 
 
 def matmul_s(m: int, n: int, k: int, out_bytes: int, card: Card) -> float:
-    """(m, k) by (k, n): 2 m n k FLOPs, or its operands once through memory, whichever takes
-    longer.
-    """
+    """Seconds of (m, k) by (k, n): its 2 m n k FLOPs or its operands' bytes, the longer."""
     moved = ITEM * (m * k + k * n) + out_bytes * m * n
     return max(2 * m * n * k / matmul_rate(card), moved / kernel_rate(card))
 
 
 def kernel_bytes(work: Work) -> tuple[float, float]:
-    """Bytes that kernels other than matmuls and attention move in a forward and in a backward pass
-    (docs/kernels.md).
+    """Bytes that kernels beside matmuls and attention move, forward and backward (docs/kernels.md).
 
-    A token and layer, b = 2 each way: two norms 2 * 4 b D, both ways; RoPE 2 b (H + K) h, both
-    ways; SwiGLU 3 b F forward and 5 b F backward; qk_norm 2 and 3 b (H + K) h. A pass: the last
-    norm; two passes over the logits, 2 b V; every matrix cast to bf16, 6 bytes; the embedding's
-    rows read, cast and their gradients added up, 8 b D in all; the head's two gradients scaled.
-    Recomputing repeats the forward.
+    A token and layer, b = 2: two norms 2 * 4 b D, both ways; RoPE 2 b (H + K) h, both ways; SwiGLU
+    3 b F forward and 5 b F backward; qk_norm 2 and 3 b (H + K) h. A pass: the last norm; two passes
+    over the logits, 2 b V; every matrix cast to bf16, 6 bytes; the embedding's rows read, cast and
+    their gradients added up, 8 b D in all; the head's two gradients scaled. Recomputing repeats the
+    blocks' forward.
     """
     c, n = work.config, work.tokens
     heads = (c.n_heads + c.n_kv_heads) * c.head_dim
@@ -103,8 +99,7 @@ def kernel_bytes(work: Work) -> tuple[float, float]:
 
 
 def pass_s(work: Work, card: Card) -> tuple[float, float]:
-    """Seconds of a forward and of a backward pass: matmuls, attention, and the other kernels, one
-    after the other.
+    """Seconds of a forward and of a backward pass: matmuls, attention, other kernels, in turn.
 
     A matmul forward is two backward; the head's three are all in the forward pass. Attention: 2/7
     forward, 5/7 backward (FlashAttention makes the scores again). Recomputing repeats the blocks'
@@ -128,11 +123,10 @@ def muon_flops(m: int, n: int) -> float:
 
 
 def update_s(work: Work, way: Way, card: Card) -> float:
-    """Seconds of clipping and the optimizer: AdamW and Muon move 28 bytes a number, clipping 4, the
-    m x m stacks 20 m^2.
+    """Seconds of clipping, 4 bytes a number, and of the optimizer, 28, and 20 m^2 of Muon's stacks.
 
-    A GPU updates its shard; Muon's matrices are shared out over all GPUs, whole ones, so that at
-    most L of a shape help.
+    A GPU updates its shard. Muon's matrices are shared out over all GPUs, whole ones, so that no
+    more GPUs than layers help.
     """
     c = work.config
     stored = stored_parameters(c)
@@ -168,9 +162,7 @@ class Ring(NamedTuple):
         return size * (self.gpus - 1) / self.gpus
 
     def all_reduce_s(self, size: float, calls: int = 1) -> float:
-        """Twice the bytes; NCCL takes trees where a ring's steps would last: 2 log2 of the machines
-        between them.
-        """
+        """Twice the bytes; hops as in the trees that NCCL takes: 2 log2 of the machines outside."""
         if self.gpus == 1:
             return 0.0
         inside, outside = self.gpus / self.nodes - 1, math.log2(self.nodes)
@@ -233,12 +225,11 @@ def step(work: Work, way: Way, card: Card) -> Step:
 
 
 def muon_exchange(work: Work, way: Way, card: Card) -> tuple[float, float]:
-    """Bytes that each GPU sends so that every matrix is orthogonalised once, in 16 bits, and the
-    seconds; all of them waited for.
+    """(bytes that a GPU sends, seconds) to orthogonalise each matrix once; no computing hides them.
 
-    ddp: the momenta are everywhere, and what each GPU made is all-gathered. fsdp, hsdp: parts of
-    momenta go to the matrix's GPU and parts of the update come back, two all-to-alls of a shard;
-    hsdp all-gathers it between copies.
+    In 16 bits. ddp: the momenta are everywhere, and what each GPU made is all-gathered. fsdp, hsdp:
+    parts of momenta go to the matrix's GPU and parts of the update come back, two all-to-alls of a
+    shard; hsdp all-gathers it between copies.
     """
     calls = len(set(matrices(work.config)))
     shard, copy = rings(way, card)

@@ -13,14 +13,12 @@ FULL = 4  # bytes of a number in fp32
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU does in an optimizer step: `passes` passes, forward and backward, over rows x
-    seq_len tokens each.
-    """
+    """What one GPU does in an optimizer step: passes over rows x seq_len tokens each."""
 
     config: ModelConfig
     rows: int
     seq_len: int
-    passes: int = 1
+    passes: int = 1  # forward and backward
     optimizer: str = "muon"
     recompute: bool = False  # activations are recomputed in the backward pass
 

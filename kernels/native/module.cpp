@@ -1,6 +1,6 @@
 // The Python face of the native ops: picks an instruction set, releases the GIL, passes addresses through.
 //
-// Addresses are plain integers: kernels/cpu.py is the only caller, and it checks shapes, strides and dtypes first.
+// Addresses are plain integers: kernels/native/__init__.py is the only caller, and it checks shapes, strides and dtypes first.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>

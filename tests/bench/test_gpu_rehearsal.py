@@ -114,13 +114,9 @@ peers_gpu.liger, peers_gpu.absent = broken, lambda package, module: ""
 def test_a_contender_that_fails_is_recorded_and_the_others_are_measured(tmp_path):
     (tmp_path / "with_a_broken_peer.py").write_text(BROKEN, encoding="utf-8")
     out = tmp_path / "now.json"
+    options = "-m pytest -q -p with_a_broken_peer bench/test_gpu_kernels.py"
     done = python(
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "with_a_broken_peer",
-        "bench/test_gpu_kernels.py",
+        *options.split(),
         "-k",
         "swiglu-4096x4096-both",
         "--results",

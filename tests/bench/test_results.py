@@ -88,18 +88,8 @@ def test_compare_fails_on_a_doctored_file(bench):
     assert rows["ours"]["command"] == "python -m pytest -q . --benchmark --results now.json"
     rows["slow"]["ratio"] = {"median": 4.0, "q10": 3.9, "q90": 4.1}
     (bench / "old.json").write_text(json.dumps(found), encoding="utf-8")
-    arguments = (
-        "-m",
-        "pytest",
-        "-q",
-        ".",
-        "--benchmark",
-        "--results",
-        "again.json",
-        "--compare",
-        "old.json",
-    )
-    doctored = python(*arguments, cwd=bench)
+    options = "-m pytest -q . --benchmark --results again.json --compare old.json"
+    doctored = python(*options.split(), cwd=bench)
     assert doctored.returncode == 1
     assert "old.json: 2 ratios compared" in doctored.stdout
     assert "slow, s: the ratio fell from 4.00" in doctored.stdout

@@ -20,7 +20,7 @@ from fastlm.config import (
     SftConfig,
 )
 from fastlm.config.command_line import parse
-from fastlm.config.toml import RECIPES, is_noted, load_recipe, override, to_toml
+from fastlm.config.toml import RECIPES, is_same, load_recipe, override, to_toml
 from fastlm.errors import UserError
 
 
@@ -50,18 +50,8 @@ def test_the_published_recipe_has_the_published_shape_and_batch():
 
 
 def test_flags_override_the_recipe_and_nested_fields_their_preset():
-    config = pretrain(
-        "--preset",
-        "tiny",
-        "--model.dim",
-        "128",
-        "--optim.lr=1e-4",
-        "--steps",
-        "1_000",
-        "--compile",
-        "--seed",
-        "7",
-    )
+    options = "--preset tiny --model.dim 128 --optim.lr=1e-4 --steps 1_000 --compile --seed 7"
+    config = pretrain(*options.split())
     assert config.model == replace(PRESETS["tiny"], dim=128)
     assert (config.optim.lr, config.steps, config.compile, config.seed) == (1e-4, 1000, True, 7)
     assert config.optim.schedule == load_recipe(PretrainConfig, "demo").optim.schedule
@@ -90,12 +80,12 @@ def test_a_note_is_known_again_though_fields_were_added_since():
     older = "".join(line for line in noted.splitlines(True) if not line.startswith("tensorboard"))
     assert len(older.splitlines()) == len(noted.splitlines()) - 3
     for text in (noted, older):
-        assert is_noted(config, text)
-        assert not is_noted(parse(PipelineConfig, ["--sft.steps", "4"]), text)
+        assert is_same(config, text)
+        assert not is_same(parse(PipelineConfig, ["--sft.steps", "4"]), text)
     changed = parse(PipelineConfig, ["--sft.steps", "3", "--dpo.tensorboard"])
-    assert not is_noted(changed, older)
-    assert not is_noted(config, "unknown = 1\n" + noted)
-    assert not is_noted(config, noted[: len(noted) // 2] + "half a line")
+    assert not is_same(changed, older)
+    assert not is_same(config, "unknown = 1\n" + noted)
+    assert not is_same(config, noted[: len(noted) // 2] + "half a line")
 
 
 MISTAKES = {

@@ -177,25 +177,8 @@ def test_word_perplexity_is_lm_evals_own(evaluated, folder, tasks, capsys):
 def test_the_command_takes_lm_evals_options(folder, tasks, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     out = tmp_path / "out.json"
-    assert (
-        main(
-            [
-                "lm-eval",
-                str(folder),
-                "--tasks",
-                "local_choices",
-                "--include_path",
-                str(tasks),
-                "--limit",
-                "3",
-                "--device",
-                "cpu",
-                "--output_path",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    options = f"--tasks local_choices --limit 3 --device cpu --include_path {tasks}"
+    assert main(["lm-eval", str(folder), *options.split(), "--output_path", str(out)]) == 0
     (written,) = tmp_path.rglob("*.json")
     found = json.loads(written.read_text())
     assert found["n-samples"]["local_choices"]["effective"] == 3

@@ -226,19 +226,9 @@ def test_total_nats_do_not_depend_on_the_number_of_processes(model, small_tokeni
         model, {"tokenizer.json": small_tokenizer.read_text(encoding="utf-8")}, 0, tmp_path / "m"
     )
     (tmp_path / "text.txt").write_text(TEXT)
-    command = [
-        "-m",
-        "fastlm",
-        "eval",
-        str(tmp_path / "m"),
-        "--data",
-        str(tmp_path / "text.txt"),
-        "--json",
-        "--device",
-        "cpu",
-        "--batch-tokens",
-        "80",
-    ]
+    options = ["--json", "--device", "cpu", "--batch-tokens", "80"]
+    data = ["--data", str(tmp_path / "text.txt")]
+    command = ["-m", "fastlm", "eval", str(tmp_path / "m"), *data, *options]
     run = partial(
         subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )

@@ -213,23 +213,8 @@ def test_chat_answers_turn_by_turn_and_remembers(run, tmp_path, capsys, monkeypa
     model, tokenizer = open_model(str(tmp_path / "out"), CPU)
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nAnd?\n/new\nHi\n\nnot read\n"))
-    assert (
-        main(
-            [
-                "chat",
-                str(tmp_path / "out"),
-                "--system",
-                "S",
-                "--tokens",
-                "5",
-                "--temperature",
-                "0",
-                "--repetition-penalty",
-                "1",
-            ]
-        )
-        == 0
-    )
+    options = "--system S --tokens 5 --temperature 0 --repetition-penalty 1"
+    assert main(["chat", str(tmp_path / "out"), *options.split()]) == 0
     out = capsys.readouterr().out
     messages, expected = [Message("system", "S")], []
     for line in ("Hi", "And?"):

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-import torch.nn.functional as F
 from exactness import DTYPES, check, check_once, run, same_bits, unaligned
+from plain_ops import LOSS_OPTIONS
+from plain_ops import cross_entropy as plain
 
 from fastlm.kernels import cross_entropy
-
-
-def plain(
-    logits, targets, *, ignore_index=-100, reduction="mean", z_loss=0.0, label_smoothing=0.0, softcap=0.0, vocab_size=None
-):
-    """PyTorch's own cross-entropy, with a z-loss and a soft cap, in at least fp32."""
-    z = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    rows = F.cross_entropy(z, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
-    rows = rows + z_loss * torch.where(targets == ignore_index, 0, torch.logsumexp(z, -1).square())
-    if reduction == "none":
-        return rows
-    return rows.sum() / (max(1, (targets != ignore_index).sum().item()) if reduction == "mean" else 1)
 
 
 def make(rows, width, dtype, device, size=3.0):
@@ -64,13 +49,7 @@ def test_large_vocabularies_against_float64(width, dtype, device):
     check_once(lambda z: cross_entropy(z, targets, **options), lambda z: plain(z, targets, **options), [logits], up)
 
 
-OPTIONS = [
-    dict(zip(("reduction", "z_loss", "label_smoothing", "softcap", "vocab_size"), values, strict=True))
-    for values in itertools.product(("mean", "sum", "none"), (0.0, 0.01), (0.0, 0.2), (0.0, 5.0), (None, 30))
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_every_combination_of_options(options, device):
     width = 37
     logits, targets = make(4, width, torch.float32, device)

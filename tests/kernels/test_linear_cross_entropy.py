@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from exactness import check, check_once, error, run, same_bits
-from test_cross_entropy import OPTIONS, plain
+from plain_ops import LOSS_OPTIONS
+from plain_ops import cross_entropy as plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm.kernels import cross_entropy, linear_cross_entropy, linear_logprobs
-from fastlm.kernels.linear_cross_entropy import _linear_nll, chunk_rows, cpu_chunk_bytes, gpu_chunk_rows
+from fastlm.kernels import cross_entropy, head_chunks, linear_cross_entropy, linear_logprobs
+from fastlm.kernels.head_chunks import chunk_rows, cpu_chunk_bytes, gpu_chunk_rows
+from fastlm.kernels.linear_cross_entropy import _linear_nll
+from fastlm.kernels.loss_options import LossOptions
 
 N, D, V = 12, 16, 37
 
@@ -30,7 +32,7 @@ def behind(loss, targets, **options):
     return lambda h, w, b: loss(F.linear(h, w, b), targets, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(str(v) for v in o.values()))
+@pytest.mark.parametrize("options", LOSS_OPTIONS[::3], ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_options_against_float64(options, device):
     h, w, b, targets = make(device, n=6)
     targets = targets.clamp(max=(options["vocab_size"] or V) - 1)
@@ -162,11 +164,9 @@ def test_ignored_rows_take_no_part_in_the_matmuls_on_a_cpu(max_counted, cpu_path
         kept = targets.clamp(min=0)
         kept[torch.arange(64) % share != 0] = -100
         # the op hides its matmuls from the counter: count its inside
-        from fastlm.kernels.linear_cross_entropy import _rows_cpu, room, run_chunks
-
         with FlopCounterMode(display=False) as counter:
-            limits = (1 << 20, max_counted, True, True, room(h, 0, V))
-            run_chunks(_rows_cpu, h, w, None, kept, None, None, (-100, 0.0, 0.0, 0.0, V), *limits)
+            head = head_chunks.head_of(h, w, None, kept, -100, max_counted)
+            head_chunks.loss_and_gradients(head, LossOptions(), 1 << 20, True, True)
         flops[share] = counter.get_total_flops()
     assert 0 < flops[4] * 4 == flops[1]
 
@@ -177,7 +177,7 @@ def test_kept_logits_give_the_bits_of_those_made_again(kept_rows, device):
     up, results = torch.randn(300, device=device), []
     for rows in (0, kept_rows):
         leaves = [x.clone().requires_grad_() for x in (h, w, b)]
-        loss, *_ = _linear_nll(*leaves, targets, -100, 0.0, 0.0, 0.0, V, 100 * V * 4, -1, rows)
+        loss, *_ = _linear_nll(*leaves, targets, LossOptions().flat(), 100 * V * 4, -1, rows)
         first = torch.autograd.grad(loss, leaves, up, retain_graph=True)
         assert all(map(same_bits, first, torch.autograd.grad(loss, leaves, up)))
         results.append([loss.detach(), *first])
@@ -192,7 +192,7 @@ def test_logits_are_kept_for_a_backward_on_a_cpu_up_to_a_limit(cpu_path, monkeyp
         (100, True, 1 << 20, 0),
         (100, False, None, 0),
     ]:
-        monkeypatch.setattr(sys.modules[chunk_rows.__module__], "KEPT_BYTES", limit * V * 4)
+        monkeypatch.setattr(head_chunks, "KEPT_BYTES", limit * V * 4)
         with torch.set_grad_enabled(grad), KeptRows() as seen:
             linear_logprobs(h.requires_grad_(), w, targets, chunk_bytes=chunk_bytes)
         assert seen.kept == [rows]

@@ -12,6 +12,7 @@ from torch import nn
 from fastlm import kernels
 from fastlm.kernels.cross_entropy import _cross_entropy
 from fastlm.kernels.linear_cross_entropy import _linear_cross_entropy, _linear_nll
+from fastlm.kernels.loss_options import LossOptions
 from fastlm.kernels.rms_norm import _add_rms_norm, _rms_norm
 from fastlm.kernels.rope import _rope
 from fastlm.kernels.swiglu import _swiglu
@@ -25,19 +26,20 @@ def rand(*shape, grad=True, dtype=torch.float32):
 
 
 def op_calls():
-    options, cos = (-100, 0.0, 0.0, 0.0, V), torch.rand(8, 4)
+    options = LossOptions().flat()
+    cos = torch.rand(8, 4)
     return {
         "rms_norm": (_rms_norm, (rand(N, D), rand(D), 1e-5)),
         "add_rms_norm": (_add_rms_norm, (rand(N, D), rand(N, D), rand(D), 1e-5)),
         "rope": (_rope, (rand(2, 5, 4, 8), rand(2, 5, 2, 8), cos, cos, None, False)),
         "rope at positions": (_rope, (rand(2, 5, 4, 8), rand(2, 5, 2, 8), cos, cos, torch.randint(8, (2, 5)), True)),
         "swiglu": (_swiglu, (rand(N, 2 * D),)),
-        "cross_entropy": (_cross_entropy, (rand(N, V), TARGETS, *options)),
+        "cross_entropy": (_cross_entropy, (rand(N, V), TARGETS, options)),
         "linear_cross_entropy": (
-            _linear_cross_entropy, (rand(N, D), rand(V, D), rand(V), TARGETS, *options, 4 * V * 3, -1, True, True),
+            _linear_cross_entropy, (rand(N, D), rand(V, D), rand(V), TARGETS, options, 4 * V * 3, -1, True, True),
         ),
-        "linear_nll": (_linear_nll, (rand(N, D), rand(V, D), None, TARGETS, *options, 4 * V * 3, -1, 0)),
-        "linear_nll kept": (_linear_nll, (rand(N, D), rand(64, D), None, TARGETS, *options, 4 * 64 * 3, -1, 3)),
+        "linear_nll": (_linear_nll, (rand(N, D), rand(V, D), None, TARGETS, options, 4 * V * 3, -1, 0)),
+        "linear_nll kept": (_linear_nll, (rand(N, D), rand(64, D), None, TARGETS, options, 4 * 64 * 3, -1, 3)),
     }  # fmt: skip
 
 
@@ -75,10 +77,6 @@ def functions():
         "linear_logprobs": (lambda h, w: kernels.linear_logprobs(h, w, TARGETS), [(N, D), (V, D)]),
         "linear": (kernels.linear, [(2, 3, D), (7, D)]),
         "linear in parts": (lambda x, m: kernels.linear(x, m, (4, 2, 1)), [(2, 3, D), (7, D)]),
-        "rms_norm_linear": (lambda x, w, m: kernels.rms_norm_linear(x, w, 1e-5, m), [(N, D), (D,), (7, D)]),
-        "add_rms_norm_linear": (
-            lambda x, r, w, m: kernels.add_rms_norm_linear(x, r, w, 1e-5, m), [(N, D), (N, D), (D,), (7, D)],
-        ),
         "swiglu_linear": (lambda x, m: kernels.swiglu_linear(x, m), [(N, 2 * D), (7, D)]),
     }  # fmt: skip
 
@@ -134,7 +132,6 @@ def test_autocast_gives_the_dtypes_the_docstrings_state(dtype, cpu_path):
             assert kernels.rms_norm(x.to(given), w, 1e-5).dtype == given
             assert kernels.swiglu(x.to(given)).dtype == given
             assert kernels.cross_entropy(head.t().to(given), torch.arange(D)).dtype == torch.float32
-            assert kernels.rms_norm_linear(x.to(given), w, 1e-5, head).dtype == dtype
             assert kernels.linear(x.to(given), head).dtype == dtype
             assert kernels.swiglu_linear(x.to(given), rand(3, D // 2)).dtype == dtype
             loss = kernels.linear_cross_entropy(x.to(given), head, TARGETS)

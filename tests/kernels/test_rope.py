@@ -5,32 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from exactness import DTYPES, check, error, run, same_bits
+from plain_ops import LENGTH, rotary_table, rotate
 
 from fastlm.kernels import rope
-
-LENGTH = 40
-
-
-def table(width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    inverse = 10000.0 ** -(torch.arange(0, width, 2, device=device).double() / width)
-    angles = torch.outer(torch.arange(LENGTH, device=device).double(), inverse)
-    return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x, cos, sin):
-    """(x1 + i x2) (cos + i sin), the halves of a head as real and imaginary parts."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    first, second = x.to(acc).chunk(2, -1)
-    cos, sin = cos.to(acc).unsqueeze(-2), sin.to(acc).unsqueeze(-2)
-    turned = torch.complex(first, second) * torch.complex(cos, sin)
-    return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
 
 
 def case(heads, kv_heads, width, dtype, device, with_positions):
     q, dq = torch.randn(2, 2, 5, heads, width, device=device).to(dtype).unbind(0)
     k, dk = torch.randn(2, 2, 5, kv_heads, width, device=device).to(dtype).unbind(0)
     positions = torch.tensor([[0, 1, 2, 0, 1], [LENGTH - 1, 7, 7, 3, 0]], device=device) if with_positions else None
-    return [q, k], [dq, dk], table(width, device), positions
+    return [q, k], [dq, dk], rotary_table(width, device), positions
 
 
 @pytest.mark.parametrize("with_positions", [False, True], ids=["counted", "given positions"])
@@ -76,7 +60,7 @@ def test_packed_projection_needs_no_copy(kv_heads, device):
     """q and k as views of one packed (B, T, (H + 2 Hkv) Dh): the same bits as from copies, the gradient lands in place."""
     heads, width = 4, 24
     packed = torch.randn(2, 5, (heads + 2 * kv_heads) * width, device=device, requires_grad=True)
-    cos, sin = table(width, device)
+    cos, sin = rotary_table(width, device)
 
     def of_views(z):
         q, k, _ = z.view(2, 5, -1, width).split([heads, kv_heads, kv_heads], 2)
@@ -93,7 +77,7 @@ def test_packed_projection_needs_no_copy(kv_heads, device):
 
 def test_heads_first_layout_and_expanded_gradient(device):
     q, k = (torch.randn(2, 3, 5, 8, device=device).transpose(1, 2) for _ in range(2))
-    cos, sin = table(8, device)
+    cos, sin = rotary_table(8, device)
     up = [torch.ones((), device=device).expand(2, 5, 3, 8)] * 2
     actual = run(lambda a, b: rope(a, b, cos, sin), [q.requires_grad_(), k.requires_grad_()], up)
     copies = [x.detach().contiguous().requires_grad_() for x in (q, k)]
@@ -119,7 +103,7 @@ def test_positions_outside_the_table_give_nan_there_and_nothing_else(device, tri
 
 
 def test_no_tokens(device):
-    cos, sin = table(8, device)
+    cos, sin = rotary_table(8, device)
     q, k = rope(torch.randn(0, 5, 2, 8, device=device), torch.randn(0, 5, 1, 8, device=device), cos, sin)
     assert q.shape == (0, 5, 2, 8)
     assert k.shape == (0, 5, 1, 8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlm.kernels.configurations import cases
-from fastlm.kernels.traffic import counting, measure
+from fastlm.kernels.audit.configurations import cases
+from fastlm.kernels.audit.traffic import counting, measure
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, and nothing is counted"),
@@ -21,8 +21,8 @@ def test_at_most_1_02_of_the_floor(case):
 
 
 def test_a_copy_counts_its_bytes_once_each_way():
-    from fastlm.kernels.swiglu import _launch_forward
+    from fastlm.kernels.triton import swiglu
 
     with counting() as meter:
-        _launch_forward(torch.ones(3, 2 * 70))
+        swiglu.forward(torch.ones(3, 2 * 70))
     assert meter.streamed == 3 * 70 * 3 * 4

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import updates
-from fastlm.kernels.traffic import counting
+from fastlm.kernels.audit.traffic import counting
+from fastlm.kernels.triton.updates import BLOCK, PASSES
 
 # One element, less than a block, one that ends a block, one that starts another, odd rows; one of them not aligned.
-SHAPES = [(1,), (7,), (64, 64), (1, updates.BLOCK + 1), (33, 129), (100, 50)]
+SHAPES = [(1,), (7,), (64, 64), (1, BLOCK + 1), (33, 129), (100, 50)]
 MATRICES = [shape for shape in SHAPES if len(shape) == 2]
 factors = pytest.mark.parametrize("factor", [None, 1.0, 0.3])
 
@@ -175,13 +176,13 @@ def test_every_element_is_read_and_written_once(device):
     steps = [torch.zeros((), device=device) for _ in shapes]
     rates = [updates.Rate(0.1, 0.1)] * len(shapes)
     expected = {
-        ("_squares_kernel",): lambda: updates.global_norm(a, 1.0),
-        ("_momentum_kernel", "_normalise_kernel"): lambda: updates.momentum_step(a, b, half, 0.95),
-        ("_muon_kernel",): lambda: updates.muon_step(a, half, [1.0] * len(shapes), 0.1, 0.1),
-        ("_adamw_kernel",): lambda: updates.adamw_step(updates.AdamWTensors(a, b, c, d, steps), rates, 1.0, (0.9, 0.99)),
+        ("squares_kernel",): lambda: updates.global_norm(a, 1.0),
+        ("momentum_kernel", "normalise_kernel"): lambda: updates.momentum_step(a, b, half, 0.95),
+        ("muon_kernel",): lambda: updates.muon_step(a, half, [1.0] * len(shapes), 0.1, 0.1),
+        ("adamw_kernel",): lambda: updates.adamw_step(updates.AdamWTensors(a, b, c, d, steps), rates, 1.0, (0.9, 0.99)),
     }
     for kernels, call in expected.items():
         with counting() as meter:
             call()
-        floor = sum(updates.PASSES[kernel] for kernel in kernels) * elements
+        floor = sum(PASSES[kernel] for kernel in kernels) * elements
         assert floor <= meter.streamed <= 1.015 * floor, kernels

@@ -166,7 +166,7 @@ def test_modern_253m_takes_1_592_gigaflop_per_token():
 def test_matmul_flops_equal_those_pytorch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
-    import fastlm.kernels.flops  # noqa: F401
+    import fastlm.kernels.audit.flops  # noqa: F401
 
     config = replace(SMALL, vocab_size=512)  # no padding
     model, (tokens, _) = randomised(config), batch(config, rows=1, length=64)

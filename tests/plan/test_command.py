@@ -122,11 +122,12 @@ MISTAKES = [
     ("no/such.toml", "could not read no/such.toml: No such file or directory; give a .toml file"),
     ("--gpu h10", f"unknown GPU 'h10'; choose among {', '.join(CARDS)}"),
     ("--gpu=", f"unknown GPU ''; choose among {', '.join(CARDS)}"),
-    ("--gpus 0", "gpus is '0'; it must be positive integers separated by commas"),
-    ("--gpus=-8", "gpus is '-8'; it must be positive integers separated by commas"),
-    ("--gpus 1,,8", "gpus is '1,,8'; it must be positive integers separated by commas"),
-    ("--gpus 1.5", "gpus is '1.5'; it must be positive integers separated by commas"),
-    ("--gpus ²", "gpus is '²'; it must be positive integers separated by commas"),
+    ("--gpus 0", "gpus is '0'; it must be positive integers below"),
+    ("--gpus=-8", "gpus is '-8'; it must be positive integers below"),
+    ("--gpus 1,,8", "gpus is '1,,8'; it must be positive integers below"),
+    ("--gpus 1.5", "gpus is '1.5'; it must be positive integers below"),
+    (f"--gpus {10**9}", "it must be positive integers below 1,000,000,000, separated by commas"),
+    ("--gpus ²", "gpus is '²'; it must be positive integers below"),
     ("--gpus-per-node 0", "gpus_per_node is 0; it must be a positive integer"),
     ("--tokens 0", "tokens is 0.0; it must be positive"),
     ("--tokens nan", "--tokens is nan; it must be finite"),
@@ -140,7 +141,7 @@ MISTAKES = [
     ("--gpus 1 --chart {file}/plan.svg", "could not write"),
     ("modern-253m modern-124m", "the model is 'modern-253m' already"),
     ("--gpusx 1", "unknown option --gpusx; did you mean --gpus?"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)

@@ -1,6 +1,8 @@
-"""Runs fastlm commands, a JSON list in a file, one after the other in each process that torchrun started.
+"""Runs fastlm commands, a JSON list in a file, one after the other in each process that torchrun
+started.
 
-What the second process builds or opens is spoiled: a run must start from the first one's parameters.
+What the second process builds or opens is spoiled: a run must start from the first one's
+parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 from fastlm.cli import main
 from fastlm.model import Transformer
-from fastlm.train import packed, pretrain
+from fastlm.train import packed, parallel, pretrain
 
 
 def spoiled(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +36,7 @@ def spoiled(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    parallel.join("gloo", 10)
     pretrain.build = spoiled(pretrain.build)
     packed.open_model = spoiled(packed.open_model)
     for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

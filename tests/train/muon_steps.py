@@ -1,4 +1,7 @@
-"""Steps of Muon in each process that torchrun started; each writes its matrices, and how many it orthogonalised a step."""
+"""Steps of Muon in each process that torchrun started.
+
+Each writes its matrices, and how many it orthogonalised a step.
+"""
 
 from __future__ import annotations
 

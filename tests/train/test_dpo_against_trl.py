@@ -13,7 +13,10 @@ pytest.importorskip("trl", reason="trl, whose DPOTrainer this compares with, is 
 
 
 def trainer(small_tokenizer, folder, **options):
-    """TRL's own trainer around the policy and its reference; the data set is only there because it asks for one."""
+    """TRL's own trainer around the policy and its reference.
+
+    The data set is only there because it asks for one.
+    """
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
@@ -21,14 +24,24 @@ def trainer(small_tokenizer, folder, **options):
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(small_tokenizer), eos_token=end, pad_token=end)
     policy, reference = map(hugging_face, models())
-    args = DPOConfig(output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
-                     disable_dropout=True, **options)  # fmt: skip
+    args = DPOConfig(
+        output_dir=str(folder),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_dropout=True,
+        **options,
+    )
     data = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     return DPOTrainer(model=policy, ref_model=reference, args=args, processing_class=tokenizer, train_dataset=data)
 
 
 def batch(sequences) -> dict[str, torch.Tensor]:
-    """What TRL's collator makes of the pairs: the chosen answers, then the rejected ones, padded on the right."""
+    """What TRL's collator makes of the pairs.
+
+    The chosen answers, then the rejected ones, padded on the right.
+    """
     in_order = [*sequences[::2], *sequences[1::2]]
     longest = max(len(ids) for ids, _ in in_order)
 
@@ -58,7 +71,10 @@ def test_sigmoid_losses_rewards_and_gradients_equal_trls(share, small_tokenizer,
 
 
 def test_ipo_is_trls_where_all_answers_have_one_token(small_tokenizer, tmp_path):
-    """TRL divides by the answers' lengths, the paper's equation 17 does not; with one token each both are the same."""
+    """TRL divides by the answers' lengths, the paper's equation 17 does not.
+
+    With one token each both are the same.
+    """
     rng, sequences = np.random.default_rng(3), []
     for length in range(20, 32):
         prompt = rng.integers(0, 97, length)

@@ -1,4 +1,6 @@
-"""A step of DPO, packed and with shared prompts, against one sequence at a time through Hugging Face's Llama, full logits."""
+"""A step of DPO, packed and with shared prompts, against one sequence at a time through Hugging
+Face's Llama, full logits.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,16 @@ def models():
 
 
 def pairs(n: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Chosen, rejected, chosen, ...: prompts of 1 to 9 ids, answers of 1 to 12, which may begin alike."""
+    """Chosen, rejected, chosen, ....
+
+    Prompts of 1 to 9 ids, answers of 1 to 12, which may begin alike.
+    """
     rng, found = np.random.default_rng(0), []
     for number in range(n):
-        prompt, alike = rng.integers(0, 97, 1 + int(rng.integers(9))), rng.integers(0, 97, number % 2)
+        prompt, alike = (
+            rng.integers(0, 97, 1 + int(rng.integers(9))),
+            rng.integers(0, 97, number % 2),
+        )
         for _ in range(2):
             ids = np.concatenate([prompt, alike, rng.integers(0, 97, 1 + int(rng.integers(12)))]).astype(np.int32)
             found.append((ids, np.arange(len(ids)) >= len(prompt)))
@@ -118,8 +126,13 @@ def brute_force(cfg: DpoConfig, sequences) -> tuple[dict[str, float], dict[str, 
     loss = sum(losses) / len(losses)
     loss.backward()
     means = np.mean(rewards, 0)
-    figures = {"loss": loss.item(), "rewards/chosen": means[0], "rewards/rejected": means[1],
-               "rewards/margins": means[0] - means[1], "rewards/accuracies": np.mean([a > b for a, b in rewards])}  # fmt: skip
+    figures = {
+        "loss": loss.item(),
+        "rewards/chosen": means[0],
+        "rewards/rejected": means[1],
+        "rewards/margins": means[0] - means[1],
+        "rewards/accuracies": np.mean([a > b for a, b in rewards]),
+    }
     return figures, {name: p.grad for name, p in policy.named_parameters()}
 
 

@@ -1,4 +1,7 @@
-"""The functions the stages share: gradients do not depend on micro-batches, clipping, signals, where a run may live."""
+"""The functions the stages share.
+
+Gradients do not depend on micro-batches, clipping, signals, where a run may live.
+"""
 
 from __future__ import annotations
 

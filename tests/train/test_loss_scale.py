@@ -1,4 +1,7 @@
-"""Loss scaling, on a CPU in fp32, where a scale of a power of two changes no bit: as if matmuls ran in fp16."""
+"""Loss scaling, on a CPU in fp32, where a scale of a power of two changes no bit.
+
+As if matmuls ran in fp16.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,15 @@ def in_fp16(monkeypatch):
 
 def train(small_run: list[str], out: Path, *more: str) -> list[dict]:
     """A run that keeps every checkpoint; the lines of its steps."""
-    options = ["--validate-every", "0", "--checkpoint-every", "1", "--keep-checkpoints", "20", *more]
+    options = [
+        "--validate-every",
+        "0",
+        "--checkpoint-every",
+        "1",
+        "--keep-checkpoints",
+        "20",
+        *more,
+    ]
     assert main(["pretrain", *small_run, *options, "--out", str(out)]) == 0
     return steps_of(out)
 

@@ -1,4 +1,6 @@
-"""Muon against torch.optim.Muon and the singular value decomposition, AdamW's groups, the schedules against their formulas."""
+"""Muon against torch.optim.Muon and the singular value decomposition, AdamW's groups, the schedules
+against their formulas.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_orthogonalise_keeps_singular_vectors_and_brings_singular_values_near_on
 
 
 def test_stacks_of_all_shapes_at_once_are_each_iterated_on_its_own():
-    """Shapes that share their short side share their matmuls; the iteration on the matrices themselves is the truth."""
+    """Shapes that share their short side share their matmuls.
+
+    The iteration on the matrices themselves is the truth.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 12, 30), (1, 30, 12), (3, 12, 12), (2, 7, 9), (1, 1, 1), (2, 40, 12)]
     stacks = [normalised(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
@@ -124,8 +129,8 @@ def test_polar_express_brings_singular_values_nearer_to_one_than_jordan_s_coeffi
 def test_muon_takes_the_steps_of_torch_muon(monkeypatch):
     """With Jordan's coefficients, which are torch.optim.Muon's.
 
-    It runs its iteration in bf16, so steps agree to bf16's precision; directions of many steps too. One of the matrices
-    has no gradient in every other step, another one of zeros in the first.
+    It runs its iteration in bf16, so steps agree to bf16's precision; directions of many steps too.
+    One of the matrices has no gradient in every other step, another one of zeros in the first.
     """
     monkeypatch.setattr(optim, "POLAR_EXPRESS", JORDAN)
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +205,10 @@ def test_a_scaled_loss_takes_the_step_of_an_unscaled_one_or_none(name):
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_a_gpu_s_steps_are_a_cpu_s_to_their_precision(name):
-    """The GPU's kernels run in Triton's interpreter here, its fp16 matmuls on the CPU; three steps with clipping."""
+    """The GPU's kernels run in Triton's interpreter here, its fp16 matmuls on the CPU.
+
+    Three steps with clipping.
+    """
     ours, theirs = clipped_twins()
     start = [p.detach().clone() for p in ours.parameters()]
     for model in (ours, theirs):
@@ -220,14 +228,28 @@ def test_a_gpu_s_steps_are_a_cpu_s_to_their_precision(name):
 
 
 def test_two_processes_share_out_the_matrices_and_take_the_steps_of_one(tmp_path):
-    """Bit for bit; shapes of which there are fewer than processes, and of which the processes get unlike numbers."""
+    """Bit for bit; shapes of which there are fewer than processes, and of which the processes get
+    unlike numbers.
+    """
     found = []
     for world in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(world),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
         folder = tmp_path / str(world)
         folder.mkdir()
-        subprocess.run([*command, HERE / "muon_steps.py", folder], env=environment, check=True, cwd=HERE.parents[1])
+        subprocess.run(
+            [*command, HERE / "muon_steps.py", folder],
+            env=environment,
+            check=True,
+            cwd=HERE.parents[1],
+        )
         found.append([torch.load(folder / f"{rank}.pt") for rank in range(world)])
     (alone,), both = found
     assert len(alone["matrices"]) == 6
@@ -267,14 +289,20 @@ def test_adamw_takes_the_textbook_step():
 
 
 def test_adamw_takes_the_steps_of_torch_adamw():
-    """Bit for bit, with the learning rate changing and a parameter that has no gradient in every other step."""
+    """Bit for bit, with the learning rate changing and a parameter that has no gradient in every
+    other step.
+    """
     generator = torch.Generator().manual_seed(0)
     ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((16, 24), (7,), (3, 5))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     options = [{"lr": 0.02, "weight_decay": 0.1}, {"lr": 0.01, "weight_decay": 0.0}]
     a = AdamW([{"params": p, **o} for p, o in zip((ours[:1], ours[1:]), options, strict=True)], 0.9, 0.95)
-    b = torch.optim.AdamW([{"params": p, **o} for p, o in zip((theirs[:1], theirs[1:]), options, strict=True)],
-                          betas=(0.9, 0.95), eps=1e-8, fused=True)  # fmt: skip
+    b = torch.optim.AdamW(
+        [{"params": p, **o} for p, o in zip((theirs[:1], theirs[1:]), options, strict=True)],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
+    )
     for step in range(6):
         for p, q in list(zip(ours, theirs, strict=True))[: 3 - step % 2]:
             p.grad = torch.randn(p.shape, generator=generator)

@@ -1,4 +1,6 @@
-"""fastlm pipeline: the three stages, the table with their numbers, and going on after a stop at any point."""
+"""fastlm pipeline: the three stages, the table with their numbers, and going on after a stop at any
+point.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,14 @@ def recipe(tmp_path_factory, small_text, small_tokenizer) -> Path:
     words = [a + b for a in ("ka", "lo", "mi", "nu") for b in ("dan", "fel", "gor", "hin", "jup")]
     rows = [
         {"prompt": f"say {w}:", "completion": f" {w}", "chosen": f" {w}", "rejected": f" {v} {v}"}
-        for w in words for v in words if w != v
-    ]  # fmt: skip
+        for w in words
+        for v in words
+        if w != v
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     (folder / "text.txt").write_text(small_text.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    tuning = f'data = "{folder}/rows.jsonl"\ncache = "{folder}/cache"\nbatch_rows = 2\nsteps = 6\nmax_len = 32\n'
+    tuning = f'data = "{folder}/rows.jsonl"\ncache = "{folder}/cache"\n'
+    tuning += "batch_rows = 2\nsteps = 6\nmax_len = 32\n"
     tuning += "held_out = 0.3\ncheckpoint_every = 2\n"
     (folder / "small.toml").write_text(
         f"""

@@ -1,4 +1,7 @@
-"""fastlm pretrain as a user runs it: it learns, resumes bit for bit after a kill, stops cleanly, and names every mistake."""
+"""fastlm pretrain as a user runs it.
+
+It learns, resumes bit for bit after a kill, stops cleanly, and names every mistake.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,12 @@ def start(arguments: list[str]) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "fastlm", "pretrain", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
         cwd=Path(__file__).resolve().parents[2],
-    )  # fmt: skip
+    )
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
@@ -55,19 +61,46 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 
 def test_a_run_learns_records_and_ends_with_what_to_do_next(small_run, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(["pretrain", *small_run, "--steps", "40", "--optim.warmup-steps", "5", "--out", str(run)]) == 0
+    assert (
+        main(
+            [
+                "pretrain",
+                *small_run,
+                "--steps",
+                "40",
+                "--optim.warmup-steps",
+                "5",
+                "--out",
+                str(run),
+            ]
+        )
+        == 0
+    )
     seen = losses(run)
     assert sorted(seen) == list(range(1, 41))
     assert seen[1] == pytest.approx(5.95, abs=0.1)  # ln 384: a fresh model is uniform
     validations = [r["validation_loss"] for r in rows(run) if "validation_loss" in r]
     assert validations == sorted(validations, reverse=True)
     assert validations[-1] < 4.6  # ln 119 = 4.78 by counting single tokens
-    assert {"lr", "grad_norm", "tokens", "tokens_per_s", "share_of_peak", "peak_gib", "seconds"} <= rows(run)[1].keys()
+    assert {
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_s",
+        "share_of_peak",
+        "peak_gib",
+        "seconds",
+    } <= rows(run)[1].keys()
     text = capsys.readouterr().out
     for words in (
-        "every slot real", "before training, ", "by counting single tokens", "Sample", "Checkpoint:",
-        f"fastlm generate {run}", f"fastlm pretrain --resume {run} --steps 80",
-    ):  # fmt: skip
+        "every slot real",
+        "before training, ",
+        "by counting single tokens",
+        "Sample",
+        "Checkpoint:",
+        f"fastlm generate {run}",
+        f"fastlm pretrain --resume {run} --steps 80",
+    ):
         assert words in text
     assert main(["generate", str(run), "--prompt", "def ", "--tokens", "8"]) == 0
     assert capsys.readouterr().out.startswith("def ")
@@ -75,15 +108,40 @@ def test_a_run_learns_records_and_ends_with_what_to_do_next(small_run, tmp_path,
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(small_run, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        assert main(["pretrain", *small_run, "--steps", "4", "--seed", seed, "--out", str(tmp_path / name)]) == 0
+        assert (
+            main(
+                [
+                    "pretrain",
+                    *small_run,
+                    "--steps",
+                    "4",
+                    "--seed",
+                    seed,
+                    "--out",
+                    str(tmp_path / name),
+                ]
+            )
+            == 0
+        )
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
 def test_a_run_on_a_cpu_that_does_not_compile_imports_neither_triton_nor_dynamo(small_run, tmp_path):
     """They take 66 and 76 MiB, and Dynamo 2.3 s."""
-    arguments = ["pretrain", *small_run, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
-    code = "import sys; from fastlm.cli import main; main(sys.argv[1:]); print({'triton', 'torch._dynamo'} & {*sys.modules})"
+    arguments = [
+        "pretrain",
+        *small_run,
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    heavy = "{'triton', 'torch._dynamo'}"
+    code = "import sys; from fastlm.cli import main; main(sys.argv[1:])"
+    code += f"; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
 
@@ -113,7 +171,8 @@ def test_kill_9_between_checkpoints_and_resume_is_bit_identical(small_run, tmp_p
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(small_run, tmp_path, number):
     run = tmp_path / "run"
-    process = start([*small_run, "--steps", "5000", "--checkpoint-every", "0", "--validate-every", "0", "--out", str(run)])
+    options = "--steps 5000 --checkpoint-every 0 --validate-every 0"
+    process = start([*small_run, *options.split(), "--out", str(run)])
     wait_for_step(run, 3, process)
     process.send_signal(number)
     text = process.communicate(timeout=60)[0]
@@ -128,13 +187,19 @@ def test_a_signal_saves_and_says_how_to_go_on(small_run, tmp_path, number):
 
 MISTAKES = {
     "missing file": (["--data", "no/such/file.txt"], "no/such/file.txt"),
-    "longer than the text": (["--seq-len", "200000", "--model.max-seq-len", "200000"], "one row needs 200,001"),
+    "longer than the text": (
+        ["--seq-len", "200000", "--model.max-seq-len", "200000"],
+        "one row needs 200,001",
+    ),
     "vocabulary too small": (["--model.vocab-size", "100"], "pass --model.vocab-size 384"),
     "unknown preset": (["--preset", "tyni"], "did you mean tiny"),
     "no such tokenizer": (["--tokenizer", "no/such/tokenizer.json"], "no/such/tokenizer.json"),
     "heads": (["--model.n-heads", "3"], "does not divide"),
     "no GPU": (["--device", "cuda"], "PyTorch sees no GPU"),
-    "no such order": (["--deterministic", "--attention", "flash"], "attention flash is not deterministic"),
+    "no such order": (
+        ["--deterministic", "--attention", "flash"],
+        "attention flash is not deterministic",
+    ),
 }
 
 
@@ -217,7 +282,16 @@ def test_changed_text_is_not_mistaken_for_the_text_of_the_run(small_run, small_t
 
 
 def test_divergence_stops_the_run_with_advice(small_run, tmp_path, mistake):
-    diverging = ["--optim.lr", "1e30", "--optim.embedding-lr", "1e30", "--optim.clip-norm", "0", "--steps", "30"]
+    diverging = [
+        "--optim.lr",
+        "1e30",
+        "--optim.embedding-lr",
+        "1e30",
+        "--optim.clip-norm",
+        "0",
+        "--steps",
+        "30",
+    ]
     error = mistake(["pretrain", *small_run, *diverging, "--out", str(tmp_path / "run")])
     assert "training has diverged; lower --optim.lr" in error
 
@@ -232,7 +306,20 @@ def test_a_full_disk_is_one_line(small_run, tmp_path, mistake, monkeypatch):
 
 def test_tensorboard_events_are_written(small_run, tmp_path):
     pytest.importorskip("tensorboard")
-    assert main(["pretrain", *small_run, "--steps", "3", "--tensorboard", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(
+            [
+                "pretrain",
+                *small_run,
+                "--steps",
+                "3",
+                "--tensorboard",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -250,7 +337,8 @@ def test_compiled_and_eager_runs_agree(small_run, tmp_path):
 
 
 def test_a_shortlist_learns_what_the_whole_softmax_learns_and_resumes_bit_for_bit(small_run, tmp_path):
-    common = [*small_run, "--steps", "40", "--batch-rows", "4", "--checkpoint-every", "25", "--validate-every", "0"]
+    options = "--steps 40 --batch-rows 4 --checkpoint-every 25 --validate-every 0"
+    common = [*small_run, *options.split()]
     for name, extra in (("whole", []), ("short", ["--shortlist", "100"])):
         assert main(["pretrain", *common, *extra, "--out", str(tmp_path / name)]) == 0
     whole, short = (
@@ -273,8 +361,21 @@ def test_isolated_documents_train_the_same_whatever_the_micro_batches(small_run,
     texts = [" ".join(words[i : i + 9]) for i in range(0, 4000, 9)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
-    common = [*small_run, "--data", str(data), "--steps", "4", "--validate-every", "0", "--isolate-documents"]
-    for name, extra in (("whole", []), ("parts", ["--micro-batch-rows", "2"]), ("short", ["--shortlist", "64"])):
+    common = [
+        *small_run,
+        "--data",
+        str(data),
+        "--steps",
+        "4",
+        "--validate-every",
+        "0",
+        "--isolate-documents",
+    ]
+    for name, extra in (
+        ("whole", []),
+        ("parts", ["--micro-batch-rows", "2"]),
+        ("short", ["--shortlist", "64"]),
+    ):
         assert main(["pretrain", *common, *extra, "--out", str(tmp_path / name)]) == 0
     whole, parts, short = (losses(tmp_path / name) for name in ("whole", "parts", "short"))
     assert list(short.values()) == pytest.approx(list(whole.values()), rel=0.1)  # estimates of the same losses
@@ -300,4 +401,18 @@ def test_bad_rows_stop_the_run_or_are_skipped(small_run, small_text, tmp_path, m
     lines = [json.dumps({"text": part}) for part in small_text.read_text(encoding="utf-8").split("\n\n")]
     data.write_text("\n".join([*lines[:3], "{broken", *lines[3:]]), encoding="utf-8")
     assert "rows.jsonl:4" in mistake(["pretrain", *small_run, "--data", str(data), "--out", str(tmp_path / "run")])
-    assert main(["pretrain", *small_run, "--data", str(data), "--bad-rows", "skip", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(
+            [
+                "pretrain",
+                *small_run,
+                "--data",
+                str(data),
+                "--bad-rows",
+                "skip",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )

@@ -1,4 +1,7 @@
-"""fastlm sft against a plain PyTorch loop: one example at a time, unpacked, torch's own loss, AdamW and schedule."""
+"""fastlm sft against a plain PyTorch loop.
+
+One example at a time, unpacked, torch's own loss, AdamW and schedule.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ def plain_loop(cfg: SftConfig) -> list[float]:
     vectors = [p for p in model.parameters() if p.dim() == 1]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.99)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=2e-3,
+        betas=(0.9, 0.99),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: (s + 1) / WARMUP if s < WARMUP else (STEPS - s) / (STEPS - WARMUP)
@@ -79,14 +84,32 @@ def plain_loop(cfg: SftConfig) -> list[float]:
 def test_the_loss_curve_is_the_plain_loops(micro_rows, start, data, tmp_path):
     pytest.importorskip("transformers")
     optim = OptimConfig(
-        name="adamw", lr=2e-3, embedding_lr=2e-3, head_lr=2e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, schedule="linear",
-        warmup_steps=WARMUP, clip_norm=1.0,
-    )  # fmt: skip
+        name="adamw",
+        lr=2e-3,
+        embedding_lr=2e-3,
+        head_lr=2e-3,
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.99,
+        schedule="linear",
+        warmup_steps=WARMUP,
+        clip_norm=1.0,
+    )
     cfg = SftConfig(
-        model=str(start), data=str(data), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), steps=STEPS,
-        batch_rows=ROWS, micro_batch_rows=micro_rows, max_len=LEN, held_out=0.0, validate_every=0, checkpoint_every=0,
-        device="cpu", optim=optim,
-    )  # fmt: skip
+        model=str(start),
+        data=str(data),
+        out=str(tmp_path / "run"),
+        cache=str(tmp_path / "cache"),
+        steps=STEPS,
+        batch_rows=ROWS,
+        micro_batch_rows=micro_rows,
+        max_len=LEN,
+        held_out=0.0,
+        validate_every=0,
+        checkpoint_every=0,
+        device="cpu",
+        optim=optim,
+    )
     assert sft(cfg) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ours = [line["loss"] for line in lines if "loss" in line]

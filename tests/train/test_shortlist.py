@@ -1,4 +1,6 @@
-"""The shortlist's softmax: targets survive, the estimate of the partition is unbiased, and a full draw is the full softmax."""
+"""The shortlist's softmax: targets survive, the estimate of the partition is unbiased, and a full
+draw is the full softmax.
+"""
 
 from __future__ import annotations
 

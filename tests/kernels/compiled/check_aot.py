@@ -8,9 +8,11 @@ import pytest
 import torch
 import triton
 
-from fastlm.kernels import inspect, updates
+from fastlm.kernels import updates
+from fastlm.kernels.audit import inspect
+from fastlm.kernels.audit.configurations import cases
 from fastlm.kernels.common import triton_on_cpu
-from fastlm.kernels.configurations import cases
+from fastlm.kernels.triton import updates as on_gpu
 
 BF16 = cases(torch.bfloat16, every_width=True)
 MODEL = cases(torch.bfloat16)
@@ -35,7 +37,7 @@ def check(case, target, bulk_bits=128):
         narrowest = bulk_bits // 2 if target.startswith("gfx") else bulk_bits  # 64 lanes to a warp: as many bytes
         assert narrowest <= built.load_bits <= bulk_bits, built
         assert built.registers <= 255, built
-        if built.kernel != "_sum_partials_kernel" and "forward" not in case.direction:
+        if built.kernel != "sum_partials_kernel" and "forward" not in case.direction:
             assert narrowest <= built.store_bits <= bulk_bits, built
 
 
@@ -70,7 +72,7 @@ def test_fp32_builds(case):
 def test_rows_are_addressed_in_64_bits(case):
     """Nothing 32 bits wide is multiplied by a row's stride: more than 2^31 elements are addressed rightly."""
     for launch in launches(case):
-        if launch.kernel.__name__ == "_sum_partials_kernel":
+        if launch.kernel.__name__ == "sum_partials_kernel":
             continue  # at most 396 x 32768 numbers
         ptx = inspect.compiled(launch, "sm_90").asm["ptx"]
         strides = {v for k, v in launch.arguments.items() if isinstance(v, int) and ("STRIDE" in k or k in ("D", "F"))}
@@ -101,18 +103,18 @@ def updates_calls(size: int) -> list:
 @pytest.mark.parametrize("target", inspect.TARGETS)
 def test_the_optimizers_kernels_build_for_every_architecture(target):
     """In 16-byte accesses, but of the few partial sums and what is stored of them."""
-    launches = updates_calls(3 * updates.BLOCK)
-    assert {launch.kernel.__name__ for launch in launches} == {*updates.PASSES, "_clip_kernel"}
+    launches = updates_calls(3 * on_gpu.BLOCK)
+    assert {launch.kernel.__name__ for launch in launches} == {*on_gpu.PASSES, "clip_kernel"}
     for launch in launches:
         built = inspect.read_binary(launch, target)
         assert (built.spills, built.fp64, built.atomics) == (0, 0, 0), built
-        if built.kernel != "_clip_kernel":
+        if built.kernel != "clip_kernel":
             assert built.load_bits == 128, built
-        if built.kernel not in ("_clip_kernel", "_squares_kernel"):
+        if built.kernel not in ("clip_kernel", "squares_kernel"):
             assert built.store_bits == 128, built
 
 
 def test_the_optimizers_kernels_build_for_sizes_that_are_not_aligned():
-    for launch in updates_calls(3 * updates.BLOCK - 1):
+    for launch in updates_calls(3 * on_gpu.BLOCK - 1):
         built = inspect.read_binary(launch, "sm_90")
         assert (built.spills, built.fp64, built.atomics) == (0, 0, 0), built

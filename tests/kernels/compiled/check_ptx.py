@@ -16,18 +16,16 @@ import torch
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS / "gpuless"), str(TESTS / "kernels")]
 
+import plain_ops as plain_op  # noqa: E402
 from exactness import assert_as_exact, leaves, run, unaligned  # noqa: E402
 from ptxsim import launches  # noqa: E402
 from ptxsim.memory import GlobalMemory  # noqa: E402
-from test_cross_entropy import plain as plain_entropy  # noqa: E402
-from test_rms_norm import plain_add  # noqa: E402
-from test_rope import rotate, table  # noqa: E402
-from test_swiglu import plain as plain_swiglu  # noqa: E402
 
 from fastlm import kernels  # noqa: E402
 from fastlm.kernels import updates  # noqa: E402
+from fastlm.kernels.audit.configurations import cases  # noqa: E402
 from fastlm.kernels.common import triton_on_cpu  # noqa: E402
-from fastlm.kernels.configurations import cases  # noqa: E402
+from fastlm.kernels.triton import updates as on_gpu  # noqa: E402
 
 TARGETS = [80, 90, 100]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -62,14 +60,15 @@ def seed():
 )
 def test_add_rms_norm(width, rows, dtype, target):
     x, r, g, h = (grid(rows, width, dtype=dtype) for _ in range(4))
-    simulated(lambda *a: kernels.add_rms_norm(*a, 1e-5), plain_add, [x, r, torch.randn(width)], [g, h], target, scale=2)
+    inputs = [x, r, torch.randn(width)]
+    simulated(lambda *a: kernels.add_rms_norm(*a, 1e-5), plain_op.add_rms_norm, inputs, [g, h], target, scale=2)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("width", "dtype"), [(7, BF16), (1000, BF16), (4096, BF16), (127, FP32)])
 def test_swiglu(width, dtype, target):
     simulated(
-        kernels.swiglu, plain_swiglu, [3 * torch.randn(3, 2 * width).to(dtype)], [torch.randn(3, width).to(dtype)], target
+        kernels.swiglu, plain_op.swiglu, [3 * torch.randn(3, 2 * width).to(dtype)], [torch.randn(3, width).to(dtype)], target
     )
 
 
@@ -78,14 +77,14 @@ def test_swiglu(width, dtype, target):
     ("heads", "kv_heads", "width", "dtype"), [(16, 16, 64, BF16), (9, 3, 64, BF16), (3, 1, 6, FP32), (2, 2, 96, BF16)]
 )
 def test_rope_of_a_packed_projection(heads, kv_heads, width, dtype, target):
-    cos, sin = table(width, "cpu")
+    cos, sin = plain_op.rotary_table(width, "cpu")
     positions = torch.tensor([[3, 0, 39], [1, 1, 7]])
 
     def views(z):
         return z.view(2, 3, -1, width).split([heads, kv_heads, kv_heads], 2)[:2]
 
     def plain(z):
-        return tuple(rotate(x, cos[positions], sin[positions]) for x in views(z))
+        return tuple(plain_op.rotate(x, cos[positions], sin[positions]) for x in views(z))
 
     packed = torch.randn(2, 3, (heads + 2 * kv_heads) * width).to(dtype)
     up = [torch.randn(x.shape).to(dtype) for x in views(packed)]
@@ -98,7 +97,7 @@ def test_cross_entropy(width, dtype, target):
     targets = torch.tensor([width - 1, -100, 0])
     options = {"reduction": "none", "z_loss": 1e-3, "label_smoothing": 0.1} if width == 1000 else {"reduction": "none"}
     simulated(
-        lambda z: kernels.cross_entropy(z, targets, **options), lambda z: plain_entropy(z, targets, **options),
+        lambda z: kernels.cross_entropy(z, targets, **options), lambda z: plain_op.cross_entropy(z, targets, **options),
         [3 * torch.randn(3, width).to(dtype)], [torch.randn(3)], target, scale=2,
     )  # fmt: skip
 
@@ -113,7 +112,7 @@ def test_linear_cross_entropy_in_place(width, reduction, target):
     targets = targets.clamp(max=width - 4)
     simulated(
         lambda h, w: kernels.linear_cross_entropy(h, w, targets, **options),
-        lambda h, w: plain_entropy(h @ w.T, targets, **options), [h, w], up, target, scale=2,
+        lambda h, w: plain_op.cross_entropy(h @ w.T, targets, **options), [h, w], up, target, scale=2,
     )  # fmt: skip
 
 
@@ -123,10 +122,11 @@ def test_unaligned_pointers_and_strides():
         unaligned(torch.randn(1024)),
         torch.randn(3, 2000).bfloat16()[:, 5:1029],
     )
-    simulated(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: plain_add(x, torch.zeros_like(x), w)[0], [x, w], [g], 90)
-    simulated(kernels.swiglu, plain_swiglu, [x], [g[:, :512]], 90)
+    simulated(lambda x, w: kernels.rms_norm(x, w, 1e-5), plain_op.rms_norm_in_fp32, [x, w], [g], 90)
+    simulated(kernels.swiglu, plain_op.swiglu, [x], [g[:, :512]], 90)
     z, targets = unaligned(torch.randn(3, 5000).bfloat16()), torch.tensor([4999, 0, 17])
-    simulated(lambda z: kernels.cross_entropy(z, targets), lambda z: plain_entropy(z, targets), [z], [torch.tensor(1.0)], 90)
+    up = [torch.tensor(1.0)]
+    simulated(lambda z: kernels.cross_entropy(z, targets), lambda z: plain_op.cross_entropy(z, targets), [z], up, 90)
 
 
 @pytest.mark.parametrize("target", [80, 90])
@@ -164,7 +164,7 @@ def test_sectors_conflicts_and_instruction_bounds(case):
 @contextlib.contextmanager
 def simulated_updates(target):
     """Launches of kernels/updates.py run in the simulator: tables hold the simulated addresses of the lists' tensors."""
-    launch = updates._launch
+    launch = on_gpu.launch
     listed: list[torch.Tensor] = []
 
     class Memory(GlobalMemory):
@@ -182,7 +182,7 @@ def simulated_updates(target):
 
     with (
         mock.patch("ptxsim.simulate.GlobalMemory", Memory),
-        mock.patch.multiple(updates, _launch=launch_with, _on_device=on_device),
+        mock.patch.multiple(on_gpu, launch=launch_with, on_device=on_device),
         triton_on_cpu(),
         launches(target=target) as record,
     ):
@@ -210,7 +210,7 @@ def test_the_optimizers_passes(target, aligned):
         updates.momentum_step(g, m, directions, 0.9, factor, found_inf)
         updates.muon_step(p, directions, [3.0, 2.0], 0.02, 0.1, found_inf)
         updates.adamw_step(updates.AdamWTensors(q, g, m, v, steps), [updates.Rate(0.1, 0.1)] * 2, 1.0, (0.9, 0.99), factor)
-    assert {name for name, _ in record} == {*updates.PASSES, "_clip_kernel"}
+    assert {name for name, _ in record} == {*on_gpu.PASSES, "clip_kernel"}
     assert not any(stats.instructions["atomic"] for _, stats in record)
     truth = torch.cat([t.flatten() for t in start[1]]).norm()
     assert norm.item() == pytest.approx(truth.item(), rel=1e-6)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from check_aot import check
 
-from fastlm.kernels import inspect
-from fastlm.kernels.configurations import cases
+from fastlm.kernels.audit import inspect
+from fastlm.kernels.audit.configurations import cases
 
 EVERY = [case for dtype in (torch.bfloat16, torch.float16, torch.float32) for case in cases(dtype, every_width=True)]
 

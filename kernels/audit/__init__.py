@@ -1,0 +1,1 @@
+"""What the kernels compile to, move and cost: what `fastlm kernels` shows and the tests hold."""
