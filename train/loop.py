@@ -164,8 +164,10 @@ def train(
             monitor.validation(0, validate())  # what the start alone is worth
             parallel.rest(model)
         for step in range(state["step"], cfg.steps):
+            parallel.note(f"reads the rows of step {step + 1}")
             micro_batches, n_counted, figures = next(batches)
             n_counted, figures = parallel.all_reduce_counts(n_counted, figures)
+            parallel.note(f"computes step {step + 1}")
             means = parallel.all_reduce_means(accumulate(loss, micro_batches, n_counted, scale))
             clipping = clip(model, cfg.optim.clip_norm, scale)
             found_inf = None if run.loss_scale is None else clipping.found_inf

@@ -20,14 +20,18 @@ not start runs none of this.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
+import secrets
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,18 +40,27 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
+from fastlm import checkpoint, files
 from fastlm.config import StageConfig
-from fastlm.errors import check, divisors
+from fastlm.errors import UserError, check, divisors
 from fastlm.runtime import launched, matmul_dtype, ranks
 
 SHARD_ABOVE = 0.5  # auto: the share of a device's memory that weights, gradients and optimizer may take whole
 BYTES_PER_PARAMETER = 16  # of these: fp32 weight and gradient, AdamW's two moments
+PREPARING = timedelta(days=7)  # for what is made once; a process that dies meanwhile is torchrun's to see
+LAUNCH = ".launch"  # in a run's folder: which torchrun began it
+MARK = ".shared"  # in the first process's folder: by which the others know it again
+WAITS = "waits for the others"
+GO_ON = "go on with --resume, or have torchrun do it: --max-restarts"
 
 T = TypeVar("T")
 C = TypeVar("C", bound=StageConfig)
 
 # Whether the micro-batch that is under way is the last of its step.
 _last: ContextVar[bool] = ContextVar("last", default=True)
+_store: dist.Store | None = None  # torchrun's, as long as this process is one of its own
+_turns = itertools.count()  # of main_process_first()
+_sharers: dict[str, list[int]] = {}  # the processes by the run folder that they see; empty: one for all
 
 
 # ------------------------------------------------------------------------------------------ the group
@@ -56,7 +69,8 @@ _last: ContextVar[bool] = ContextVar("last", default=True)
 def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
     """The stage, as one of the processes that torchrun started, on a device of its own; without torchrun just the stage.
 
-    What goes wrong is told by the process that it happens to first; the others end with exit code 2 and say nothing.
+    What goes wrong is told by the process that it happens to first; the others end with exit code 2 and say nothing. When
+    torchrun starts the processes again, the run goes on from its last checkpoint.
     """
 
     @functools.wraps(stage)
@@ -70,11 +84,17 @@ def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
                 here, gpus = dist.get_node_local_rank(), torch.cuda.device_count()
                 check(here < gpus, f"torchrun started more processes than there are GPUs: at most {gpus} fit here")
                 torch.cuda.set_device(here)
-            code = stage(cfg)
-        except BaseException:
-            if store.add("fastlm/failed", 1) > 1:
-                time.sleep(1)  # torchrun ends the others when one ends, and the first may still be telling
+            code = stage(going_on(cfg))
+        except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to all when one ends: the first may still be telling
+            first = True
+            with contextlib.suppress(dist.DistError):
+                first = store.add("fastlm/failed", 1) == 1
+            if not first:
+                time.sleep(1)
                 raise SystemExit(2) from None
+            if is_lost_contact(error):
+                raise UserError(f"{who_is_missing(store, error, cfg.timeout_minutes)}; {GO_ON}") from None
             raise
         dist.destroy_process_group()  # after an error it might wait for the others
         return code
@@ -84,10 +104,62 @@ def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
 
 def join(backend: str, timeout_minutes: float) -> dist.Store:
     """Make this process one of torchrun's; returns what all of them can write to and read from."""
+    global _store
     store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store for all its restarts, with what dead processes left in it
+        store = dist.PrefixStore(f"fastlm/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    _store = store
     patience = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=patience, world_size=world, rank=rank, store=store)
-    return store
+    dist.init_process_group(backend, timeout=patience, world_size=world, rank=rank, store=_store)
+    return _store
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether another process could not be reached: the error is then not this one's."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def note(words: str) -> None:
+    """Say what this process does, in case that the others wait for it in vain."""
+    if _store is not None and ranks()[1] > 1:
+        _store.set(f"fastlm/does/{ranks()[0]}", words)
+
+
+def who_is_missing(store: dist.Store, error: BaseException, minutes: float) -> str:
+    """Which process the others have lost, in words."""
+    if "imed out" not in str(error) and "timeout" not in str(error):
+        return "another process ended without a word: killed, perhaps, for want of memory (torchrun's report names it)"
+    missing = []
+    for rank in range(ranks()[1]):
+        key = f"fastlm/does/{rank}"
+        words = store.get(key).decode() if store.check([key]) else "has not begun"
+        if words != WAITS:
+            missing.append(f"process {rank}, which {words}")
+    who = " and ".join(missing) or "a process"
+    return f"waited {minutes:g} minutes (--timeout-minutes) for {who}"
+
+
+def going_on(cfg: C) -> C:
+    """cfg, or, where torchrun has started its processes again, cfg that resumes what they had begun."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not again or cfg.resume:
+        return cfg
+    places = [Path(cfg.out)] if cfg.out else sorted(Path("runs").glob("*"))
+    ours = [place for place in places if (place / LAUNCH).is_file() and (place / LAUNCH).read_text() == launch_id()]
+    if all(all_gather(bool(ours) and bool(checkpoint.steps_saved(ours[0] / "checkpoints")))):
+        return dataclasses.replace(cfg, resume=str(ours[0]))
+    if ours and dist.get_node_local_rank() == 0:  # nothing is saved yet
+        with contextlib.suppress(FileNotFoundError):
+            files.remove_folder(ours[0])
+    all_reduce_max(0)
+    return cfg
+
+
+def launch_id() -> str:
+    """What tells this torchrun from all others, its own restarts not counted."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"process {os.getppid()}"
 
 
 def joined() -> bool:
@@ -171,6 +243,7 @@ def merge_found(found: np.ndarray) -> np.ndarray:
 def all_reduce_max(*numbers: int) -> list[int]:
     """The largest of the processes' numbers, one by one; each waits here for all."""
     if ranks()[1] > 1:
+        note(WAITS)
         here = torch.tensor(numbers)
         dist.all_reduce(here, dist.ReduceOp.MAX)
         return here.tolist()
@@ -179,13 +252,23 @@ def all_reduce_max(*numbers: int) -> list[int]:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process of each machine, then the others: for what is made once and then found, such as a cache."""
-    behind = ranks()[1] > 1 and dist.get_node_local_rank(fallback_rank=0) > 0
-    if behind:
-        all_reduce_max(0)
+    """The first process of each machine, then the others: for what is made once and then found, such as a cache.
+
+    All wait here for all machines, for as long as it takes: text may be tokenised for hours.
+    """
+    if _store is None or ranks()[1] == 1:
+        yield
+        return
+    turn = next(_turns)
+    machines = [f"fastlm/prepared/{turn}/{name}" for name in range(int(os.environ["GROUP_WORLD_SIZE"]))]
+    mine = machines[int(os.environ["GROUP_RANK"])]
+    leads = dist.get_node_local_rank() == 0
+    if not leads:
+        _store.wait([mine], PREPARING)
     yield
-    if not behind:
-        all_reduce_max(0)
+    if leads:
+        _store.set(mine, "")
+    _store.wait(machines, PREPARING)
 
 
 def all_reduce_counts(n_counted: int, figures: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -198,6 +281,7 @@ def all_reduce_counts(n_counted: int, figures: dict[str, Any]) -> tuple[int, dic
         return n_counted, figures
     numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
     sums = torch.tensor([n_counted, *numbers.values()], dtype=torch.float64)  # exact up to 2^53
+    note(WAITS)
     dist.all_reduce(sums)
     total, *found = sums.tolist()
     pairs = zip(numbers.items(), found, strict=True)
@@ -216,29 +300,65 @@ def all_reduce_means(means: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------ the run's folder
 
 
+def settle_folder(folder: Path, model: nn.Module, claim: Callable[[], Path]) -> Path:
+    """Find out which processes share the folder that the first one has: the others' machines each have one of their own.
+
+    claim: makes the folder where it is not there. A checkpoint is whole in every folder, which is why a model that is sharded
+    over all machines needs a shared one.
+    """
+    global _sharers
+    if not joined():
+        return folder
+    text = broadcast_from_main(lambda: f"{launch_id()}\n{secrets.token_hex(8)}")
+    if is_main_process():
+        files.write_text(folder / MARK, text)
+    all_reduce_max(0)
+    shared = (folder / MARK).is_file() and (folder / MARK).read_text() == text
+    homes = all_gather("shared" if shared else os.environ["GROUP_RANK"])
+    _sharers = {home: [rank for rank, other in enumerate(homes) if other == home] for home in dict.fromkeys(homes)}
+    mesh = getattr(next(model.parameters()), "device_mesh", None)
+    check(len(_sharers) == 1 or mesh is None or mesh.ndim == 2, f"not all machines share {folder}, and none has the whole "
+          "model; choose --parallel hsdp or ddp, or a folder that all share")  # fmt: skip
+    if writes():
+        if not shared:
+            folder = claim()
+        files.write_text(folder / LAUNCH, launch_id())
+    all_reduce_max(0)
+    return folder
+
+
+def sharers() -> list[int]:
+    """The processes that share this one's run folder."""
+    rank, world = ranks()
+    return next((some for some in _sharers.values() if rank in some), list(range(world)))
+
+
 def writes() -> bool:
-    """Whether this process writes what the run's folder holds, beside its parts of checkpoints."""
-    return is_main_process()
-
-
-def from_writer(make: Callable[[], T]) -> T:
-    """What the process that writes makes, in all that share its folder."""
-    return broadcast_from_main(make)
+    """Whether this process writes what its run folder holds, beside its parts of checkpoints."""
+    return ranks()[0] == sharers()[0]
 
 
 def all_gather_in_folder(value: T) -> list[T]:
     """What each process has that shares this one's folder."""
-    return all_gather(value)
+    found = all_gather(value)
+    return [found[rank] for rank in sharers()]
+
+
+def from_writer(make: Callable[[], T]) -> T:
+    """What the process that writes makes, in all that share its folder."""
+    return all_gather_in_folder(make() if writes() else None)[0]  # type: ignore[return-value]
 
 
 def number_among_writers() -> int:
     """This process's number among those that share its folder."""
-    return ranks()[0]
+    return sharers().index(ranks()[0])
 
 
 def saving_group() -> dist.ProcessGroup:
     """The processes that share this one's folder, to talk about checkpoints while the others talk about steps."""
-    return dist.new_group(backend="gloo")
+    homes = _sharers.values() or [sharers()]
+    groups = {some[0]: dist.new_group(some, backend="gloo") for some in homes}  # each must be made by all
+    return groups[sharers()[0]]
 
 
 # ------------------------------------------------------------------------------------------ the model
@@ -251,7 +371,7 @@ def distribute(cfg: StageConfig, model: nn.Module, device: torch.device) -> None
     """
     if not joined():
         return
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()) if ranks()[1] > 1 else ():
         dist.broadcast(tensor.detach(), src=0)
     way = cfg.parallel
     if way == "auto":
@@ -405,7 +525,7 @@ def norms_of_shards(model: nn.Module, norm: Tensor) -> Tensor:
     """The norm of each process's part of a sharded model's gradients: the norm of these is the norm of all."""
     mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]
     norms = norm.new_empty(mesh.size(mesh.ndim - 1))
-    dist.all_gather_into_tensor(norms, norm.view(1), mesh.get_group(mesh.ndim - 1))
+    dist.all_gather(list(norms.split(1)), norm.view(1), mesh.get_group(mesh.ndim - 1))
     return norms
 
 

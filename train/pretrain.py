@@ -122,7 +122,7 @@ def open_text(cfg: PretrainConfig, tokenizer: Tokenizer) -> TokenData:
 
     Raises UserError where it is too short for a row.
     """
-    with showing_bytes(parallel.console()) as progress:
+    with parallel.main_process_first(), showing_bytes(parallel.console()) as progress:
         settings = Settings(on_bad_row=cfg.bad_rows)
         data = prepare(cfg.data, tokenizer, cache_folder(cfg.cache), progress, settings)
     data.train.rows(cfg.seq_len)

@@ -87,9 +87,9 @@ def resume_or_create(
         **facts,
     }
     if cfg.resume:
-        folder = Path(cfg.resume)
+        folder = parallel.settle_folder(Path(cfg.resume), model, lambda: Path(cfg.resume))
         lock = locked(folder)
-        place, saved, problems = checkpoint.newest_whole(folder)
+        place, saved, problems = newest_common(folder)
         for problem in problems:
             parallel.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
         check_facts(place, saved, state, cfg.steps)
@@ -98,8 +98,9 @@ def resume_or_create(
     else:
         torch.manual_seed(cfg.seed)
         folder = parallel.broadcast_from_main(partial(claim_folder, cfg.out, name))
+        folder = parallel.settle_folder(folder, model, partial(claim_folder, str(folder), name))
         lock = locked(folder)
-    if parallel.is_main_process():
+    if parallel.writes():
         text = to_toml(dataclasses.replace(cfg, resume=""))
         files.remove_leftovers(folder / "checkpoints")
         files.write_text(folder / "config.toml", text)
@@ -117,6 +118,16 @@ def resume_or_create(
         loss_scale(device, state.get("loss_scale")) if in_fp16 else None,
         state,
     )
+
+
+def newest_common(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """As checkpoint.newest_whole(); of several machines' folders the last that all have."""
+    place, saved, problems = parallel.from_writer(lambda: checkpoint.newest_whole(folder))
+    step = min(parallel.all_gather(saved["step"]))
+    if saved["step"] != step:
+        place = checkpoint.place_of(folder / "checkpoints", step)
+        saved = parallel.from_writer(lambda: checkpoint.read_state(place))
+    return place, saved, problems
 
 
 def say_start(run: Run, words: str) -> None:
@@ -157,7 +168,7 @@ def make_folder(folder: Path, exist_ok: bool = False) -> bool:
 
 def locked(folder: Path) -> FileLock | None:
     """The lock of a run's folder, in the main process. It ends with its owner, however that ends."""
-    if not parallel.is_main_process():
+    if not parallel.writes():
         return None
     lock = FileLock(folder / ".lock")
     try:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Case:
     """One command and what must hold of it.
 
-    command: its first word says what runs: `fastlm` a command of the program, `peer` a training
+    command: its first word says what runs: `fastlm` a command of the program, `torchrun` one as the
+    only process of torchrun (grouped.py), `peer` a training
     step of another implementation (peers.py), `check` a file of tests, `program` a program of this
     folder, `python` Python itself, `gpu` a part of `make gpu`.
     {root}, {work}, {runs} and {data} are folders. trains: it has training steps, of which none but
@@ -135,6 +136,18 @@ TUNING = [
     Case("DPO, resumed", "fastlm dpo --resume {runs}/dpo --steps 56", trains=True),
 ]
 
+GROUPED = [
+    Case(
+        f"{stage}, torchrun, {way}, {kind}",
+        f"{command.replace('fastlm', 'torchrun', 1)} --parallel {way} --{option} --steps 6 "
+        f"--out {{runs}}/{stage}-{way}-{kind}",
+        trains=True,
+    )
+    for way in ("ddp", "fsdp", "hsdp")
+    for stage, command in (("pretrain", f"{ROWS} --optim.name muon"), ("DPO", DPO))
+    for kind, option in (("eager", "no-compile"), ("compiled", "compile"))
+]
+
 USE = [
     Case("eval", f"fastlm eval {{runs}}/rows {{runs}}/sft {EVAL}", says="window"),
     Case("eval, compiled", f"fastlm eval {{runs}}/rows {EVAL} --compile", says="window"),
@@ -232,6 +245,6 @@ MAKE_GPU = [
 
 # Two chains that run side by side: a case may need what an earlier one of its own chain has made.
 CHAINS = [
-    [*MACHINE, *DATA, *PRETRAIN, *TUNING, *USE],
+    [*MACHINE, *DATA, *PRETRAIN, *TUNING, *GROUPED, *USE],
     [*FULL_SIZE, *CHECKS, *MAKE_GPU],
 ]

@@ -106,6 +106,9 @@ def arguments(case: Case) -> list[str]:
     kind, *rest = (word.format_map(folders) for word in shlex.split(case.command))
     if kind == "fastlm":
         return [str(HERE / "counted.py"), counts, *rest]
+    if kind == "torchrun":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        return [*launcher, str(HERE / "grouped.py"), counts, *rest]
     if kind == "peer":
         return [str(HERE / "peers.py"), counts, *rest]
     if kind == "check":

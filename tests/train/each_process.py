@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from fastlm.cli import main
 from fastlm.model import Transformer
-from fastlm.train import packed, pretrain
+from fastlm.train import packed, parallel, pretrain
 
 
 def spoiled(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def spoiled(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    parallel.join("gloo", 10)
     pretrain.build = spoiled(pretrain.build)
     packed.open_model = spoiled(packed.open_model)
     for command in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_only_the_first_process_prints_and_writes(runs):
     for stage in STAGES:
         found = ((runs / n / stage).rglob("*") for n in ("one", "two"))
         one, two = ({p.name for p in paths if not p.name.endswith(".safetensors")} for paths in found)
-        assert one | {".launch"} == two | {".launch"}
+        assert one | {".launch", ".shared"} == two
     one, two = (sorted(p.name for p in (runs / n / "cache").glob("*")) for n in ("one", "two"))
     assert one == two
 
@@ -252,3 +253,24 @@ def test_two_compiled_processes_agree_with_one_that_is_not(small_run, tmp_path):
     one, two = ([row["loss"] for row in rows(tmp_path / n) if "loss" in row] for n in ("one", "two"))
     assert len(one) == 4
     assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_killed_process_ends_the_group_and_the_run_ends_as_if_nothing_had_been(way, small_run, tmp_path):
+    """tests/train/kills.py does the same as often as one likes."""
+    options = [*small_run, "--steps", "100", "--validate-every", "0", "--checkpoint-every", "2", "--parallel", way]
+    assert kills.torchrun([*options, "--out", str(tmp_path / "undisturbed")], 0, tmp_path / "log").wait(240) == 0
+    (seconds,) = kills.kill_at_random(options, tmp_path / "killed", 1, tmp_path / "log")
+    assert seconds < 60
+    assert (tmp_path / "log").read_text().count("fastlm: ") <= 1  # none where the kill met a process that was ending
+    old, new = weights(tmp_path / "undisturbed"), weights(tmp_path / "killed")
+    assert [name for name in old if not old[name].equal(new[name])] == []
+
+
+@pytest.mark.slow
+def test_a_process_that_keeps_the_others_waiting_is_named(tmp_path):
+    done = torchrun(str(HERE / "hanging_process.py"), ok=False)
+    told = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert told == ["fastlm: waited 0.1 minutes (--timeout-minutes) for process 1, which reads the rows of step 7; "
+                    "go on with --resume, or have torchrun do it: --max-restarts"]  # fmt: skip
