@@ -27,7 +27,7 @@ from torch import Tensor
 from bench.counted.compiled_step import plain_operations
 from bench.harness.gpu_stage import pretrain_config, run_folder, size, watch
 from bench.harness.gpu_timing import device, in_turns, on_gpu, on_stream, rehearsing
-from fastlm import model
+from fastlm import kernels
 from fastlm.config import ModelConfig
 from fastlm.model import Transformer, build, training_flops_per_token
 from fastlm.train.pretrain import pretrain
@@ -159,7 +159,7 @@ def run_backward(
 
 @contextlib.contextmanager
 def in_plain_pytorch():
-    with mock.patch.multiple(model.kernels, **plain_operations()):
+    with mock.patch.multiple(kernels, **plain_operations()):
         yield
 
 

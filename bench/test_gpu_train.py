@@ -23,7 +23,7 @@ from bench.harness.gpu_profile import Profile, categories, longest, mark_steps
 from bench.harness.gpu_stage import Seen, Size, pretrain_config, run_folder, size, watch
 from bench.harness.gpu_timing import device, on_gpu, rehearsing
 from bench.peers.gpu import absent
-from fastlm import kernels, model
+from fastlm import kernels
 from fastlm.attention_backend import unusable
 from fastlm.model import training_flops_per_token
 from fastlm.train.pretrain import pretrain
@@ -65,7 +65,7 @@ def monitor_off(s: Size) -> Seen:
 def chunks(s: Size, size: int) -> Seen:
     """The head's loss with logits of so many bytes at a time."""
     head = functools.partial(kernels.linear_cross_entropy, chunk_bytes=size)
-    with mock.patch.object(model.kernels, "linear_cross_entropy", head):
+    with mock.patch.object(kernels, "linear_cross_entropy", head):
         return few_steps(s)
 
 
@@ -98,7 +98,7 @@ def other(s: Size, name: str) -> Seen:
 
 
 def plain(s: Size) -> Seen:
-    with mock.patch.multiple(model.kernels, **plain_operations()):
+    with mock.patch.multiple(kernels, **plain_operations()):
         return few_steps(s)
 
 

@@ -32,11 +32,11 @@ from bench.harness.gpu_stage import (
 )
 from bench.harness.gpu_timing import Call, device, in_turns, on_gpu, rehearsing
 from bench.peers.gpu import absent
-from fastlm import model
+from fastlm import kernels
 from fastlm.config import DpoConfig, Sampling, SftConfig
 from fastlm.evaluation.protocols import window_segments
 from fastlm.evaluation.score import segment_nats
-from fastlm.generate import generate
+from fastlm.inference.generation import generate
 from fastlm.model import Transformer, build, training_flops_per_token
 from fastlm.train.dpo import dpo
 from fastlm.train.sft import sft
@@ -77,7 +77,7 @@ def tune(stage: str, s: Size) -> Seen:
 
 
 def plain(stage: str, s: Size) -> Seen:
-    with mock.patch.multiple(model.kernels, **plain_operations()):
+    with mock.patch.multiple(kernels, **plain_operations()):
         return tune(stage, s)
 
 

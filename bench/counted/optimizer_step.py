@@ -126,9 +126,7 @@ def own_kernels(part: Part) -> Iterator[None]:
 
     class Clip:
         def __getitem__(self, grid):
-            return lambda *, partials, found, **options: part.count(
-                partials.nbytes + found.nbytes
-            )
+            return lambda *, partials, found, **options: part.count(partials.nbytes + found.nbytes)
 
     nothing = mock.patch.object(
         updates, "on_device", lambda values, dtype, device: torch.empty(len(values), device=device)
