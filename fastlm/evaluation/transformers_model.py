@@ -15,7 +15,9 @@ from fastlm.errors import UserError
 from fastlm.evaluation.score import LOGIT_ROWS, Logps
 
 
-def open_transformers_model(folder: Path, architecture: str, device: torch.device) -> tuple[Logps, int, int]:
+def open_transformers_model(
+    folder: Path, architecture: str, device: torch.device
+) -> tuple[Logps, int, int]:
     """What scores with the folder's model, its longest text in tokens, and its vocabulary size.
 
     Raises UserError where transformers is missing or does not know the architecture, or where the
@@ -25,7 +27,8 @@ def open_transformers_model(folder: Path, architecture: str, device: torch.devic
         import transformers
     except ImportError:
         raise UserError(
-            f"{folder}: architecture {architecture} needs transformers; install it: pip install 'fastlm[hf]'"
+            f"{folder}: architecture {architecture} needs transformers; "
+            "install it: pip install 'fastlm[hf]'"
         ) from None
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -38,7 +41,9 @@ def open_transformers_model(folder: Path, architecture: str, device: torch.devic
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"transformers could not load {folder} ({architecture}): {reason}") from None
+        raise UserError(
+            f"transformers could not load {folder} ({architecture}): {reason}"
+        ) from None
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
