@@ -19,7 +19,9 @@ from fastlm.config.command_line import negative
 from fastlm.config.model import PRESETS
 from fastlm.config.toml import TEXTS, field_types, load_recipe, shipped_recipes
 
-NARROWEST, WIDEST, COLUMN = 60, 100, 30  # characters: of a line, and before an option's meaning
+NARROWEST = 60  # characters of a line
+WIDEST = 100
+COLUMN = 30  # characters before an option's meaning
 WORDS = {int: "INT", float: "NUMBER", str: "TEXT", TEXTS: "TEXT", bool: ""}
 
 

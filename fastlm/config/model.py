@@ -71,8 +71,8 @@ class ModelConfig:
         )
         check(
             self.head_dim % 2 == 0,
-            f"a head has {self.head_dim} channels; RoPE rotates pairs, so it must be even: change "
-            "model.n_heads",
+            f"a head has {self.head_dim} channels; RoPE rotates pairs, so it must be even: "
+            "change model.n_heads",
         )
 
     @property

@@ -80,8 +80,8 @@ class StageConfig:
     out: str = ""
     """Run folder, which must not hold another run (default: runs/STAGE-NAME, numbered)."""
     resume: str = ""
-    """Run folder to go on with; its own configuration is used, and only --steps and the logging
-    options may change."""
+    """Run folder to go on with, with its own configuration; only its length, where it runs and what
+    it records may change."""
     cache: str = ""
     """Where tokenised data is kept (default: the user's cache folder)."""
     bad_rows: Literal["fail", "skip"] = "fail"
@@ -134,6 +134,7 @@ class StageConfig:
 
     @property
     def micro_rows(self) -> int:
+        """Rows of one pass, if one process makes the whole step."""
         return self.micro_batch_rows or self.batch_rows
 
 

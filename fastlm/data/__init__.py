@@ -12,12 +12,15 @@ text/          prepare: from a name to tokens, cached
                documents, dedup, encode, shards, writer: documents to token shards, resumable
                manifest, tokens, mixture: shards read back, and what rows are drawn from
                batches: rows for training, windows for validation
-examples/      load: from a name to packed rows, cached
+examples/      load, cache: from a name to sequences of ids, kept in a file
                formats, templates, truncate: records to dialogues to ids of bounded length
+               rendering, sandbox: a stranger's chat template, in a process of its own
+               report: what became of every record
                packing: rows of several examples
 order          which row comes when, from one counter
 prefetch       batches ready on the GPU
-commands       fastlm data prepare, fastlm data inspect
+prepare_and_inspect
+               fastlm data prepare, fastlm data inspect
 """
 
 IGNORED = -100  # a target that no loss counts

@@ -59,11 +59,9 @@ def _fingerprint(revision: str, hub_splits: list[str]) -> str:
     """The revision; where older versions chose other validation data, what is chosen now too."""
     names = [split for split in hub_splits if split_named(split) == "validation"]
     older = [split for split in ("validation", "valid", "dev", "test") if split in hub_splits][:1]
-    return (
-        revision[:16]
-        if names == older
-        else f"{revision[:16]}, validation {'+'.join(names) or 'held out'}"
-    )
+    if names == older:
+        return revision[:16]
+    return f"{revision[:16]}, validation {'+'.join(names) or 'held out'}"
 
 
 def _records(

@@ -13,6 +13,7 @@ from fastlm.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+NO_TEXT_SUFFIXES = (".bin", ".npy", ".gz", ".zip", ".zst", ".xz", ".bz2", ".csv", ".arrow")
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "text": TEXT_SUFFIXES + RECORD_SUFFIXES,
     "examples": RECORD_SUFFIXES,
@@ -53,13 +54,10 @@ def open_local(name: str, path: Path, kind: Kind, text_field: str, bad: BadRecor
             size -= stats[file].st_size
             continue
         entry = [place, stats[file].st_size, stats[file].st_mtime_ns]
-        # Older versions knew folders called validation alone: what was prepared by them stays good
-        # for those.
-        known = (
-            "validation"
-            if place.partition("/")[0] in VALIDATION_NAMES and "/" in place
-            else "train"
-        )
+        # Older versions knew validation folders and no other split: what they prepared of such
+        # folders keeps its fingerprint, and so stays good.
+        folder, inside, _ = place.partition("/")
+        known = "validation" if inside and folder in VALIDATION_NAMES else "train"
         identity.append(entry if split == known else [*entry, split])
     fingerprint = hashlib.sha256(
         json.dumps([identity, text_field, bad.policy]).encode()
@@ -69,17 +67,7 @@ def open_local(name: str, path: Path, kind: Kind, text_field: str, bad: BadRecor
 
 def _may_be_text(path: Path) -> bool:
     """Whether a file of an unknown suffix, such as .py or .tex, may be text all the same."""
-    return path.suffix.lower() not in (
-        ".bin",
-        ".npy",
-        ".gz",
-        ".zip",
-        ".zst",
-        ".xz",
-        ".bz2",
-        ".csv",
-        ".arrow",
-    )
+    return path.suffix.lower() not in NO_TEXT_SUFFIXES
 
 
 def _split_of(place: str) -> str:

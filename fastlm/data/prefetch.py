@@ -45,6 +45,7 @@ def prefetch(batches: Iterable[Any], device: torch.device | str, depth: int = 2)
 
 
 def _take(batch: Any, pinned: Any, event: Any) -> Any:
+    """The copied batch, which the current stream now waits for, and keeps from being reused."""
     current = torch.cuda.current_stream()
     current.wait_event(event)
 

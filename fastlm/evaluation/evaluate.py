@@ -55,19 +55,7 @@ def evaluate(cfg: EvalConfig) -> int:
             say(console, f"loading {name}")
             model, tokenizer, longest = open_scorer(name, device, cfg.tokenizer)
             for protocol in views(wanted, documents, tokenizer, longest, console):
-                total = sum(s.n_scored for s in protocol.segments)
-                shown = console.is_terminal
-                with Progress(console=console, transient=True, disable=not shown) as progress:
-                    task = progress.add_task(f"{name}  {protocol.name}", total=total)
-                    nats = segment_nats(
-                        model,
-                        protocol.segments,
-                        device,
-                        cfg.batch_tokens,
-                        partial(progress.advance, task),
-                        cfg.compile,
-                    )
-                result = summarise(protocol, nats)
+                result = score_protocol(model, protocol, name, cfg, device, console)
                 results.append((name, result))
                 say(console, f"{name}, {result.protocol}: perplexity {result.perplexity:,.2f}")
         if not cfg.json:
@@ -77,7 +65,32 @@ def evaluate(cfg: EvalConfig) -> int:
     return 0
 
 
+def score_protocol(
+    model: Transformer | Logps,
+    protocol: Protocol,
+    name: str,
+    cfg: EvalConfig,
+    device: torch.device,
+    console: Console,
+) -> Result:
+    """What the model of that name reaches by one protocol, with a progress bar in a terminal."""
+    hidden = not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        total = sum(segment.n_scored for segment in protocol.segments)
+        task = progress.add_task(f"{name}  {protocol.name}", total=total)
+        nats = segment_nats(
+            model,
+            protocol.segments,
+            device,
+            cfg.batch_tokens,
+            partial(progress.advance, task),
+            cfg.compile,
+        )
+    return summarise(protocol, nats)
+
+
 def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

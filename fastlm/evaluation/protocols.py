@@ -22,7 +22,10 @@ from fastlm.errors import UserError, nearest
 from fastlm.tokenizer import Tokenizer
 
 NAMES = ("window", "stride", "line", "word")
-WINDOW, STRIDE, LINES, LINE_TOKENS = 1024, 512, 100, 512
+WINDOW = 1024  # tokens
+STRIDE = 512  # tokens from one window's start to the next one's
+LINES = 100
+LINE_TOKENS = 512
 
 
 @dataclass(frozen=True)

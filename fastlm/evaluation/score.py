@@ -23,8 +23,8 @@ from fastlm.runtime import compiled, free_bytes, ranks
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}  # more is no faster
 LOGIT_ROWS = 512  # of logits at a time, where all of them are needed
 
-
-# log p (n,) of targets (n,), each predicted at its flat position index (n,) of tokens (B, T)
+# (tokens (B, T), index (n,), targets (n,)) -> log p (n,) of the targets, each predicted at its flat
+# position in tokens
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (indices of the segments in a batch, its rows, its columns)
 Batch = tuple[list[int], int, int]
@@ -114,7 +114,8 @@ def segment_sums(
     for number, (batch, rows, columns) in enumerate(all_batches):
         if number % world != rank:
             continue
-        tokens, index, targets, owner = layout([segments[i] for i in batch], rows, columns)
+        in_batch = [segments[i] for i in batch]
+        tokens, index, targets, owner = padded_batch(in_batch, rows, columns)
         scored = score(tokens.to(device), index.to(device), targets.to(device)).double()
         totals.index_add_(0, torch.tensor(batch)[owner].to(device), scored)
         progress(len(targets))
@@ -153,10 +154,14 @@ def batches_of_few_shapes(lengths: Sequence[int], budget: int) -> Iterator[Batch
             yield alike[start : start + rows], rows, columns
 
 
-def layout(
+def padded_batch(
     segments: Sequence[Segment], rows: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens (rows, columns); of each scored token where it is predicted, its id, and its row."""
+    """The segments as rows of one batch, padded with 0 at the right.
+
+    Returns tokens (rows, columns), and of each of the n scored tokens, (n,) each: its flat position
+    in tokens, from which it is predicted, its id, and its row.
+    """
     tokens = torch.zeros(rows, columns, dtype=torch.long)
     index = []
     targets = []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-from fastlm.report.runs import Record
+from fastlm.report.runs import RunRecord
 from fastlm.report.scores import Scores, by_doubling
 
 POINTS = 400  # of a curve; more steps are averaged
@@ -14,7 +14,7 @@ POINTS = 400  # of a curve; more steps are averaged
 STAGE_WORDS = {"pretrain": "Pretraining", "sft": "SFT", "dpo": "DPO"}
 
 
-def charts(records: list[Record], scores: dict[str, Scores]) -> list[dict[str, Any]]:
+def charts(records: list[RunRecord], scores: dict[str, Scores]) -> list[dict[str, Any]]:
     """Every chart that there is something to show in.
 
     A chart has a title, a note, the names of its axes with units, whether they are logarithmic, and
@@ -94,7 +94,7 @@ def chart(
     }
 
 
-def loss_curves(run: Record) -> list[dict[str, Any]]:
+def loss_curves(run: RunRecord) -> list[dict[str, Any]]:
     """The training loss, and the validations as marks of the same colour."""
     words = "training, shortlist" if run.has_shortlist else "training"
     lines = curve(run, run.steps, "loss", f"{run.name}, {words}")
@@ -102,11 +102,11 @@ def loss_curves(run: Record) -> list[dict[str, Any]]:
     return lines + [one | {"marks": True} for one in marks]
 
 
-def metric(records: list[Record], key: str) -> list[dict[str, Any]]:
+def metric(records: list[RunRecord], key: str) -> list[dict[str, Any]]:
     return [one for run in records for one in curve(run, run.steps, key, run.name)]
 
 
-def curve(run: Record, rows: list[dict[str, Any]], key: str, name: str) -> list[dict[str, Any]]:
+def curve(run: RunRecord, rows: list[dict[str, Any]], key: str, name: str) -> list[dict[str, Any]]:
     """The course of one figure, averaged down to POINTS; nothing where no row has it."""
     rows = [row for row in rows if isinstance(row.get(key), float | int)]
     if not rows:

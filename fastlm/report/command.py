@@ -11,7 +11,7 @@ from fastlm.config import ReportConfig
 from fastlm.errors import UserError, check
 from fastlm.files import write_text
 from fastlm.report.page import Report, markdown, page
-from fastlm.report.runs import Record, read_runs
+from fastlm.report.runs import RunRecord, read_runs
 from fastlm.report.scores import EMBEDDED, Scores, held_out_text, score
 from fastlm.runtime import pick_device
 
@@ -56,14 +56,14 @@ def write_report(
     write_text(out.with_suffix(".md"), markdown(found))
 
 
-def text_of(records: list[Record], settings: dict) -> str:
+def text_of(records: list[RunRecord], settings: dict) -> str:
     """The text that a pipeline was scored on, or a run was trained on, or else the embedded one."""
     trained = [record.settings["data"] for record in records if record.stage == "pretrain"]
     return settings.get("eval", {}).get("data") or (trained or [EMBEDDED])[0]
 
 
 def scores_of(
-    records: list[Record], name: str, device: torch.device, console: Console
+    records: list[RunRecord], name: str, device: torch.device, console: Console
 ) -> dict[str, Scores]:
     """Every run's model on the same text."""
     with console.status("reading text") as status:

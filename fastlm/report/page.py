@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from fastlm.report.charts import STAGE_WORDS, charts
-from fastlm.report.runs import Record
+from fastlm.report.runs import RunRecord
 from fastlm.report.scores import Scores
 
 PUBLISHED = [("GPT-2", 40.64), ("pretrained", 27.03), ("+ SFT", 34.14), ("+ DPO", 34.32)]
@@ -31,7 +31,7 @@ class Report:
     the models were scored.
     """
 
-    records: list[Record]
+    records: list[RunRecord]
     table: list[dict[str, Any]]
     settings: dict[str, Any]
     scores: dict[str, Scores]
@@ -78,28 +78,28 @@ def runs_table(report: Report) -> Table:
     return head, [[name, *cells] for name, cells in rows.items() if any(cells)]
 
 
-def progress(record: Record) -> str:
+def progress(record: RunRecord) -> str:
     """Steps done, and how many there are to be."""
     planned = record.state.get("steps") or record.settings.get("steps")
     return f"{last(record, 'step') or 0:,}" + (f" of {planned:,}" if planned else "")
 
 
-def losses(record: Record) -> str:
+def losses(record: RunRecord) -> str:
     """The held-out loss at the first validation and at the last."""
     found = [row["validation_loss"] for row in record.validations]
     return f"{found[0]:.4f} to {found[-1]:.4f}" if found else ""
 
 
-def last(record: Record, name: str) -> Any:
+def last(record: RunRecord, name: str) -> Any:
     """A figure of the last step; None before the first one."""
     return record.steps[-1].get(name) if record.steps else None
 
 
-def last_validation(record: Record, name: str) -> float | None:
+def last_validation(record: RunRecord, name: str) -> float | None:
     return record.validations[-1].get(f"validation_{name}") if record.validations else None
 
 
-def usual(record: Record, name: str) -> float | None:
+def usual(record: RunRecord, name: str) -> float | None:
     """The median over the steps, the first left out: it compiles and warms up."""
     values = [row[name] for row in record.steps[1:] if name in row]
     return statistics.median(values) if values else None

@@ -17,12 +17,19 @@ from fastlm.monitor import parsed
 
 STAGES = ("pretrain", "sft", "dpo")  # the folders of a pipeline
 # what each row of a pipeline's table has
-NAMED = {"model", "parameters", "text", "text_sha256", "perplexity", "answer_perplexity"}
-NAMED |= {"prefers_chosen"}
+COLUMNS = {
+    "model",
+    "parameters",
+    "text",
+    "text_sha256",
+    "perplexity",
+    "answer_perplexity",
+    "prefers_chosen",
+}
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """One run, as its folder tells it.
 
     steps: a line of metrics.jsonl for each training step; validations: one for each validation.
@@ -48,13 +55,9 @@ class Record:
     @property
     def stage(self) -> str:
         """One of STAGES, told by the options that only it has."""
-        return (
-            "dpo"
-            if "beta" in self.settings
-            else "sft"
-            if "max_len" in self.settings
-            else "pretrain"
-        )
+        if "beta" in self.settings:
+            return "dpo"
+        return "sft" if "max_len" in self.settings else "pretrain"
 
     @property
     def has_shortlist(self) -> bool:
@@ -62,7 +65,9 @@ class Record:
         return bool(self.settings.get("shortlist"))
 
 
-def read_runs(places: tuple[str, ...]) -> tuple[list[Record], list[dict[str, Any]], dict[str, Any]]:
+def read_runs(
+    places: tuple[str, ...],
+) -> tuple[list[RunRecord], list[dict[str, Any]], dict[str, Any]]:
     """The runs in folders of runs and pipelines, in order.
 
     Also the rows of the last pipeline's table, and its settings; both empty without one. Raises
@@ -97,7 +102,7 @@ def shortest_names(folders: list[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def read_run(folder: Path, name: str) -> Record:
+def read_run(folder: Path, name: str) -> RunRecord:
     """A run that may still be under way; damaged lines of its metrics are passed over."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     rows = [row for row in map(parsed, lines) if row]
@@ -108,7 +113,7 @@ def read_run(folder: Path, name: str) -> Record:
     except UserError:  # no checkpoint yet: what the metrics say can be shown all the same
         state = {}
     settings, text = read_settings(folder)
-    return Record(name, folder, steps, validations, state, settings, text)
+    return RunRecord(name, folder, steps, validations, state, settings, text)
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
@@ -133,7 +138,7 @@ def read_table(folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         rows = None
     rows = rows if isinstance(rows, list) else [{}]
-    whole = all(isinstance(row, dict) and row.keys() >= NAMED for row in rows)
+    whole = all(isinstance(row, dict) and row.keys() >= COLUMNS for row in rows)
     hint = "remove it, and run the pipeline's command again"
     check(whole, f"{path} is not a pipeline's table; {hint}")
     return rows

@@ -18,7 +18,7 @@ from fastlm.data.examples.truncate import response_start
 from fastlm.data.text.documents import read_documents
 from fastlm.errors import UserError
 from fastlm.evaluation.protocols import window_segments
-from fastlm.evaluation.score import layout, logps_of
+from fastlm.evaluation.score import logps_of, padded_batch
 from fastlm.generate import write_texts
 from fastlm.interop.open_model import open_model, stop_tokens
 from fastlm.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def score(
     position = []
     segments = window_segments(ids, window, window)
     for segment in segments:
-        tokens, index, targets, _ = layout([segment], 1, len(segment.ids) - 1)
+        tokens, index, targets, _ = padded_batch([segment], 1, len(segment.ids) - 1)
         scored = logps(tokens.to(device), index.to(device), targets.to(device))
         nats.append(-scored.double().cpu().numpy())
         position.append(np.arange(segment.start, len(segment.ids)))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastlm.report.page import Report, page
-from fastlm.report.runs import Record
+from fastlm.report.runs import RunRecord
 from fastlm.report.scores import Scores
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -52,7 +52,7 @@ def report(tmp_path_factory) -> Path:
             for n in range(1, 60)
         ]
         held_out = [{"step": n, "validation_loss": 4 / (1 + n) ** 0.25} for n in (0, 30, 59)]
-        records.append(Record(name, Path(name), steps, held_out, {}, settings, "steps = 60\n"))
+        records.append(RunRecord(name, Path(name), steps, held_out, {}, settings, "steps = 60\n"))
         nats = generator.exponential(3, 500)
         counts = generator.integers(1, 200, 500)
         samples = [("def main(", "x" * 300), ("# " + "words " * 40, "and more")]

@@ -26,7 +26,7 @@ from fastlm.interop.open_model import open_model
 from fastlm.report import scores
 from fastlm.report.charts import POINTS, curve
 from fastlm.report.page import Report, in_script, markdown, page
-from fastlm.report.runs import Record, read_runs
+from fastlm.report.runs import RunRecord, read_runs
 from fastlm.report.watch import Handler
 
 CPU = torch.device("cpu")
@@ -43,9 +43,9 @@ def run(tmp_path_factory, small_text, small_tokenizer) -> Path:
     return folder
 
 
-def record(steps: list[dict], name: str = "run", **settings) -> Record:
+def record(steps: list[dict], name: str = "run", **settings) -> RunRecord:
     validations = [{"step": 0, "validation_loss": 4.0, "validation_perplexity": 54.6}]
-    return Record(name, Path(name), steps, validations, {}, settings, "")
+    return RunRecord(name, Path(name), steps, validations, {}, settings, "")
 
 
 def step(number: int, loss: float) -> dict:

@@ -93,7 +93,8 @@ def read_dialogue(record: dict[str, Any]) -> Dialogue:
         if isinstance(record["prompt"], list):
             messages = _messages(record["prompt"], "prompt")
             return Dialogue([*messages, _last_turn(record.get(key), key)], "chat")
-        prompt, answer = _text(record, "prompt"), _text(record, key)
+        prompt = _text(record, "prompt")
+        answer = _text(record, key)
         return Dialogue(
             [Message("user", prompt), Message("assistant", answer)], "text", (prompt, answer)
         )
@@ -183,7 +184,8 @@ def _messages(value: Any, key: str) -> list[Message]:
     for number, item in enumerate(value, 1):
         if not isinstance(item, dict):
             raise RecordProblem(f"{key!r} message {number}: expected an object, got {_kind(item)}")
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        role = item.get("role", item.get("from"))
+        content = item.get("content", item.get("value"))
         if not isinstance(role, str) or role.lower() not in ROLES:
             raise RecordProblem(
                 f"{key!r} message {number}: role {role!r}, expected one of {', '.join(ROLES)}"

@@ -168,7 +168,5 @@ def _encode_record(
 
 def _is_held_out(sequence: EncodedSequence, share: float) -> bool:
     prompt = sequence.ids[: max(1, response_start(sequence))]
-    return (
-        int.from_bytes(hashlib.blake2b(prompt.tobytes(), digest_size=8).digest(), "little")
-        < share * 2**64
-    )
+    digest = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64

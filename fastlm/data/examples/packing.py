@@ -53,7 +53,8 @@ def best_fit_decreasing(sizes: Sequence[int] | np.ndarray, capacity: int) -> lis
             if not with_room[room]:
                 free &= ~(1 << room)
         else:
-            room, chosen = capacity, len(bins)
+            room = capacity
+            chosen = len(bins)
             bins.append([])
         bins[chosen].append(index)
         with_room[room - size].append(chosen)
@@ -156,7 +157,8 @@ class PackedRows:
 
     def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and counted flags of one sequence."""
-        start, end = int(self.ends[number - 1]) if number else 0, int(self.ends[number])
+        start = int(self.ends[number - 1]) if number else 0
+        end = int(self.ends[number])
         return self.ids[start:end], self.counted[start:end]
 
 
@@ -243,11 +245,15 @@ def lay_out(
     room: segments and keys that its tensors have room for (None: packed.room()).
     """
     most_segments, most_keys = room or packed.room(len(numbers))
-    length, group = packed.row_len, packed.group
+    length = packed.row_len
+    group = packed.group
     x, positions = np.zeros((2, len(numbers), length), np.int64)
     y = np.full((len(numbers), length), IGNORED, np.int64)
     unit = np.full((len(numbers), length), -1, np.int64)
-    bounds, key_bounds, real, units = [0], [0], 0, 0
+    bounds = [0]
+    key_bounds = [0]
+    real = 0
+    units = 0
     keys: list[int] = []
     places = np.full((len(numbers) * length, 1 + group), most_keys - 1, np.int64)
 

@@ -23,8 +23,8 @@ def renderer(source: str, trusted: bool = False) -> Render:
     """The function that renders a template's text.
 
     trusted: one of ours, which is rendered in this process, without the way there and back. Raises
-    UserError where that is not valid Jinja; the function does where it cannot render a
-    dialogue, takes more than 2 s or 400 MiB, or makes a text of more than 20 million characters.
+    UserError where the template is not valid Jinja; the function raises it where it cannot render
+    a dialogue, takes more than 2 s or 400 MiB, or makes a text of more than 20 million characters.
     """
     # a forked process must not talk to its parent's
     return _renderer(source, trusted, os.getpid())
@@ -75,7 +75,8 @@ def _start() -> Callable[[dict[str, Any]], dict[str, str]]:
     )
     assert child.stdin is not None
     assert child.stdout is not None
-    to, back = child.stdin, child.stdout
+    to = child.stdin
+    back = child.stdout
 
     def ask(values: dict[str, Any]) -> dict[str, str]:
         try:

@@ -120,11 +120,9 @@ def has_own_template(tokenizer: Tokenizer) -> bool:
 def published_template(name: str, tokenizer: Tokenizer) -> str:
     """A template's text as other programs understand it: it sets the one variable of its own."""
     source = template_source(name, tokenizer)
-    return (
-        f"{{%- set end_of_turn = {json.dumps(_end_of_turn(tokenizer))} -%}}{source}"
-        if "end_of_turn" in source
-        else source
-    )
+    if "end_of_turn" not in source:
+        return source
+    return f"{{%- set end_of_turn = {json.dumps(_end_of_turn(tokenizer))} -%}}{source}"
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> str:
@@ -190,11 +188,13 @@ def render_segments(
     """The rendered dialogue up to its last response, cut into (text, whether it is counted)."""
     render = renderer(source, source in TEMPLATES.values())
     end = tokenizer.piece(tokenizer.eos_id)
-    turn_end, segments, done = _end_of_turn(tokenizer), [], ""
+    turn_end = _end_of_turn(tokenizer)
+    segments: list[tuple[str, bool]] = []
+    done = ""
     for number, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before = render(messages[:number], True, end, _end_of_turn(tokenizer))
+        before = render(messages[:number], True, end, turn_end)
         after = render(messages[: number + 1], False, end, turn_end)
         if not before.startswith(done) or not after.startswith(before):
             raise UserError(
@@ -206,9 +206,8 @@ def render_segments(
         heading, answer, _ = after[len(before) :].partition(message.content.strip())
         before += heading if answer and heading.strip() else ""
         response = after[len(before) :]
-        kept = (
-            response.rstrip("\n") if response.rstrip("\n").endswith((end, turn_end)) else response
-        )
+        stripped = response.rstrip("\n")
+        kept = stripped if stripped.endswith((end, turn_end)) else response
         segments += [(before[len(done) :], False), (kept, True)]
         done = before + kept
     return segments

@@ -19,9 +19,8 @@ from fastlm.data.source import Source
 from fastlm.errors import UserError
 
 PIECE_CHARS = 1 << 18
-SEPARATOR = (
-    "<|endoftext|>"  # separates the documents of a plain text file, as in TinyStories' own files
-)
+# Between the documents of a plain text file, as in TinyStories' own files.
+SEPARATOR = "<|endoftext|>"
 # A document may be cut before a space that stands between two non-spaces: no token of a GPT-2 style
 # BPE crosses it.
 _CUT = re.compile(r"(?<=\S)(?= \S)")
@@ -100,7 +99,7 @@ def text_pieces(file: Path) -> Iterator[Piece]:
             if len(pending) >= PIECE_CHARS:
                 cut = _last_cut(pending)
                 if cut is None and len(pending) >= 64 * PIECE_CHARS:
-                    cut = len(pending) - len(SEPARATOR)
+                    cut = len(pending) - len(SEPARATOR)  # half a separator may stand at the end
                 if cut is not None:
                     yield Piece(pending[:cut], False)
                     pending = pending[cut:]
@@ -134,8 +133,8 @@ def _last_cut(text: str) -> int | None:
     """The last place near the end where the document may be cut, or None."""
     for reach in (4096, len(text)):
         start = max(1, len(text) - reach)
+        # The separator has no space inside, so no cut falls inside one.
         places = [m.start() for m in _CUT.finditer(text, start)]
-        # The separator mark has no inner space, so a cut never falls inside one.
         if places:
             return places[-1]
     return None

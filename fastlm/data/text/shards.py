@@ -114,9 +114,8 @@ def write_folder(
         with files.disk_errors("write", folder):
             files.make_folder(folder.parent)
             with files.lock(folder.with_name(folder.name + ".lock")):
-                if not (
-                    folder / MANIFEST
-                ).is_file():  # written by another process while this one waited
+                # Another process may have written it while this one waited.
+                if not (folder / MANIFEST).is_file():
                     _write(task)
                     files.move_into_place(partial, folder)
     except files.DiskError as error:
