@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,10 +80,11 @@ def read(folder: Path, wanted: dict[str, Tensor]) -> None:
 def copy_whole(into: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
     if hasattr(into, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
         # each process has the whole tensor, and nothing needs to be sent
+        sharded = cast(DTensor, into)
         whole = distribute_tensor(
-            whole.to(into.device), into.device_mesh, into.placements, src_data_rank=None
-        )  # type: ignore[attr-defined]
+            whole.to(into.device), sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
     into.copy_(whole)
