@@ -134,7 +134,6 @@ def rms_norm_backward(
         _address(add),
         0 if add is None else add.stride(0),
         dx.data_ptr(),
-        0,
         dw.data_ptr(),
         len(rows),
         w.numel(),
