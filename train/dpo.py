@@ -21,7 +21,14 @@ from fastlm.train import loop, parallel
 from fastlm.train.losses import LOSSES, Pairs, membership, of_answers
 from fastlm.train.packed import Tuning, open_tuning
 from fastlm.train.reference import ReferencePass, reference_logprobs, with_reference
-from fastlm.train.run import cache_folder, compiled_step, finish, resume_or_create, say_start, train_steps
+from fastlm.train.run import (
+    cache_folder,
+    compiled_step,
+    finish,
+    resume_or_create,
+    say_start,
+    train_steps,
+)
 
 
 @parallel.under_torchrun
@@ -51,14 +58,18 @@ def dpo(cfg: DpoConfig) -> int:
         return sums(cfg, batch, logprobs(batch), start)
 
     def validate() -> dict[str, float]:
-        pairs = ((with_reference(batch, reference_held_out), batch.units // 2) for batch in tuning.held_out_batches())
+        pairs = (
+            (with_reference(batch, reference_held_out), batch.units // 2)
+            for batch in tuning.held_out_batches()
+        )
         return loop.validate(loss, pairs, device)
 
     steps = batches(tuning, run.state["position"], reference_train)
     outcome = train_steps(run, steps, loss, validate, tuning.flops_per_token())
     next_commands = {
         f"fastlm chat {run.folder}": "talk to this model",
-        f"fastlm export {run.folder} --to DIR": "a folder that transformers, vLLM and llama.cpp load",
+        f"fastlm export {run.folder} --to DIR": "a folder that transformers, vLLM and llama.cpp "
+        "load",
     }
     return finish(run, outcome, lambda: say_result(run, outcome.monitor), next_commands)
 
@@ -73,7 +84,9 @@ def check_loss(cfg: DpoConfig) -> None:
     )
 
 
-def reference_of(tuning: Tuning[DpoConfig], reference: ReferencePass) -> tuple[np.ndarray | None, np.ndarray | None]:
+def reference_of(
+    tuning: Tuning[DpoConfig], reference: ReferencePass
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The reference's log-probabilities of training and held-out rows.
 
     None where none are needed.
@@ -109,8 +122,8 @@ def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -
     """The loss and the figures worth watching, each summed over the batch's pairs.
 
     logps, reference: (rows, row_len). kl estimates KL(policy || reference) on the answers' tokens:
-    their mean of e^d - 1 - d, d = reference - logps (Schulman 2020, Approximating KL divergence, k3);
-    on text that the policy did not write it is a distance, not the true divergence.
+    their mean of e^d - 1 - d, d = reference - logps (Schulman 2020, Approximating KL divergence,
+    k3); on text that the policy did not write it is a distance, not the true divergence.
     """
     member = membership(batch.unit, batch.units)
     policy = of_answers(logps.flatten(), member)

@@ -59,7 +59,7 @@ class Tuning(Generic[C]):
 
     @cached_property
     def room(self) -> tuple[int, int]:
-        """Segments and keys that a micro-batch may have: one size, so that nothing compiles twice."""
+        """Segments and keys that a micro-batch may have: one size, so nothing compiles twice."""
         sizes = [self.train.room(self.micro_rows)]
         if self.held_out is not None:
             sizes.append(self.held_out.room(self.micro_rows))
@@ -80,7 +80,10 @@ class Tuning(Generic[C]):
         """This process's micro-batches of each step, from the row `position` on."""
         for start in itertools.count(position, self.cfg.batch_rows):
             rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
-            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in parallel.shard(rows)]
+            yield [
+                packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room)
+                for row in parallel.shard(rows)
+            ]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
         """Every held-out row once."""
@@ -102,7 +105,9 @@ class Tuning(Generic[C]):
         return f"{self.cfg.steps} steps of {self.cfg.batch_rows} rows ({epochs:.2f} epochs)"
 
 
-def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
+def open_tuning(
+    cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False
+) -> Tuning[C]:
     """Open the model and the examples, pack them, settle the steps, and say so.
 
     load: reads the examples. group: sequences that belong together, two in a pair of answers.
@@ -124,7 +129,8 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     settle_memory(model, device, parallel.micro_rows(cfg) * train.row_len)
     what = "pairs" if group > 1 else "examples"
     for line in (
-        f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {parallel.devices(device)}",
+        f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on "
+        f"{parallel.devices(device)}",
         f"Data:  {examples.report.line()}",
         f"Rows:  {len(examples.train) // group:,} training {what} in {len(train):,} rows of "
         f"{train.row_len}, {train.real_share:.1%} of the slots real; "
@@ -135,8 +141,10 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     return Tuning(cfg, device, model, tokenizer, train, held_out, notes)
 
 
-def read_examples(cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]) -> Examples:
-    """The examples of a stage; the main process of each machine reads them, the others its cache."""
+def read_examples(
+    cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]
+) -> Examples:
+    """The examples of a stage; one process of each machine reads them, the others its cache."""
     with parallel.main_process_first():
         return load(
             cfg.data,
@@ -153,7 +161,8 @@ def with_lengths(cfg: C, longest: int, group: int) -> C:
     """The options with max_len and row_len settled for a model whose texts end at `longest`."""
     check(
         cfg.max_len <= longest,
-        f"max_len is {cfg.max_len}, but the model's texts end at {longest}; pass --max-len {longest}",
+        f"max_len is {cfg.max_len}, but the model's texts end at {longest}; "
+        f"pass --max-len {longest}",
     )
     max_len = cfg.max_len or min(longest, MAX_LEN)
     row_len = cfg.row_len or max_len * (4 if group > 1 else 1)

@@ -85,7 +85,8 @@ def pretrain(cfg: PretrainConfig) -> int:
     outcome = train_steps(run, steps, loss, validate, softmax.flops_per_token())
 
     def result() -> None:
-        counts = (token_counts(ids, tokenizer.vocab_size) for ids in (data.train[:COUNTED], held_out))
+        texts = (data.train[:COUNTED], held_out)
+        counts = (token_counts(ids, tokenizer.vocab_size) for ids in texts)
         baseline = unigram_perplexity(*counts)
         say_result(run, outcome.monitor, len(held_out), baseline)
         say_sample(run, held_out[: min(32, cfg.seq_len // 2)].tolist())
@@ -161,12 +162,15 @@ def count(targets: Tensor) -> int:
     return int((targets != IGNORED).sum())
 
 
-def say_model_and_text(cfg: PretrainConfig, device: torch.device, data: TokenData, flops_per_token: float) -> None:
+def say_model_and_text(
+    cfg: PretrainConfig, device: torch.device, data: TokenData, flops_per_token: float
+) -> None:
     """The first words: what is trained on what."""
     lines = [
         f"Model: {cfg.preset}, {count_parameters(cfg.model) / 1e6:.1f}M parameters on "
         f"{parallel.devices(device)}, {flops_per_token / 1e9:.3f} GFLOP per token",
-        f"Text:  {cfg.data}, {len(data.train):,} training and {len(data.validation):,} validation tokens",
+        f"Text:  {cfg.data}, {len(data.train):,} training and {len(data.validation):,} validation "
+        "tokens",
     ]
     if device.type == "cpu" and not native.available(torch.empty(0)):
         lines.append(f"CPU kernels: {native.status()}")

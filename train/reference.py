@@ -51,8 +51,9 @@ def reference_logprobs(
 
     batches: this process's share of the n_batches batches that the run uses, as many in each
     process; those with False are another's. They are scored as they come in training and by the
-    same program, which is why gradients stay on: so the first step's rewards are 0. What the file for this model and these rows
-    holds already is not computed again, nor is what another process computes.
+    same program, which is why gradients stay on: so the first step's rewards are 0. What the file
+    for this model and these rows holds already is not computed again, nor is what another process
+    computes.
     """
     file = reference.cache / f"reference-{key_of(reference, rows)}.f32"
     known = read_kept(file, (len(rows), rows.row_len))
@@ -69,7 +70,9 @@ def reference_logprobs(
         real = batch.numbers >= 0
         at = batch.numbers[real].numpy()
         wanted = mine and bool(np.isnan(known[at]).any())
-        if parallel.all_reduce_max(wanted)[0]:  # a sharded model makes its passes in all processes or in none
+        if parallel.all_reduce_max(wanted)[
+            0
+        ]:  # a sharded model makes its passes in all processes or in none
             with parallel.micro_batch(last=False):
                 logps = reference.logprobs(move(batch, reference.device))
             if wanted:
@@ -81,7 +84,8 @@ def reference_logprobs(
         if parallel.is_main_process():
             write_kept(file, known)
     console.print(
-        f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches computed, the rest kept",
+        f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches "
+        "computed, the rest kept",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -50,7 +49,8 @@ def by_hand(tokens: torch.Tensor, k: float) -> torch.Tensor:
         n[i][j] += 1
     share = [sum(n[i][j] for i in range(12)) + 0.1 for j in range(12)]
     p = [s / sum(share) for s in share]
-    return torch.tensor([[math.log(p[j] * (n[i][j] / p[j] + k) / (sum(n[i]) + k)) for j in range(12)] for i in range(12)])
+    rows = [[p[j] * (n[i][j] / p[j] + k) / (sum(n[i]) + k) for j in range(12)] for i in range(12)]
+    return torch.tensor(rows).log()
 
 
 def test_an_untrained_model_is_the_smoothed_bigram_model():
@@ -67,8 +67,10 @@ def test_fewer_channels_do_better_than_single_tokens_and_worse_than_all():
     losses = {}
     for dim in (4, 8, 32):
         embedding, head = bigram_tables(tokens, 12, dim, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(embedding.norm(dim=1), torch.full((12,), dim**0.5), rtol=1e-4, atol=0)
-        losses[dim] = torch.nn.functional.cross_entropy(embedding[tokens[:-1]] @ head.T, tokens[1:]).item()
+        norms = embedding.norm(dim=1)
+        torch.testing.assert_close(norms, torch.full((12,), dim**0.5), rtol=1e-4, atol=0)
+        logits = embedding[tokens[:-1]] @ head.T
+        losses[dim] = torch.nn.functional.cross_entropy(logits, tokens[1:]).item()
     share = torch.bincount(tokens, minlength=12) / len(tokens)
     unigram = -(share * share.log()).sum().item()
     assert losses[32] < losses[8] < losses[4] < unigram
