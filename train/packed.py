@@ -59,7 +59,7 @@ class Tuning(Generic[C]):
 
     @cached_property
     def room(self) -> tuple[int, int]:
-        """Segments and keys that a micro-batch may have: one size, so that nothing compiles twice."""
+        """Segments and keys that a micro-batch may have: one size, so nothing compiles twice."""
         sizes = [self.train.room(self.micro_rows)]
         if self.held_out is not None:
             sizes.append(self.held_out.room(self.micro_rows))
@@ -79,8 +79,10 @@ class Tuning(Generic[C]):
     def steps(self, position: int) -> Iterator[list[PackedBatch]]:
         """This process's micro-batches of each step, from the row `position` on."""
         for start in itertools.count(position, self.cfg.batch_rows):
-            rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
-            yield [packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in parallel.shard(rows)]
+            first_rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
+            yield [
+                packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in parallel.shard(first_rows)
+            ]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
         """Every held-out row once."""
@@ -136,7 +138,10 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
 
 
 def read_examples(cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]) -> Examples:
-    """The examples of a stage; the main process of each machine reads them, the others its cache."""
+    """The examples of a stage.
+
+    The first process of each machine reads them, the others what it has put into the cache.
+    """
     with parallel.main_process_first():
         return load(
             cfg.data,
