@@ -36,7 +36,7 @@ from fastlm import kernels
 from fastlm.config import DpoConfig, Sampling, SftConfig
 from fastlm.evaluation.protocols import window_segments
 from fastlm.evaluation.score import segment_nats
-from fastlm.generate import generate
+from fastlm.inference.generation import generate
 from fastlm.model import Transformer, build, training_flops_per_token
 from fastlm.train.dpo import dpo
 from fastlm.train.sft import sft

@@ -100,7 +100,7 @@ COMMANDS = {
     ),
     "generate": Command(
         "GenerateConfig",
-        "fastlm.generate:write",
+        "fastlm.inference.text:write",
         "continue a prompt with a trained model",
         example="fastlm generate runs/pretrain-demo --prompt TEXT",
         argument="model",
@@ -109,7 +109,7 @@ COMMANDS = {
     ),
     "chat": Command(
         "ChatConfig",
-        "fastlm.chat:chat",
+        "fastlm.inference.chat:chat",
         "talk to a model in the terminal",
         example="fastlm chat runs/sft-demo",
         argument="model",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastlm.config import Sampling
 from fastlm.evaluation.protocols import make
 from fastlm.evaluation.score import segment_nats, summarise
-from fastlm.generate import prompt_ids, write_texts
+from fastlm.inference.text import prompt_ids, write_texts
 from fastlm.interop.open_model import open_model, stop_tokens
 from fastlm.model import Transformer
 from fastlm.runtime import pick_device

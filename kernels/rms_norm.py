@@ -171,6 +171,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises ValueError on a shape that does not fit. Source: Zhang and Sennrich 2019, equation 4.
     """
     _check(x, weight)
+    if native.direct(x):
+        return native.rms_norm(x, None, weight, eps)[0]
     return _rms_norm(x, weight, eps)[0]
 
 
@@ -182,5 +184,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     or dtypes that do not fit.
     """
     _check(x, weight, residual)
+    if native.direct(x):
+        return native.rms_norm(x, residual, weight, eps)[:2]
     y, total, _ = _add_rms_norm(x, residual, weight, eps)
     return y, total

@@ -121,4 +121,6 @@ def rope(
     if positions is not None and positions.shape != q.shape[:2]:
         expected = f"(B, T) = {tuple(q.shape[:2])}"
         raise ValueError(f"rope: positions {tuple(positions.shape)} must be {expected}")
+    if native.direct(q) and k.dtype == q.dtype and cos.dtype == torch.float32:
+        return native.rope(q, k, cos, sin, positions, False)
     return _rope(q, k, cos, sin, positions, False)

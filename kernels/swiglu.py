@@ -99,4 +99,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(
             f"swiglu: gate_up has an odd last dimension, {width}; expected 2F, gate first"
         )
-    return _swiglu(gate_up)
+    return native.swiglu(gate_up) if native.direct(gate_up) else _swiglu(gate_up)

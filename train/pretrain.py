@@ -19,7 +19,7 @@ from fastlm.data.text.manifest import Settings
 from fastlm.data.text.prepare import prepare
 from fastlm.data.text.tokens import TokenData, TokenSource, token_counts, unigram_perplexity
 from fastlm.errors import check
-from fastlm.generate import generate
+from fastlm.inference.generation import generate
 from fastlm.kernels import native
 from fastlm.model import build, count_parameters, training_flops_per_token
 from fastlm.monitor import Monitor, showing_bytes

@@ -126,7 +126,7 @@ def newest_common(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
     step = min(parallel.all_gather(saved["step"]))
     if saved["step"] != step:
         place = checkpoint.place_of(folder / "checkpoints", step)
-        saved = parallel.from_writer(lambda: checkpoint.read_state(place))
+        saved = checkpoint.read_state(place)
     return place, saved, problems
 
 

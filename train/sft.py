@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlm.config import Sampling, SftConfig
 from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.packing import PackedBatch
-from fastlm.generate import generate
+from fastlm.inference.generation import generate
 from fastlm.monitor import Monitor
 from fastlm.runtime import autocast
 from fastlm.train import loop, parallel

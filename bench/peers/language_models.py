@@ -184,7 +184,7 @@ def lm_eval_word(size: str) -> Callable[[], None]:
 
 def our_generate(size: str, rows: int) -> Callable[[], None]:
     from fastlm.config import Sampling
-    from fastlm.generate import generate
+    from fastlm.inference.generation import generate
 
     model, prompts = our_model(size), text(size, rows * PROMPT[size]).view(rows, -1).tolist()
     return lambda: generate(model, prompts, NEW[size], Sampling(temperature=0))

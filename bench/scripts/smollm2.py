@@ -90,7 +90,7 @@ def check_all(folder: Path, text: Path, tokens: int) -> int:
     from fastlm.config import Sampling
     from fastlm.evaluation.protocols import window_segments
     from fastlm.evaluation.score import segment_nats
-    from fastlm.generate import generate
+    from fastlm.inference.generation import generate
     from fastlm.interop.open_model import open_model
 
     ours, tokenizer = open_model(str(folder), CPU)

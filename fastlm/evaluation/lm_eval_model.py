@@ -23,7 +23,7 @@ from fastlm.config import LmEvalConfig, Sampling
 from fastlm.errors import UserError
 from fastlm.evaluation.protocols import Segment, rolling
 from fastlm.evaluation.score import LOGIT_ROWS, Logps, segment_nats, segment_sums
-from fastlm.generate import write_texts
+from fastlm.inference.text import write_texts
 from fastlm.interop.open_model import open_model, stop_tokens
 from fastlm.model import Transformer
 from fastlm.runtime import pick_device

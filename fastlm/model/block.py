@@ -66,7 +66,9 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in self.qkv(x))  # (B, T, heads, Dh)
+        rows, length, _ = x.shape
+        # (B, T, heads, Dh)
+        q, k, v = (z.view(rows, length, -1, self.head_dim) for z in self.qkv(x))
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)

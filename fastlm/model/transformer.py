@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         """The blocks and the last norm: (B, T, D) to (B, T, D)."""
         update, x = embedded, None
         for block in cast(Iterable[Block], self.blocks):
-            if self.checkpoint_activations and self.training:
+            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 update, x = checkpoint(
                     block, update, x, layout, use_reentrant=False, context_fn=keep_attention
                 )

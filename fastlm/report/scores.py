@@ -19,7 +19,7 @@ from fastlm.data.text.documents import read_documents
 from fastlm.errors import UserError
 from fastlm.evaluation.protocols import window_segments
 from fastlm.evaluation.score import logps_of, padded_batch
-from fastlm.generate import write_texts
+from fastlm.inference.text import write_texts
 from fastlm.interop.open_model import open_model, stop_tokens
 from fastlm.tokenizer import Tokenizer
 

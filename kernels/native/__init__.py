@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.kernels.common import as_rows
+from fastlm.kernels.common import as_rows, takes_triton
 from fastlm.kernels.loss_options import LossOptions
 
 try:
@@ -28,6 +28,21 @@ def available(*tensors: Tensor) -> bool:
     """Whether the native kernels take these tensors: all fp32 or all bf16, the module built."""
     dtype = tensors[0].dtype
     return _native is not None and dtype in DTYPES and all(t.dtype == dtype for t in tensors)
+
+
+def inference() -> bool:
+    """Whether there is neither autograd nor a compiler to think of."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def direct(x: Tensor) -> bool:
+    """Whether an op may call its C++ kernel itself, past PyTorch's dispatcher.
+
+    In inference mode, on a CPU: there is no autograd then. Of a written token of SmolLM2-135M the
+    dispatcher would take a tenth.
+    """
+    ours = _native is not None and x.dtype in DTYPES
+    return ours and inference() and not takes_triton(x)
 
 
 def status() -> str:
@@ -74,9 +89,10 @@ def rms_norm(
     rows = as_rows(x)
     w = weight.float().contiguous()
     add = None if residual is None else as_rows(residual)
-    y = _empty(x, *x.shape)
-    rstd = torch.empty(x.shape[:-1])
-    total = x if add is None else torch.empty_like(y)
+    shape = x.shape
+    y = torch.empty(shape, dtype=x.dtype)
+    rstd = torch.empty(shape[:-1])
+    total = x if add is None else torch.empty(shape, dtype=x.dtype)
     _native.rms_norm(
         bf16,
         rows.data_ptr(),
@@ -118,7 +134,6 @@ def rms_norm_backward(
         _address(add),
         0 if add is None else add.stride(0),
         dx.data_ptr(),
-        0,
         dw.data_ptr(),
         len(rows),
         w.numel(),
@@ -236,11 +251,12 @@ def cross_entropy_rows(
 def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T (..., O) of few rows x (..., D), weight (O, D) contiguous, read only once."""
     bf16, threads = _common(x)
-    rows = as_rows(x).contiguous()
+    x = x.contiguous()
     out, dim = weight.shape
-    y = _empty(x, *x.shape[:-1], out)
+    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+    rows = x.numel() // dim
     _native.few_rows_linear(
-        bf16, rows.data_ptr(), len(rows), weight.data_ptr(), dim, y.data_ptr(), out, threads
+        bf16, x.data_ptr(), rows, weight.data_ptr(), dim, y.data_ptr(), out, threads
     )
     return y
 

@@ -146,12 +146,12 @@ NB_MODULE(_native, m) {
                      at<void>(y), at<float>(rstd), rows, dim, eps, threads);
     }, Gil());
     m.def("rms_norm_backward", [](bool is_bf16, Address s, int64_t s_stride, Address w, Address rstd, Address dy,
-                                  int64_t dy_stride, Address dsum, int64_t dsum_stride, Address dx, Address y,
-                                  Address dw, int64_t rows, int64_t dim, int threads) {
+                                  int64_t dy_stride, Address dsum, int64_t dsum_stride, Address dx, Address dw,
+                                  int64_t rows, int64_t dim, int threads) {
         int64_t blocks = std::clamp<int64_t>(rows, 1, 64);
         std::vector<float> partial(blocks * dim);
         ops.rms_norm_backward(is_bf16, at<void>(s), s_stride, at<float>(w), at<float>(rstd), at<void>(dy), dy_stride,
-                              at<void>(dsum), dsum_stride, at<void>(dx), at<void>(y), partial.data(), at<float>(dw),
+                              at<void>(dsum), dsum_stride, at<void>(dx), partial.data(), at<float>(dw),
                               rows, dim, blocks, threads);
     }, Gil());
     m.def("rope", [](bool is_bf16, Address q, Strides q_strides, int64_t q_heads, Address q_out, Address k,

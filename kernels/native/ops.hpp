@@ -42,9 +42,9 @@ namespace fastlm::FASTLM_ISA {
 void rms_norm(bool is_bf16, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
               const float* w, void* sum, void* y, float* rstd, int64_t rows, int64_t dim, float eps, int threads);
 
-// dx (+ dsum), dw, and y again (optional: dsum, y); `partial` is scratch of (blocks, dim)
+// dx (+ dsum) and dw (optional: dsum); `partial` is scratch of (blocks, dim)
 void rms_norm_backward(bool is_bf16, const void* s, int64_t s_stride, const float* w, const float* rstd, const void* dy,
-                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, void* y, float* partial,
+                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, float* partial,
                        float* dw, int64_t rows, int64_t dim, int64_t blocks, int threads);
 
 // rotate q and k by the angle of each token's position, times `sign`; positions (batch, tokens) optional: 0, 1, ...

@@ -35,7 +35,7 @@ void scale_row(const T* x, const float* w, float rstd, T* y, int64_t n, bool str
 
 // With x^ = s * rstd and g = dy * w: dx = rstd * (g - x^ * mean(g * x^)), dw = sum over rows of dy * x^.
 template <typename T>
-void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* dsum, T* dx, T* y, float* dw, int64_t n,
+void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* dsum, T* dx, float* dw, int64_t n,
                   bool streamed) {
     vf dot[4] = {};
     walk(n, [&]<int K>(int64_t i, int64_t lanes) {
@@ -50,7 +50,6 @@ void backward_row(const T* s, const float* w, float rstd, const T* dy, const T* 
             if (dsum) d += load(dsum + j, lanes);
             store(dw + j, load(dw + j, lanes) + g * (v * rstd), lanes);
             store(dx + j, d, lanes, streamed);
-            if (y) store(y + j, v * rstd * scale, lanes);
         }
     });
 }
@@ -77,7 +76,7 @@ void forward(const T* x, int64_t x_stride, const T* residual, int64_t residual_s
 
 template <typename T>
 void backward(const T* s, int64_t s_stride, const float* w, const float* rstd, const T* dy, int64_t dy_stride,
-              const T* dsum, int64_t dsum_stride, T* dx, T* y, float* partial, float* dw, int64_t rows, int64_t dim,
+              const T* dsum, int64_t dsum_stride, T* dx, float* partial, float* dw, int64_t rows, int64_t dim,
               int64_t blocks, [[maybe_unused]] int threads) {
     bool streamed = streams(dx, rows, dim);
     // dw is summed within fixed blocks of rows, then over the blocks in order: the same bits for any number of threads.
@@ -89,7 +88,7 @@ void backward(const T* s, int64_t s_stride, const float* w, const float* rstd, c
             for (int64_t j = 0; j < dim; j++) part[j] = 0.0f;
             for (int64_t i = rows * b / blocks; i < rows * (b + 1) / blocks; i++)
                 backward_row(s + i * s_stride, w, rstd[i], dy + i * dy_stride, dsum ? dsum + i * dsum_stride : nullptr,
-                             dx + i * dim, y ? y + i * dim : nullptr, part, dim, streamed);
+                             dx + i * dim, part, dim, streamed);
         }
         stream_end();
 #pragma omp for schedule(static)
@@ -114,11 +113,11 @@ void rms_norm(bool is_bf16, const void* x, int64_t x_stride, const void* residua
 }
 
 void rms_norm_backward(bool is_bf16, const void* s, int64_t s_stride, const float* w, const float* rstd, const void* dy,
-                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, void* y, float* partial,
+                       int64_t dy_stride, const void* dsum, int64_t dsum_stride, void* dx, float* partial,
                        float* dw, int64_t rows, int64_t dim, int64_t blocks, int threads) {
     auto run = [&]<typename T>(T) {
         backward((const T*)s, s_stride, w, rstd, (const T*)dy, dy_stride, (const T*)dsum, dsum_stride,
-                 (T*)dx, (T*)y, partial, dw, rows, dim, blocks, threads);
+                 (T*)dx, partial, dw, rows, dim, blocks, threads);
     };
     is_bf16 ? run(bf16{}) : run(float{});
 }

@@ -27,12 +27,12 @@ from torch._dynamo.utils import counters
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import fastlm.generate  # noqa: E402
+import fastlm.inference.generation  # noqa: E402
 from fastlm.cli import main  # noqa: E402
 from fastlm.monitor import Monitor  # noqa: E402
 
 # Called once in every training step, after the optimizer; and once for every token written.
-ONCE_A_STEP = ((Monitor, "step"), (fastlm.generate, "read_later"))
+ONCE_A_STEP = ((Monitor, "step"), (fastlm.inference.generation, "read_later"))
 ATTENTION = re.compile("flash|fmha|cudnn")  # in the names of PyTorch's attention kernels
 
 

@@ -18,7 +18,7 @@ from fastlm.cli import main
 from fastlm.config import ModelConfig, Sampling
 from fastlm.data.examples.formats import Message
 from fastlm.data.examples.templates import encode_prompt
-from fastlm.generate import Memory, generate
+from fastlm.inference.generation import PromptCache, generate
 from fastlm.interop.exporting import write_folder
 from fastlm.interop.open_model import chat_template, open_model
 from fastlm.tokenizer import gpt2_json, load_tokenizer
@@ -180,20 +180,25 @@ def test_every_stage_takes_a_folder_as_it_takes_a_run(run, small_text, tmp_path,
 
 
 def test_memory_of_a_dialogue_changes_nothing_but_the_time(monkeypatch):
-    model, memory = randomised(CONFIG), Memory()
+    model, memory = randomised(CONFIG), PromptCache()
     fed: list[int] = []
-    monkeypatch.setattr("fastlm.generate.prefill", spy(fed, "fastlm.generate", "prefill"))
+    monkeypatch.setattr(
+        "fastlm.inference.generation.prefill", spy(fed, "fastlm.inference.generation", "prefill")
+    )
     dialogue = [1, 2, 3]
     for more in ([4, 5], [6], [7, 8, 9], [], list(range(10, 40))):
         dialogue += more
         expected = generate(model, [dialogue], 6, Sampling(temperature=0))[0]
         fed.clear()
-        assert generate(model, [dialogue], 6, Sampling(temperature=0), memory=memory)[0] == expected
+        assert (
+            generate(model, [dialogue], 6, Sampling(temperature=0), prompt_cache=memory)[0]
+            == expected
+        )
         assert len(fed) <= 1
         dialogue += expected[:4]  # as when an answer is cut at a stop text
     changed = [1, 2, 99, *dialogue[3:20]]
     expected = generate(model, [changed], 6, Sampling(temperature=0))
-    assert generate(model, [changed], 6, Sampling(temperature=0), memory=memory) == expected
+    assert generate(model, [changed], 6, Sampling(temperature=0), prompt_cache=memory) == expected
 
 
 def spy(calls: list[int], module: str, name: str):

@@ -18,7 +18,7 @@ from fastlm.config import Sampling
 from fastlm.data.examples.formats import Message
 from fastlm.data.examples.load import load_instructions
 from fastlm.data.examples.templates import render_prompt
-from fastlm.generate import generate
+from fastlm.inference.generation import generate
 from fastlm.interop.open_model import chat_template, open_model
 from fastlm.train import reference
 

@@ -1,4 +1,4 @@
-"""Writing with a cache: against transformers token for token, against the model without a cache; draws against their law."""
+"""Writing with a cache: against transformers, against the model without it; draws and their law."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from helpers.models import randomised
 
 from fastlm.cli import main
 from fastlm.config import ModelConfig, Sampling
-from fastlm.decode import FEW_ROWS, NATIVE, REGISTERED, feed, feed_at, prefill
 from fastlm.errors import UserError
-from fastlm.generate import Memory, TextStream, generate, write_in_graph, write_texts
+from fastlm.inference.cache import feed, feed_at, prefill
+from fastlm.inference.generation import PromptCache, generate, write_in_graph
+from fastlm.inference.sampling import choose, fixed_point_sums, restrict, uniform
+from fastlm.inference.text import TextStream, write_texts
 from fastlm.interop.exporting import write_folder
 from fastlm.interop.open_model import stop_tokens
-from fastlm.sampling import choose, fixed_point_sums, restrict, uniform
+from fastlm.kernels.linear import FEW_ROWS
 from fastlm.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)
-SMALL = ModelConfig(vocab_size=150, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, max_seq_len=260)
+SMALL = ModelConfig(
+    vocab_size=150, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, max_seq_len=260
+)
 SHAPES = {
     "grouped queries, tied": SMALL,
-    "one key head, untied, wide heads": replace(SMALL, n_kv_heads=1, tie_embeddings=False, head_width=20),
+    "one key head, untied, wide heads": replace(
+        SMALL, n_kv_heads=1, tie_embeddings=False, head_width=20
+    ),
     "qwen2, biases": replace(SMALL, qkv_bias=True, n_kv_heads=4),
     "qwen3, norms": replace(SMALL, qk_norm=True, head_width=16, tie_embeddings=False),
 }
@@ -42,12 +48,16 @@ def test_greedy_equals_transformers_token_for_token(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, prompts = randomised(SHAPES[name]), some_prompts(20)
     write_folder(model, {}, 0, tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
     theirs.generation_config.eos_token_id = None
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    expected = theirs.generate(padded, attention_mask=mask, max_new_tokens=200, do_sample=False, pad_token_id=0)[:, longest:]
+    expected = theirs.generate(
+        padded, attention_mask=mask, max_new_tokens=200, do_sample=False, pad_token_id=0
+    )[:, longest:]
     assert generate(model, prompts, 200, GREEDY) == expected.tolist()
     assert generate(model, prompts[:5], 200, GREEDY) == expected[:5].tolist()
     alone = theirs.generate(padded[-1:], max_new_tokens=200, do_sample=False)[0, longest:]
@@ -64,7 +74,11 @@ def test_cached_logits_equal_the_model_without_a_cache():
     for row, prompt in enumerate(prompts):
         whole = model.logits(torch.tensor([[*prompt, *more[row].tolist()]]))[0]
         at = len(prompt) - 1
-        for found, expected in ((first, whole[at]), (second, whole[at + 3]), (third, whole[at + 4])):
+        for found, expected in (
+            (first, whole[at]),
+            (second, whole[at + 3]),
+            (third, whole[at + 4]),
+        ):
             torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -72,11 +86,11 @@ def test_cached_logits_equal_the_model_without_a_cache():
 def test_the_registered_operators_write_the_same_as_the_native_ones(rows, monkeypatch):
     model, prompts = randomised(SHAPES["qwen2, biases"]), some_prompts(5) * 8
     ours = generate(model, prompts[:rows], 20, GREEDY)
-    monkeypatch.setattr("fastlm.decode.NATIVE", REGISTERED)
-    assert NATIVE is not REGISTERED
+    monkeypatch.setattr("fastlm.kernels.native.direct", lambda *tensors: False)
     assert generate(model, prompts[:rows], 20, GREEDY) == ours
 
 
+@torch.inference_mode()
 def prefill_with_zeros(*args):
     """prefill(), whose cache is 0 where nothing is written yet, as on a GPU."""
     cache, logits = prefill(*args)
@@ -85,30 +99,38 @@ def prefill_with_zeros(*args):
     return cache, logits
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_p=0.9), Sampling(min_p=0.05, repetition_penalty=1.3)])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(top_p=0.9), Sampling(min_p=0.05, repetition_penalty=1.3)]
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_steps_that_a_gpu_replays_write_the_same_texts(name, sampling, monkeypatch):
-    """On the CPU, where they run as they are: prompts of unlike lengths, one alone, a dialogue, and beyond the context."""
+    """On the CPU: prompts of unlike lengths, one alone, a dialogue, and beyond the context."""
     model, prompts = randomised(replace(SHAPES[name], max_seq_len=64)), some_prompts(6)
 
     def texts() -> list:
-        memory = Memory()
+        memory = PromptCache()
         stop = {5, 77}
         heard: list[tuple[int, int]] = []
         each = lambda row, token: heard.append((row, token))  # noqa: E731 - never ends a row
         alone = [generate(model, prompts[2:3], n, sampling, seed=n) for n in (1, 2, 3, 90)]
-        turns = [generate(model, [[9, 8]], 12, sampling, stop=stop, memory=memory)]
-        turns.append(generate(model, [[*memory.ids, 3, 4]], 9, sampling, memory=memory))
-        return [generate(model, prompts, 70, sampling, 3, stop, each), heard, alone, turns, memory.ids]
+        turns = [generate(model, [[9, 8]], 12, sampling, stop=stop, prompt_cache=memory)]
+        turns.append(generate(model, [[*memory.ids, 3, 4]], 9, sampling, prompt_cache=memory))
+        return [
+            generate(model, prompts, 70, sampling, 3, stop, each),
+            heard,
+            alone,
+            turns,
+            memory.ids,
+        ]
 
     expected = texts()
-    monkeypatch.setattr("fastlm.generate.write_step_by_step", write_in_graph)
-    monkeypatch.setattr("fastlm.generate.prefill", prefill_with_zeros)
+    monkeypatch.setattr("fastlm.inference.generation.write_step_by_step", write_in_graph)
+    monkeypatch.setattr("fastlm.inference.generation.prefill", prefill_with_zeros)
     assert texts() == expected
 
 
 def test_a_step_that_is_replayed_depends_on_its_tensors_alone():
-    """Its column is read from a tensor: the same function goes on with the next one, and nothing on the host says so."""
+    """Its column is read from a tensor, and nothing on the host tells it to go on."""
     model = randomised(SMALL)
     prompts = some_prompts(3)
     cache, _ = prefill_with_zeros(model, prompts, 40)
@@ -124,7 +146,9 @@ def test_a_step_that_is_replayed_depends_on_its_tensors_alone():
 
 
 def test_sums_in_fixed_point_do_not_depend_on_the_order_of_additions():
-    x = torch.rand(2, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    x = torch.rand(
+        2, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).softmax(-1)
     torch.testing.assert_close(fixed_point_sums(x), x.cumsum(-1), rtol=0, atol=5000 * 2.0**-40)
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(1))
     assert torch.equal(fixed_point_sums(x[:, order])[:, -1], fixed_point_sums(x)[:, -1])
@@ -147,15 +171,23 @@ def test_beyond_its_context_the_model_goes_on_from_the_last_half():
             start = end - 8
         assert text[end] == model.logits(torch.tensor([text[start:end]]))[0, -1].argmax()
     long = some_prompts(15)[-1]
-    assert generate(model, [long], 1, GREEDY)[0] == [int(model.logits(torch.tensor([long[-16:]]))[0, -1].argmax())]
+    assert generate(model, [long], 1, GREEDY)[0] == [
+        int(model.logits(torch.tensor([long[-16:]]))[0, -1].argmax())
+    ]
 
 
 def test_a_text_depends_on_its_seed_and_not_on_its_neighbours():
-    model, prompts, sampling = randomised(SMALL), some_prompts(4), Sampling(temperature=1.0, top_p=0.9)
+    model, prompts, sampling = (
+        randomised(SMALL),
+        some_prompts(4),
+        Sampling(temperature=1.0, top_p=0.9),
+    )
     texts = generate(model, prompts, 20, sampling, seed=7)
     assert texts == generate(model, prompts, 20, sampling, seed=7)
     assert texts != generate(model, prompts, 20, sampling, seed=8)
-    assert [generate(model, [p], 20, sampling, seed=7 + i)[0] for i, p in enumerate(prompts)] == texts
+    assert [
+        generate(model, [p], 20, sampling, seed=7 + i)[0] for i, p in enumerate(prompts)
+    ] == texts
 
 
 def test_rows_end_at_a_stop_token_or_where_they_are_told():
@@ -215,7 +247,9 @@ def test_draws_follow_the_law(name):
     counts = np.bincount(choose(logits, LAWS[name], uniform(generators)[0]).numpy(), minlength=8)
     assert (counts[law == 0] == 0).all()
     expected = 4000 * law[law > 0]
-    assert ((counts[law > 0] - expected) ** 2 / expected).sum() < 26  # chi-squared of 7 degrees: above it 5 times in 10,000
+    assert (
+        (counts[law > 0] - expected) ** 2 / expected
+    ).sum() < 26  # chi-squared of 7 degrees: above it 5 times in 10,000
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +297,22 @@ def test_texts_of_a_batch_equal_decoding_the_ids(tokenizer):
         pieces[row] += text
 
     texts = write_texts(model, tokenizer, prompts, 25, Sampling(), 3, show=show)
-    assert texts == [tokenizer.decode(p + i)[len(tokenizer.decode(p)) :] for p, i in zip(prompts, ids, strict=True)]
+    assert texts == [
+        tokenizer.decode(p + i)[len(tokenizer.decode(p)) :]
+        for p, i in zip(prompts, ids, strict=True)
+    ]
     assert list(pieces.values()) == texts
 
 
 @pytest.fixture(scope="module")
 def folder(small_tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("model") / "exported"
-    write_folder(randomised(replace(SMALL, vocab_size=384)), {"tokenizer.json": small_tokenizer.read_text("utf-8")}, 0, place)
+    write_folder(
+        randomised(replace(SMALL, vocab_size=384)),
+        {"tokenizer.json": small_tokenizer.read_text("utf-8")},
+        0,
+        place,
+    )
     return place
 
 
@@ -279,15 +321,37 @@ def test_the_command_writes_one_prompt_or_several(folder, tokenizer, capsys):
     assert main(["generate", str(folder), "--prompt", "def f", *options]) == 0
     one = capsys.readouterr().out
     assert one.startswith("def f")
-    assert main(["generate", str(folder), "--prompt", "def f", "--prompt", "while ", *options, "--json"]) == 0
+    assert (
+        main(
+            ["generate", str(folder), "--prompt", "def f", "--prompt", "while ", *options, "--json"]
+        )
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)
     assert [row["prompt"] for row in rows] == ["def f", "while "]
     assert one == "def f" + rows[0]["text"] + "\n"
     assert main(["generate", str(folder), "--prompt", "def f", "--prompt", "while ", *options]) == 0
     assert capsys.readouterr().out == f"{one}\nwhile {rows[1]['text']}\n"
     stop = rows[0]["text"][3:5]
-    assert main(["generate", str(folder), "--prompt", "def f", *options, "--stop", stop, "--stop", "never"]) == 0
-    assert capsys.readouterr().out == "def f" + rows[0]["text"][: rows[0]["text"].index(stop)] + "\n"
+    assert (
+        main(
+            [
+                "generate",
+                str(folder),
+                "--prompt",
+                "def f",
+                *options,
+                "--stop",
+                stop,
+                "--stop",
+                "never",
+            ]
+        )
+        == 0
+    )
+    assert (
+        capsys.readouterr().out == "def f" + rows[0]["text"][: rows[0]["text"].index(stop)] + "\n"
+    )
 
 
 def test_a_folder_names_its_own_stop_tokens(folder, tokenizer, tmp_path):

@@ -9,19 +9,24 @@ from torch import Tensor
 
 from fastlm.config import Sampling
 
-FEW = 256  # the nucleus is nearly always among so many tokens: sorting these is 100 times cheaper than the vocabulary
+# The nucleus is nearly always among so many tokens: sorting these is 100 times cheaper than the
+# vocabulary.
+FEW = 256
 
 
 def restrict(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tensor:
     """Logits (B, V) of the distribution to draw from; -inf where a token is excluded.
 
-    In this order: the logits of seen tokens (B, V) bool are divided by repetition_penalty where positive and multiplied
-    where negative (Keskar et al. 2019); all are divided by the temperature; top_k keeps so many of the likeliest; top_p
-    the smallest set that reaches this probability (Holtzman et al. 2020); min_p those at least this share as likely as
-    the likeliest (Nguyen et al. 2024). The likeliest token always stays. temperature 0 is left to choose().
+    In this order: the logits of seen tokens (B, V) bool are divided by repetition_penalty where
+    positive and multiplied where negative (Keskar et al. 2019); all are divided by the temperature;
+    top_k keeps so many of the likeliest; top_p the smallest set that reaches this probability
+    (Holtzman et al. 2020); min_p those at least this share as likely as the likeliest (Nguyen et
+    al. 2024). The likeliest token always stays. temperature 0 is left to choose().
     """
     if s.repetition_penalty != 1 and seen is not None:
-        penalised = torch.where(logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty)
+        penalised = torch.where(
+            logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty
+        )
         logits = torch.where(seen, penalised, logits)
     if s.temperature == 0:
         return logits
@@ -31,7 +36,9 @@ def restrict(logits: Tensor, s: Sampling, seen: Tensor | None = None) -> Tensor:
     if s.top_p < 1:
         logits = logits.masked_fill(logits < least_of_nucleus(logits, s.top_p), -torch.inf)
     if s.min_p > 0:
-        logits = logits.masked_fill(logits.softmax(-1) < s.min_p * logits.softmax(-1).amax(-1, keepdim=True), -torch.inf)
+        logits = logits.masked_fill(
+            logits.softmax(-1) < s.min_p * logits.softmax(-1).amax(-1, keepdim=True), -torch.inf
+        )
     return logits
 
 
@@ -49,7 +56,7 @@ def fixed_point_sums(x: Tensor) -> Tensor:
 
 
 def least_of_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The smallest logit (B, 1) of each row's nucleus: the likeliest tokens whose probability reaches top_p."""
+    """The smallest logit (B, 1) of each row's nucleus: the likeliest that reach top_p together."""
     total = logits.logsumexp(-1, keepdim=True)
     everything = logits.shape[-1]
     # whether a few suffice could be seen on a GPU only by waiting for it
@@ -73,7 +80,7 @@ def uniform(generators: Sequence[torch.Generator], n: int = 1) -> Tensor:
 
 
 def choose(logits: Tensor, s: Sampling, draws: Tensor | None, seen: Tensor | None = None) -> Tensor:
-    """One token a row, (B,) int64, of logits (B, V): the likeliest at temperature 0, else one drawn.
+    """One token a row, (B,) int64, of logits (B, V): the likeliest at temperature 0, else a draw.
 
     draws: (B, 1) of uniform(), each of which falls on a token of the cumulative distribution. On a
     GPU the host waits for nothing.

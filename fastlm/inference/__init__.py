@@ -1,0 +1,1 @@
+"""Writing with a model: sampling, a cache of keys and values, generation, text, chat."""
