@@ -152,10 +152,14 @@ def flash_attention() -> str:
     """Which FlashAttention PyTorch's operators run."""
     from torch.nn.attention import current_flash_attention_impl
 
-    return {"FA3": "FlashAttention 3", "FA4": "FlashAttention 4"}.get(current_flash_attention_impl() or "", "FlashAttention 2")
+    return {"FA3": "FlashAttention 3", "FA4": "FlashAttention 4"}.get(
+        current_flash_attention_impl() or "", "FlashAttention 2"
+    )
 
 
-def sdpa_kernel(device: torch.device, dtype: torch.dtype, config: ModelConfig, grouped: bool, mask: bool = False) -> str:
+def sdpa_kernel(
+    device: torch.device, dtype: torch.dtype, config: ModelConfig, grouped: bool, mask: bool = False
+) -> str:
     """The kernel that SDPA takes for the model's causal rows: asked of PyTorch itself.
 
     grouped: whether keys and values come as they are, or repeated.

@@ -1,18 +1,25 @@
-"""Embedding and head from the text's own statistics: a model that starts as the best low-rank bigram model.
+"""Embedding and head from the text's own statistics.
 
-With n(i, j) the count of token j right after token i, n(i) = sum_j n(i, j) and p(j) the share of j in the text,
+A model that starts as the best low-rank bigram model.
+
+With n(i, j) the count of token j right after token i, n(i) = sum_j n(i, j) and p(j) the share of j
+in the text,
 
     log p(j | i)  =  log p(j)  +  M_ij,      M_ij = log( (n(i, j) / p(j) + k) / (n(i) + k) )
 
-the pointwise mutual information of i and j, shrunk towards 0 by k pseudo-counts drawn from p. The truncated singular
-value decomposition of M, rows and columns weighted by sqrt(p), gives M ~ U V^T of rank dim - 2 (Levy and Goldberg 2014
-factor the same matrix). Two channels are left: one that is c in every embedding and carries log p(j) in the head, and one
-that gives every embedding the norm sqrt(dim), which RMSNorm then leaves alone:
+the pointwise mutual information of i and j, shrunk towards 0 by k pseudo-counts drawn from p. The
+truncated singular value decomposition of M, rows and columns weighted by sqrt(p), gives M ~ U V^T
+of rank dim - 2 (Levy and Goldberg 2014 factor the same matrix). Two channels are left: one that is
+c in every embedding and carries log p(j) in the head, and one that gives every embedding the norm
+sqrt(dim), which RMSNorm then leaves alone:
 
-    embedding_i = [c, rest of the norm, U_i],   head_j = [log p(j) / c, 0, V_j],   head_j . RMSNorm(embedding_i) ~ log p(j | i)
+    embedding_i = [c, rest of the norm, U_i]
+    head_j = [log p(j) / c, 0, V_j]
+    head_j . RMSNorm(embedding_i) ~ log p(j | i)
 
-Only the `frequent` most frequent tokens have a row in M; the others start with p alone. Counting takes a second, the
-decomposition a few (two cores). Give at most MOST tokens: more do not change the frequent ones' statistics.
+Only the `frequent` most frequent tokens have a row in M; the others start with p alone. Counting
+takes a second, the decomposition a few (two cores). Give at most MOST tokens: more do not change
+the frequent ones' statistics.
 """
 
 from __future__ import annotations
@@ -26,13 +33,23 @@ MOST = 20_000_000
 
 
 def bigram_tables(
-    tokens: Tensor, vocab_size: int, dim: int, generator: torch.Generator, frequent: int = FREQUENT, k: float = PSEUDO_COUNTS
+    tokens: Tensor,
+    vocab_size: int,
+    dim: int,
+    generator: torch.Generator,
+    frequent: int = FREQUENT,
+    k: float = PSEUDO_COUNTS,
 ) -> tuple[Tensor, Tensor]:
-    """Embedding and head, (vocab_size, dim) each, fp32, of the text tokens (n,) int64; dim is at least 4."""
+    """Embedding and head, (vocab_size, dim) each, fp32, of the text tokens (n,) int64.
+
+    Dim is at least 4.
+    """
     counts = torch.bincount(tokens, minlength=vocab_size).double() + 0.1
     log_p = (counts / counts.sum()).log().float()
     top = counts.argsort(descending=True, stable=True)[:frequent]
-    u, v = factors(pointwise_information(tokens, top, vocab_size, k), counts[top].float(), dim - 2, generator)
+    u, v = factors(
+        pointwise_information(tokens, top, vocab_size, k), counts[top].float(), dim - 2, generator
+    )
 
     c = 0.3 * dim**0.5
     room = (dim - c * c) ** 0.5  # what is left of the norm sqrt(dim)
@@ -60,11 +77,14 @@ def pointwise_information(tokens: Tensor, top: Tensor, vocab_size: int, k: float
     return ((n / p + k) / (n.sum(1, keepdim=True) + k)).log()
 
 
-def factors(matrix: Tensor, weights: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def factors(
+    matrix: Tensor, weights: Tensor, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """U (m, r), V (m, r), r = min(rank, m), with U V^T near the matrix where the weights are large.
 
-    Randomised singular value decomposition with two power iterations (Halko, Martinsson and Tropp 2011, algorithm 5.1);
-    the singular values are shared evenly and a random rotation spreads them over the channels.
+    Randomised singular value decomposition with two power iterations (Halko, Martinsson and Tropp
+    2011, algorithm 5.1); the singular values are shared evenly and a random rotation spreads them
+    over the channels.
     """
     m, r = len(matrix), min(rank, len(matrix))
     w = (weights / weights.sum()).sqrt()[:, None]

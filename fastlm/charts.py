@@ -16,10 +16,14 @@ FONT = 'font-family="sans-serif" font-size="11"'
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {FONT} {more}>{escape(words)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {FONT} {more}>{escape(words)}</text>'
+    )
 
 
-def line(x1: float, y1: float, x2: float, y2: float, colour: str = "#dddddd", width: float = 1) -> str:
+def line(
+    x1: float, y1: float, x2: float, y2: float, colour: str = "#dddddd", width: float = 1
+) -> str:
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
 
@@ -63,7 +67,9 @@ def dots(title: str, rows: list[Row]) -> str:
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     left, right, top, step = 20 + 6.2 * max(len(f"{c}, {u}") for c, u in cases), 20.0, 58.0, 16.0
     width, height = left + 460 + right, top + step * len(cases) + 34
-    marks = ticks(min(1, *(r["ratio"]["q10"] for r in rows)), max(1, *(r["ratio"]["q90"] for r in rows)))
+    marks = ticks(
+        min(1, *(r["ratio"]["q10"] for r in rows)), max(1, *(r["ratio"]["q90"] for r in rows))
+    )
     span = math.log(marks[-1] / marks[0]) or 1.0
 
     def at(value: float) -> float:
@@ -79,7 +85,9 @@ def dots(title: str, rows: list[Row]) -> str:
     ]
     parts += legend(peers, 38)
     for mark in marks:
-        parts += [line(at(mark), top - 6, at(mark), height - 28, "#444444" if mark == 1 else "#dddddd")]
+        parts += [
+            line(at(mark), top - 6, at(mark), height - 28, "#444444" if mark == 1 else "#dddddd")
+        ]
         parts += [text(at(mark), height - 14, f"{mark:g}", "middle")]
     for i, (case, unit) in enumerate(cases):
         y = top + step * i + 6
@@ -88,7 +96,9 @@ def dots(title: str, rows: list[Row]) -> str:
             if (row["case"], row["unit"]) == (case, unit):
                 colour, r = COLOURS[peers.index(row["peer"]) % len(COLOURS)], row["ratio"]
                 parts.append(line(at(r["q10"]), y, at(r["q90"]), y, colour, 2))
-                parts.append(f'<circle cx="{at(r["median"]):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+                parts.append(
+                    f'<circle cx="{at(r["median"]):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+                )
     return svg(width, height, title, parts)
 
 
@@ -107,7 +117,9 @@ def curves(axis: str, rows: list[Row]) -> str:
 
     def point(row: Row) -> tuple[float, float]:
         x = left + wide * math.log(row["at"] / low) / (math.log(high / low) or 1.0)
-        return x, top + tall * (1 - math.log(row["median"] / marks[0]) / (math.log(marks[-1] / marks[0]) or 1.0))
+        return x, top + tall * (
+            1 - math.log(row["median"] / marks[0]) / (math.log(marks[-1] / marks[0]) or 1.0)
+        )
 
     parts = [text(20, 18, f"{unit} by {axis}", more='font-weight="bold"'), *legend(peers, 38)]
     for mark in marks:
@@ -121,6 +133,8 @@ def curves(axis: str, rows: list[Row]) -> str:
         points = [point(row) for row in sorted(rows, key=lambda r: r["at"]) if row["peer"] == peer]
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        )
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
     return svg(left + wide + 30, top + tall + 48, f"{unit} by {axis}", parts)

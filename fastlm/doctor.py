@@ -23,7 +23,7 @@ OPTIONAL = {
     "flash-attn": "attention on sm_80 to sm_89, and on AMD GPUs",
     "flash-attn-3": "attention of packed documents on sm_90",
     "flash-attn-4": "attention of packed documents on sm_100, and on sm_90 without flash-attn-3",
-    "xformers": "attention by name only: packed documents wait for the GPU twice a layer and cannot be compiled",
+    "xformers": "by name only: packed documents wait for the GPU in every layer, uncompiled",
     "transformers": "models other than Llama's family",
     "tensorboard": "--tensorboard",
     "lm-eval": "its tasks with a fastlm model",

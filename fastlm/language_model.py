@@ -38,7 +38,9 @@ class LanguageModel:
         """
         ids = prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size)
         sampling = Sampling(temperature=temperature, top_p=top_p)
-        (text,) = write_texts(self.model, self.tokenizer, [ids], tokens, sampling, seed, self.stop_ids, stop)
+        (text,) = write_texts(
+            self.model, self.tokenizer, [ids], tokens, sampling, seed, self.stop_ids, stop
+        )
         return text
 
     def perplexity(self, text: str) -> float:
@@ -55,8 +57,8 @@ class LanguageModel:
 def load(place: str, device: str = "auto", tokenizer: str = "") -> LanguageModel:
     """The model of a run, a checkpoint or a Hugging Face folder of the Llama family.
 
-    device: auto (cuda when there is one), cpu, cuda or cuda:N. tokenizer: gpt2 or a tokenizer.json, where
-    it is not the model's own. Raises UserError where nothing can be loaded.
+    device: auto (cuda when there is one), cpu, cuda or cuda:N. tokenizer: gpt2 or a tokenizer.json,
+    where it is not the model's own. Raises UserError where nothing can be loaded.
     """
     model, found = open_model(place, pick_device(device), tokenizer)
     return LanguageModel(model, found, frozenset(stop_tokens(place, found)))

@@ -171,7 +171,9 @@ class Monitor:
             disable=not console.is_terminal,
         )
         warming_up = "compiling and warming up"
-        self.task = self.progress.add_task("step", total=steps, completed=self.start, text=warming_up)
+        self.task = self.progress.add_task(
+            "step", total=steps, completed=self.start, text=warming_up
+        )
         self.progress.start()
 
     def step(
@@ -232,7 +234,9 @@ class Monitor:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as e:
-            raise UserError(f"could not write {self.path}: {e.strerror}; free some space, then --resume") from None
+            raise UserError(
+                f"could not write {self.path}: {e.strerror}; free some space, then --resume"
+            ) from None
         if self.events is not None:
             for name, value in row.items():
                 if name != "step" and isinstance(value, float | int):
@@ -263,7 +267,9 @@ class Monitor:
             left = "first step"
             if timed:
                 left = f"{(now - self.begin) / timed * (self.steps - step):.0f} s left"
-            self.console.print(f"step {step}/{self.steps}  {text}  {left}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"step {step}/{self.steps}  {text}  {left}", highlight=False, soft_wrap=True
+            )
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (a validation, a checkpoint) out of the speed."""
@@ -277,7 +283,9 @@ class Monitor:
         self.validations.append(means)
         self.write({"step": done} | {f"validation_{name}": value for name, value in means.items()})
         text = ", ".join(f"{name} {means[name]:.4f}" for name in means if name in SHOWN)
-        self.console.print(f"step {done}/{self.steps}  validation {text}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"step {done}/{self.steps}  validation {text}", highlight=False, soft_wrap=True
+        )
 
     def __enter__(self) -> Monitor:
         return self
@@ -345,5 +353,7 @@ def tensorboard_writer(run: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard; pip install 'fastlm[tensorboard]'") from None
+        raise UserError(
+            "--tensorboard needs the package tensorboard; pip install 'fastlm[tensorboard]'"
+        ) from None
     return SummaryWriter(str(run / "tensorboard"))

@@ -1,10 +1,14 @@
-"""A checkpoint in parts: each process writes what it holds, any number of processes reads it (torch.distributed.checkpoint).
+"""A checkpoint in parts: each process writes what it holds, any number of processes reads it.
 
-    step-000150/shard-00001-model-00001-of-00001.safetensors     what the first process holds, and so on
-                state.json                                       as in a checkpoint of one process
+Written and read by torch.distributed.checkpoint:
 
-A part is a safetensors file that says in its header where in the whole tensors its own lie. Nothing is pickled. A tensor that
-several processes hold is written by one of them. Reading needs no other process.
+    step-000150/
+      shard-00001-model-00001-of-00001.safetensors     what the first process holds, and so on
+      state.json                                       as in a checkpoint of one process
+
+A part is a safetensors file that says in its header where in the whole tensors its own lie. Nothing
+is pickled. A tensor that several processes hold is written by one of them. Reading needs no other
+process.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +42,8 @@ def are_parts(names: Iterable[str]) -> bool:
 
 
 def begin_to_write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future:
-    """Copy the tensors and write this process's part of them into the folder, while the caller goes on.
+    """Copy the tensors and write this process's part of them into the folder, while the caller goes
+    on.
 
     group: a process group on CPUs that nothing else uses meanwhile; its processes all call this.
     """
@@ -50,7 +55,10 @@ def begin_to_write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Futu
 
 
 def read_metadata(folder: Path) -> dict[str, torch.Size]:
-    """The shapes of the tensors of which the folder holds parts; OSError or SafetensorError where it cannot be read."""
+    """The shapes of the tensors of which the folder holds parts.
+
+    OSError or SafetensorError where it cannot be read.
+    """
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -58,7 +66,10 @@ def read_metadata(folder: Path) -> dict[str, torch.Size]:
 
 
 def read(folder: Path, wanted: dict[str, Tensor]) -> None:
-    """Fill these tensors, whole or sharded; OSError or SafetensorError where a part cannot be read."""
+    """Fill these tensors, whole or sharded.
+
+    Raises OSError or SafetensorError where a part cannot be read.
+    """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
     with warnings.catch_warnings():
@@ -69,8 +80,11 @@ def read(folder: Path, wanted: dict[str, Tensor]) -> None:
 def copy_whole(into: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
     if hasattr(into, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
         # each process has the whole tensor, and nothing needs to be sent
-        whole = distribute_tensor(whole.to(into.device), into.device_mesh, into.placements, src_data_rank=None)  # type: ignore[attr-defined]
+        sharded = cast(DTensor, into)
+        whole = distribute_tensor(
+            whole.to(into.device), sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
     into.copy_(whole)

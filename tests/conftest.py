@@ -20,7 +20,9 @@ VOCAB = 384
 def small_text(tmp_path_factory) -> Path:
     """About 200 kB of real text that every machine has."""
     path = tmp_path_factory.mktemp("text") / "source.txt"
-    path.write_text(inspect.getsource(argparse) + "\n\n" + inspect.getsource(tarfile), encoding="utf-8")
+    path.write_text(
+        inspect.getsource(argparse) + "\n\n" + inspect.getsource(tarfile), encoding="utf-8"
+    )
     return path
 
 

@@ -1,9 +1,10 @@
-"""Does a test fail when a kernel is wrong? Plants one fault at a time in a copy of the project and runs the kernel tests there.
+"""Does a test fail when a kernel is wrong? Plants one fault at a time in a copy of the project and
+runs the kernel tests there.
 
     python tests/mutate.py [--only NAME] [--jobs 2]
 
-Each fault is one textual change of one kernel file, which must match exactly once. A fault that no test notices survives;
-the run fails when more than one in 20 does.
+Each fault is one textual change of one kernel file, which must match exactly once. A fault that no
+test notices survives; the run fails when more than one in 20 does.
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RMS, ROPE, SWI, CE, UPD = (f"triton/{name}" for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "updates"))
-HEAD, LIN, NORM, LINEAR, EMB = "head_chunks", "linear_cross_entropy", "rms_norm", "linear", "embedding"
+RMS, ROPE, SWI, CE, UPD = (
+    f"triton/{name}" for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "updates")
+)
+HEAD, LIN, NORM, LINEAR, EMB = (
+    "head_chunks",
+    "linear_cross_entropy",
+    "rms_norm",
+    "linear",
+    "embedding",
+)
 
 # (file, fault, the code, what it becomes)
 FAULTS = [
@@ -93,12 +102,14 @@ FAULTS = [
 ]  # fmt: skip
 TESTS = {HEAD: LIN, LINEAR: "registration"}  # of the others: the test of their name
 
-# pytest on the copy: an editable installation's finder, which comes before the folder one is in, would give the project itself
+# pytest on the copy: an editable installation's finder, which comes before the folder one is in,
+# would give the project itself
 RUN = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 import os, fastlm, pytest
-sys.exit(pytest.main(sys.argv[1:]) if os.path.samefile(os.path.dirname(fastlm.__file__), "fastlm") else 3)
+the_copy = os.path.samefile(os.path.dirname(fastlm.__file__), "fastlm")
+sys.exit(pytest.main(sys.argv[1:]) if the_copy else 3)
 """
 
 
@@ -110,19 +121,28 @@ def survives(fault: tuple[str, str, str, str]) -> bool:
         for part in ("fastlm", "kernels", "tests", "conftest.py", "pyproject.toml"):
             source, target = ROOT / part, copy / part
             if source.is_dir():
-                shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+                shutil.copytree(
+                    source,
+                    target,
+                    symlinks=True,
+                    ignore=shutil.ignore_patterns("__pycache__", "*.so"),
+                )
             else:
                 shutil.copy(source, target)
         (copy / "train").mkdir()
         path = copy / "kernels" / f"{file}.py"
         text = path.read_text()
-        assert text.count(code) == 1, f"{file}, {name}: the code is there {text.count(code)} times, expected once"
+        assert text.count(code) == 1, (
+            f"{file}, {name}: the code is there {text.count(code)} times, expected once"
+        )
         path.write_text(text.replace(code, wrong))
         own = TESTS.get(file, file.removeprefix("triton/"))
         tests = [f"tests/kernels/test_{name}.py" for name in ("large", own)]
         command = [sys.executable, "-c", RUN, "-x", "-q", "-p", "no:cacheprovider", *tests]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+        )
         # 1: tests failed; below 0: the interpreter crashed, on an access out of bounds
         assert done.returncode <= 1, f"{file}, {name}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     print(f"{'SURVIVES' if done.returncode == 0 else 'killed'}: {file}: {name}", flush=True)

@@ -41,7 +41,11 @@ def test_every_file_that_the_walk_names_exists():
 def test_every_file_of_the_picture_exists():
     named = re.findall(r">((?:\w+/)+(?:\w+\.py)?)<", PICTURE)
     assert len(named) > 12
-    missing = [path for path in named if not (ROOT / path).exists() and not (ROOT / "fastlm" / path).exists()]
+    missing = [
+        path
+        for path in named
+        if not (ROOT / path).exists() and not (ROOT / "fastlm" / path).exists()
+    ]
     assert missing == []
 
 

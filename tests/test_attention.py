@@ -18,7 +18,9 @@ from fastlm.kernels.attention import Documents, attention, pick, prepare, torch_
 from fastlm.kernels.packed_documents import packed_documents
 
 
-def brute_force(q: Tensor, k: Tensor, v: Tensor, document: Tensor, prompt: Tensor | None = None) -> Tensor:
+def brute_force(
+    q: Tensor, k: Tensor, v: Tensor, document: Tensor, prompt: Tensor | None = None
+) -> Tensor:
     """Every pair of tokens in float64: q (B, T, H, D), document (B*T,) names each token's document.
 
     prompt (B*T,): the document whose tokens each token sees beside its own document's (-1: none).
@@ -36,7 +38,9 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, document: Tensor, prompt: Tenso
     return (scores.softmax(-1) @ v).transpose(0, 1).reshape(b, t, heads, d)
 
 
-def inputs(b: int, t: int, heads: int, kv_heads: int, d: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(
+    b: int, t: int, heads: int, kv_heads: int, d: int = 16, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(t)
     shapes = [(b, t, heads, d), (b, t, kv_heads, d), (b, t, kv_heads, d)]
     return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
@@ -49,10 +53,11 @@ def documents(lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def tree() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """32 tokens: a prompt of 5 with answers of 4 and 7, one of 1 with 2 and 3, a document of 6, padding of 4.
+    """32 tokens: a prompt of 5 with answers of 4 and 7, one of 1 with 2 and 3, a document of 6,
+    padding of 4.
 
-    cu_seqlens, sharing, and for brute_force() each token's document and its prompt. The last boundary is repeated and there
-    are more keys than are seen, as in batches.
+    cu_seqlens, sharing, and for brute_force() each token's document and its prompt. The last
+    boundary is repeated and there are more keys than are seen, as in batches.
     """
     lengths, prompts = [5, 4, 7, 1, 2, 3, 6, 4], [-1, 0, 0, -1, 3, 3, -1, -1]
     cu_seqlens, document = documents(lengths)
@@ -66,7 +71,7 @@ def tree() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
 
 
 def places_of(keys: list[int], tokens: int, unseen: int) -> Tensor:
-    """Where each token stands among the keys but the last ones, (tokens, most); else at the last."""
+    """Where each token stands among the keys but the last, (tokens, most); else at the last."""
     seen = keys[: len(keys) - unseen]
     found = [[place for place, key in enumerate(seen) if key == token] for token in range(tokens)]
     most = max(map(len, found))
@@ -110,7 +115,9 @@ def test_packed_documents_equal_brute_force_with_every_gradient(name, heads, kv_
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_answers_that_share_a_prompt_equal_brute_force_with_every_gradient(rows, heads, kv_heads, backend):
+def test_answers_that_share_a_prompt_equal_brute_force_with_every_gradient(
+    rows, heads, kv_heads, backend
+):
     cu_seqlens, sharing, document, prompt = tree()
     packed = Documents(cu_seqlens, 12, sharing)
     q, k, v = inputs(rows, 32 // rows, heads, kv_heads)
@@ -154,7 +161,9 @@ def test_packed_operator_passes_opcheck():
     q, k, v = (x[0] for x in inputs(1, 9, 4, 2))
     torch.library.opcheck(packed_documents, (q, k, v, documents([4, 5])[0], documents([4, 5])[0]))
     q, k, v = (x[0] for x in inputs(1, 9, 4, 2))
-    torch.library.opcheck(packed_documents, (q[:5], k, v, documents([2, 3])[0], documents([2, 7])[0]))
+    torch.library.opcheck(
+        packed_documents, (q[:5], k, v, documents([2, 3])[0], documents([2, 7])[0])
+    )
 
 
 def test_the_operator_that_comes_with_pytorch_is_called_as_published(monkeypatch):
@@ -166,7 +175,9 @@ def test_the_operator_that_comes_with_pytorch_is_called_as_published(monkeypatch
 
     def varlen_attn(*args, **options):
         asked = signature.bind(*args, **options).arguments
-        calls.append({name: asked.get(name) for name in ("max_q", "max_k", "window_size", "enable_gqa")})
+        calls.append(
+            {name: asked.get(name) for name in ("max_q", "max_k", "window_size", "enable_gqa")}
+        )
         return packed_documents(*args[:5])[0]
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
@@ -178,11 +189,16 @@ def test_the_operator_that_comes_with_pytorch_is_called_as_published(monkeypatch
     grouped = True if "enable_gqa" in signature.parameters else None
     causal = {"window_size": (-1, 0), "enable_gqa": grouped}
     assert calls == [{"max_q": 8, "max_k": 8} | causal, {"max_q": 32, "max_k": 32} | causal]
-    torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6
+    )
 
 
 class Recorder(types.ModuleType):
-    """Stands in for a package that needs a GPU: notes each call and answers with PyTorch's own attention."""
+    """Stands in for a package that needs a GPU.
+
+    Notes each call and answers with PyTorch's own attention.
+    """
 
     def __init__(self, name: str, calls: list):
         super().__init__(name)
@@ -193,12 +209,24 @@ def fake_flash(calls: list) -> types.ModuleType:
     flash = Recorder("flash_attn", calls)
 
     # the published signatures, flash-attn 2
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), **rest):
+    def flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), **rest
+    ):
         calls.append(("rows", causal))
         return torch_rows(q, k, v)
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, **rest
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        **rest,
     ):
         calls.append(("packed", causal, max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k))
         return packed_documents(q, k, v, cu_seqlens_q, cu_seqlens_k)[0]
@@ -216,22 +244,33 @@ def test_flash_attn_is_called_as_published(monkeypatch):
     packed = attention(q, k, v, Documents(cu_seqlens, 8), backend="flash")
     check_sharing("flash")
     assert calls == [("rows", True), ("packed", True, 8, 8, True), ("packed", True, 32, 32, False)]
-    torch.testing.assert_close(rows.double(), brute_force(q, k, v, torch.arange(2).repeat_interleave(8)), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        rows.double(),
+        brute_force(q, k, v, torch.arange(2).repeat_interleave(8)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    torch.testing.assert_close(
+        packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6
+    )
 
 
 def check_sharing(backend: str) -> None:
     cu_seqlens, sharing, document, prompt = tree()
     q, k, v = inputs(2, 16, 4, 2)
     shared = attention(q, k, v, Documents(cu_seqlens, 32, sharing), backend=backend)
-    torch.testing.assert_close(shared.double(), brute_force(q, k, v, document, prompt), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        shared.double(), brute_force(q, k, v, document, prompt), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_xformers_is_called_as_published(monkeypatch):
     class BlockDiagonalCausalFromBottomRightMask:
         @classmethod
         def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
-            assert all(a <= b for a, b in zip(q_seqlen, kv_seqlen, strict=True)), "as the real one demands"
+            assert all(a <= b for a, b in zip(q_seqlen, kv_seqlen, strict=True)), (
+                "as the real one demands"
+            )
             mask = cls()
             mask.lengths, mask.key_lengths = list(q_seqlen), list(kv_seqlen)
             return mask
@@ -239,8 +278,12 @@ def test_xformers_is_called_as_published(monkeypatch):
     class LowerTriangularMask:
         pass
 
-    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
-        assert query.shape[2:] == key.shape[2:] == value.shape[2:], "4-D inputs have as many key heads as query heads"
+    def memory_efficient_attention(
+        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
+    ):
+        assert query.shape[2:] == key.shape[2:] == value.shape[2:], (
+            "4-D inputs have as many key heads as query heads"
+        )
         if isinstance(attn_bias, LowerTriangularMask):
             return torch_rows(query, key, value)
         assert query.shape[0] == 1, "a block-diagonal mask goes with a batch of one"
@@ -249,9 +292,16 @@ def test_xformers_is_called_as_published(monkeypatch):
         return packed_documents(query[0], key[0], value[0], *bounds)[0][None]
 
     ops, bias = Recorder("xformers.ops", []), Recorder("xformers.ops.fmha.attn_bias", [])
-    ops.LowerTriangularMask, ops.memory_efficient_attention = LowerTriangularMask, memory_efficient_attention
+    ops.LowerTriangularMask, ops.memory_efficient_attention = (
+        LowerTriangularMask,
+        memory_efficient_attention,
+    )
     bias.BlockDiagonalCausalFromBottomRightMask = BlockDiagonalCausalFromBottomRightMask
-    names = {"xformers": Recorder("xformers", []), "xformers.ops": ops, "xformers.ops.fmha": Recorder("xformers.ops.fmha", [])}
+    names = {
+        "xformers": Recorder("xformers", []),
+        "xformers.ops": ops,
+        "xformers.ops.fmha": Recorder("xformers.ops.fmha", []),
+    }
     for name, fake in (names | {"xformers.ops.fmha.attn_bias": bias}).items():
         monkeypatch.setitem(sys.modules, name, fake)
     q, k, v = inputs(2, 8, 4, 2)
@@ -259,8 +309,15 @@ def test_xformers_is_called_as_published(monkeypatch):
     rows = attention(q, k, v, backend="xformers")
     packed = attention(q, k, v, Documents(cu_seqlens, 8), backend="xformers")
     check_sharing("xformers")
-    torch.testing.assert_close(rows.double(), brute_force(q, k, v, torch.arange(2).repeat_interleave(8)), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        rows.double(),
+        brute_force(q, k, v, torch.arange(2).repeat_interleave(8)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    torch.testing.assert_close(
+        packed.double(), brute_force(q, k, v, document), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_an_unknown_backend_is_named():
@@ -280,7 +337,9 @@ def test_packed_attention_compiles_in_one_graph_with_gradients(backend):
     def step(q, k, v, cu_seqlens):
         plain = prepare(Documents(cu_seqlens, 12), q, backend)
         shared = prepare(Documents(cu_seqlens, 12, sharing), q, backend)
-        return (attention(q, k, v, plain, backend).square() + attention(q, k, v, shared, backend).sin()).sum()
+        return (
+            attention(q, k, v, plain, backend).square() + attention(q, k, v, shared, backend).sin()
+        ).sum()
 
     expected = torch.autograd.grad(step(q, k, v, cu_seqlens), (q, k, v))
     found = torch.autograd.grad(torch.compile(step, fullgraph=True)(q, k, v, cu_seqlens), (q, k, v))

@@ -138,7 +138,9 @@ def test_flash_attention_3_asked_for_comes_before_cudnn(machine):
         ("xformers", H100, torch.bfloat16, [], "is not installed"),
     ],
 )
-def test_what_is_named_but_cannot_run_is_one_clear_line(machine, name, capability, dtype, packages, words):
+def test_what_is_named_but_cannot_run_is_one_clear_line(
+    machine, name, capability, dtype, packages, words
+):
     machine(capability, *packages)
     with pytest.raises(UserError, match=words) as error:
         choose(name, GPU, dtype, TINY)

@@ -17,7 +17,9 @@ from fastlm.errors import UserError
 from fastlm.model import build
 from fastlm.train.optim import make_optimizers, named_state
 
-SMALL = ModelConfig(vocab_size=100, dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
+SMALL = ModelConfig(
+    vocab_size=100, dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32
+)
 
 
 def trained(config: ModelConfig = SMALL, steps: int = 2, seed: int = 0, optimizer: str = "muon"):
@@ -183,7 +185,9 @@ DAMAGE = {
         "is damaged: its SHA-256",
     ),
     "cut short": (
-        lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:99]),
+        lambda p: (p / "model.safetensors").write_bytes(
+            (p / "model.safetensors").read_bytes()[:99]
+        ),
         "is damaged",
     ),
     "a file missing": (lambda p: (p / "optimizer.safetensors").unlink(), "could not read"),
@@ -236,7 +240,9 @@ def test_a_file_that_is_not_safetensors_is_named(tmp_path):
         load_fresh(path)
 
 
-@pytest.mark.parametrize("change", [{"dim": 64}, {"n_layers": 2}, {"tie_embeddings": False}, {"vocab_size": 200}])
+@pytest.mark.parametrize(
+    "change", [{"dim": 64}, {"n_layers": 2}, {"tie_embeddings": False}, {"vocab_size": 200}]
+)
 def test_another_shape_is_named(tmp_path, change):
     path, _, _ = save(tmp_path)
     with pytest.raises(UserError, match="holds a model of another shape"):

@@ -1,4 +1,4 @@
-"""What a run records: true speeds, whole lines, and the GPU's power through NVML's published calls."""
+"""What a run records: true speeds, whole lines, and the GPU's power by NVML's published calls."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def fake_nvml(monkeypatch, **answers) -> types.SimpleNamespace:
     nvml.nvmlDeviceGetPowerUsage = answers.get("power", not_supported)
     nvml.nvmlDeviceGetUtilizationRates = answers.get("rates", not_supported)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc")
+    )
     clock = types.SimpleNamespace(now=100.0)
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock.now)
     return clock

@@ -33,7 +33,9 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     command = [*pip, "--wheel-dir", str(folder), str(source)]
     if all(importlib.util.find_spec(name) for name in ("scikit_build_core", "nanobind")):
         command.append("--no-build-isolation")
-    subprocess.run(command, check=True, env=os.environ | environment, capture_output=True, timeout=600)
+    subprocess.run(
+        command, check=True, env=os.environ | environment, capture_output=True, timeout=600
+    )
     return next(folder.glob("fastlm-*.whl"))
 
 
@@ -49,7 +51,9 @@ def run_installed(wheel: Path, code: str) -> str:
     # -S leaves out .pth files, and with them an editable install of this tree, which would come
     # first
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+        "PYTHONPATH": os.pathsep.join(
+            [str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        )
     }
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
@@ -85,7 +89,9 @@ def test_wheel_holds_one_package_with_the_native_module_inside(tmp_path):
     wheel = build_wheel(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     assert top_level_names(wheel) == {"fastlm"}
-    assert [n for n in names if n.endswith(".so")] == [n for n in names if n.startswith("fastlm/kernels/_native.")]
+    assert [n for n in names if n.endswith(".so")] == [
+        n for n in names if n.startswith("fastlm/kernels/_native.")
+    ]
     assert not any(n.endswith((".cpp", ".hpp")) for n in names)
     assert "fastlm/py.typed" in names
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
@@ -93,12 +99,19 @@ def test_wheel_holds_one_package_with_the_native_module_inside(tmp_path):
         "kernels",
         "train",
     ):  # symbolic links in the source tree, real folders in the wheel
-        sources = {f"fastlm/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.py")}
-        sources |= {f"fastlm/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.toml")}
+        sources = {
+            f"fastlm/{folder}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.py")
+        }
+        sources |= {
+            f"fastlm/{folder}/{p.relative_to(ROOT / folder)}"
+            for p in (ROOT / folder).rglob("*.toml")
+        }
         assert sources
         assert sources <= set(names)
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        pytest.skip("no C++ compiler on this machine: the wheel is rightly without the native module")
+        pytest.skip(
+            "no C++ compiler on this machine: the wheel is rightly without the native module"
+        )
     assert any(n.endswith(".so") for n in names)
     where, status = run_installed(wheel, NORM).splitlines()
     assert Path(where).is_relative_to(tmp_path)

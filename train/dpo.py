@@ -82,7 +82,9 @@ def check_loss(cfg: DpoConfig) -> None:
     )
 
 
-def reference_of(tuning: Tuning[DpoConfig], reference: ReferencePass) -> tuple[np.ndarray | None, np.ndarray | None]:
+def reference_of(
+    tuning: Tuning[DpoConfig], reference: ReferencePass
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The reference's log-probabilities of training and of held-out rows, (n_rows, row_len) each.
 
     None for both where the loss needs none, and for the second where nothing is held out.

@@ -1,4 +1,7 @@
-"""What the stages share: accumulate, clip, step, validate, stop on a signal. The loop itself is the stage's."""
+"""What the stages share: accumulate, clip, step, validate, stop on a signal.
+
+The loop itself is the stage's.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,17 @@ from fastlm.train.optim import Optimizer, schedule
 from fastlm.train.saving import Saver
 
 # Signals that end a run after its step, saved; those that this system has.
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+]
 
-# A micro-batch to sums over what is counted in it (targets, or pairs): "loss", and whatever else is worth logging.
+# A micro-batch to sums over what is counted in it (targets, or pairs): "loss", and whatever else is
+# worth logging.
 Loss = Callable[..., dict[str, Tensor]]
-# A step's micro-batches in this process, what is counted in them, and figures for the log: "tokens" (real ones), and more.
+# A step's micro-batches in this process, what is counted in them, and figures for the log: "tokens"
+# (real ones), and more.
 Step = tuple[list[tuple], int, dict[str, Any]]
 
 
@@ -41,7 +50,8 @@ class Run:
     """What a stage trains, where, and how far it has come.
 
     lock: held by the main process while the run's folder is its own. loss_scale: None where matmuls
-    do not run in fp16. state: plain values that go into every checkpoint; the loop keeps it up to date.
+    do not run in fp16. state: plain values that go into every checkpoint; the loop keeps it up to
+    date.
     """
 
     stage: str
@@ -61,12 +71,16 @@ class Run:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
 
-def accumulate(loss: Loss, micro_batches: Iterable[tuple], n_counted: int, scale: Tensor | None = None) -> dict[str, Tensor]:
-    """Backward passes of one step: gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
+def accumulate(
+    loss: Loss, micro_batches: Iterable[tuple], n_counted: int, scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Backward passes of one step.
 
-    n_counted: what is counted in the whole step, of all processes, so that a micro-batch with few of them weighs little and
-    one with none weighs nothing. The means are then this process's part of the step's. scale: by which the gradients, and
-    not the means, are multiplied.
+    Gradients of sum(loss) / n_counted, whatever the micro-batches. Returns all the means.
+
+    n_counted: what is counted in the whole step, of all processes, so that a micro-batch with few
+    of them weighs little and one with none weighs nothing. The means are then this process's part
+    of the step's. scale: by which the gradients, and not the means, are multiplied.
     """
     totals: dict[str, Tensor] = {}
     given = list(micro_batches)
@@ -83,15 +97,19 @@ class Clipping(NamedTuple):
     """What the gradients came to, as numbers on the device."""
 
     norm: Tensor
-    factor: Tensor | None  # by which the optimizers multiply every gradient that they read (None: 1)
+    factor: (
+        Tensor | None
+    )  # by which the optimizers multiply every gradient that they read (None: 1)
     found_inf: Tensor  # 1 where the norm is not finite, else 0
 
 
 def clip(model: nn.Module, max_norm: float, grad_scale: Tensor | None = None) -> Clipping:
-    """The global norm of the gradients, and the factor that scales them down to max_norm (0: leaves them).
+    """The global norm of the gradients, and the factor that scales them down to max_norm (0: leaves
+    them).
 
-    As torch.nn.utils.clip_grad_norm_, but the gradients stay as they are: the optimizers read them anyway. grad_scale: by
-    how much the loss was too large when it was differentiated; the factor takes it out again, and the norm is without it.
+    As torch.nn.utils.clip_grad_norm_, but the gradients stay as they are: the optimizers read them
+    anyway. grad_scale: by how much the loss was too large when it was differentiated; the factor
+    takes it out again, and the norm is without it.
     """
     grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if parallel.shards(model):
@@ -108,7 +126,9 @@ def step_all(
     factor: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> float:
-    """One step of every optimizer at the schedule's learning rate; gradients are then gone. Returns the schedule's share.
+    """One step of every optimizer at the schedule's learning rate; gradients are then gone.
+
+    Returns the schedule's share.
 
     factor as in Clipping; found_inf: where it is not 0 nothing is changed (None: as if it were 0).
     """
@@ -120,8 +140,11 @@ def step_all(
 
 
 @torch.no_grad()
-def validate(loss: Loss, batches: Iterable[tuple[tuple, int]], device: torch.device) -> dict[str, float]:
-    """Means over everything counted in the batches, each with its number of those (added up in fp64, read back once).
+def validate(
+    loss: Loss, batches: Iterable[tuple[tuple, int]], device: torch.device
+) -> dict[str, float]:
+    """Means over everything counted in the batches, each with its number of those (added up in
+    fp64, read back once).
 
     Of several processes each takes its share of the batches.
     """
@@ -134,8 +157,12 @@ def validate(loss: Loss, batches: Iterable[tuple[tuple, int]], device: torch.dev
             totals = {name: part.double() + totals.get(name, 0) for name, part in sums.items()}
     parts = parallel.all_gather(({name: total.item() for name, total in totals.items()}, counted))
     counted = sum(number for _, number in parts)
-    names = dict.fromkeys(name for found, _ in parts for name in found)  # a process may have had no batch
-    return {name: sum(found.get(name, 0.0) for found, _ in parts) / max(1, counted) for name in names}
+    names = dict.fromkeys(
+        name for found, _ in parts for name in found
+    )  # a process may have had no batch
+    return {
+        name: sum(found.get(name, 0.0) for found, _ in parts) / max(1, counted) for name in names
+    }
 
 
 def with_perplexity(means: dict[str, float]) -> dict[str, float]:
@@ -152,8 +179,9 @@ def train(
 ) -> int:
     """The steps of a stage, from state["step"] to cfg.steps: train, log, validate, save.
 
-    validate: the means over the held-out data, of which "loss" tells the best checkpoint (empty: nothing
-    is held out). Returns the number of the signal that stopped it, or 0; everything is saved then.
+    validate: the means over the held-out data, of which "loss" tells the best checkpoint (empty:
+    nothing is held out). Returns the number of the signal that stopped it, or 0; everything is
+    saved then.
     """
     cfg, model, state = run.cfg, run.model, run.state
     saver = Saver(run)
@@ -207,7 +235,9 @@ def train(
 
 
 def due(done: int, every: int, steps: int) -> bool:
-    """Whether something that happens every so many steps (0: never) and at the end happens after `done` steps."""
+    """Whether something that happens every so many steps (0: never) and at the end happens after
+    `done` steps.
+    """
     return done == steps or (every > 0 and done % every == 0)
 
 
@@ -215,8 +245,8 @@ def due(done: int, every: int, steps: int) -> bool:
 def stop_signals() -> Iterator[Callable[[], int]]:
     """A signal to stop only sets a flag; the callable returns its number once one came, else 0.
 
-    SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (a batch system's warning). A
-    second Ctrl-C interrupts at once.
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (a batch system's warning).
+    A second Ctrl-C interrupts at once.
     """
     seen: list[int] = []
 

@@ -22,7 +22,9 @@ from fastlm.config import DpoConfig
 LossAndRewards = tuple[Tensor, Tensor]
 
 
-def dpo(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> LossAndRewards:
+def dpo(
+    policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0
+) -> LossAndRewards:
     """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = r_chosen - r_rejected.
 
     r = beta (policy - reference). Source: Rafailov et al. 2023, Direct Preference Optimization,

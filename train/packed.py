@@ -81,7 +81,8 @@ class Tuning(Generic[C]):
         for start in itertools.count(position, self.cfg.batch_rows):
             first_rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
             yield [
-                packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room) for row in parallel.shard(first_rows)
+                packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room)
+                for row in parallel.shard(first_rows)
             ]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
@@ -104,7 +105,9 @@ class Tuning(Generic[C]):
         return f"{self.cfg.steps} steps of {self.cfg.batch_rows} rows ({epochs:.2f} epochs)"
 
 
-def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False) -> Tuning[C]:
+def open_tuning(
+    cfg: C, load: Callable[..., Examples], group: int = 1, share: bool = False
+) -> Tuning[C]:
     """Open the model and the examples, pack them, settle the steps, and say so.
 
     load: reads the examples. group: sequences that belong together, two in a pair of answers.
@@ -126,7 +129,8 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     settle_memory(model, device, parallel.micro_rows(cfg) * train.row_len)
     what = "pairs" if group > 1 else "examples"
     for line in (
-        f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on {parallel.devices(device)}",
+        f"Model: {cfg.model}, {count_parameters(model.config) / 1e6:.1f}M parameters on "
+        f"{parallel.devices(device)}",
         f"Data:  {examples.report.line()}",
         f"Rows:  {len(examples.train) // group:,} training {what} in {len(train):,} rows of "
         f"{train.row_len}, {train.real_share:.1%} of the slots real; "
@@ -137,10 +141,12 @@ def open_tuning(cfg: C, load: Callable[..., Examples], group: int = 1, share: bo
     return Tuning(cfg, device, model, tokenizer, train, held_out, notes)
 
 
-def read_examples(cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]) -> Examples:
+def read_examples(
+    cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]
+) -> Examples:
     """The examples of a stage.
 
-    The first process of each machine reads them, the others what it has put into the cache.
+    One process of each machine reads them, the others what it has put into the cache.
     """
     with parallel.main_process_first():
         return load(
@@ -158,7 +164,8 @@ def with_lengths(cfg: C, longest: int, group: int) -> C:
     """The options with max_len and row_len settled for a model whose texts end at `longest`."""
     check(
         cfg.max_len <= longest,
-        f"max_len is {cfg.max_len}, but the model's texts end at {longest}; pass --max-len {longest}",
+        f"max_len is {cfg.max_len}, but the model's texts end at {longest}; "
+        f"pass --max-len {longest}",
     )
     max_len = cfg.max_len or min(longest, MAX_LEN)
     row_len = cfg.row_len or max_len * (4 if group > 1 else 1)

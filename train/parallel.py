@@ -1,20 +1,25 @@
-"""Training in several processes that torchrun started; the only file of train/ that knows torch.distributed.
+"""Training in several processes that torchrun started.
 
-With R processes of which this is number r (0 is the first), a step of B rows in micro-batches of b is that of one process,
+The only file of train/ that knows torch.distributed.
 
-    loss = sum over all rows of the loss / n_counted,   n_counted = sum over r of what is counted in process r's rows
+With R processes of which this is number r (0 is the first), a step of B rows in micro-batches of b
+is that of one process,
 
-and process r makes the micro-batches r, r + R, r + 2 R, ... of it. Gradients are added up over the processes, not averaged.
+    loss = sum over all rows of the loss / n_counted
+    n_counted = sum over r of what is counted in process r's rows
 
-    ddp   DistributedDataParallel: each holds the whole model; gradients are added, bucket by bucket, while the backward pass
-          of the last micro-batch goes on.
-    fsdp  fully_shard (FSDP2): each holds 1/R of every parameter, gradient and optimizer state; a block is gathered when it is
-          needed. On a GPU in 16 bits; gradients are added in fp32.
+and process r makes the micro-batches r, r + R, r + 2 R, ... of it. Gradients are added up over the
+processes, not averaged.
+
+    ddp   DistributedDataParallel: each holds the whole model; gradients are added, bucket by
+          bucket, while the backward pass of the last micro-batch goes on.
+    fsdp  fully_shard (FSDP2): each holds 1/R of every parameter, gradient and optimizer state; a
+          block is gathered when it is needed. On a GPU in 16 bits; gradients are added in fp32.
     hsdp  fsdp inside a machine, ddp between machines.
 
-The position in the data counts rows over all processes, so a run may go on with another number of them, and in another of
-these ways. Plain numbers go through gloo, whatever the device: the GPUs are never waited for. One process that torchrun did
-not start runs none of this.
+The position in the data counts rows over all processes, so a run may go on with another number of
+them, and in another of these ways. Plain numbers go through gloo, whatever the device: the GPUs are
+never waited for. One process that torchrun did not start runs none of this.
 """
 
 from __future__ import annotations
@@ -45,9 +50,13 @@ from fastlm.config import StageConfig
 from fastlm.errors import UserError, check, divisors
 from fastlm.runtime import launched, matmul_dtype, ranks
 
-SHARD_ABOVE = 0.5  # auto: the share of a device's memory that weights, gradients and optimizer may take whole
+SHARD_ABOVE = (
+    0.5  # auto: the share of a device's memory that weights, gradients and optimizer may take whole
+)
 BYTES_PER_PARAMETER = 16  # of these: fp32 weight and gradient, AdamW's two moments
-PREPARING = timedelta(days=7)  # for what is made once; a process that dies meanwhile is torchrun's to see
+PREPARING = timedelta(
+    days=7
+)  # for what is made once; a process that dies meanwhile is torchrun's to see
 LAUNCH = ".launch"  # in a run's folder: which torchrun began it
 MARK = ".shared"  # in the first process's folder: by which the others know it again
 WAITS = "waits for the others"
@@ -60,17 +69,22 @@ C = TypeVar("C", bound=StageConfig)
 _last: ContextVar[bool] = ContextVar("last", default=True)
 _store: dist.Store | None = None  # torchrun's, as long as this process is one of its own
 _turns = itertools.count()  # of main_process_first()
-_sharers: dict[str, list[int]] = {}  # the processes by the run folder that they see; empty: one for all
+_sharers: dict[
+    str, list[int]
+] = {}  # the processes by the run folder that they see; empty: one for all
 
 
-# ------------------------------------------------------------------------------------------ the group
+# ---------------------------------------------------------------- the group
 
 
 def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
-    """The stage, as one of the processes that torchrun started, on a device of its own; without torchrun just the stage.
+    """The stage, as one of the processes that torchrun started, on a device of its own.
 
-    What goes wrong is told by the process that it happens to first; the others end with exit code 2 and say nothing. When
-    torchrun starts the processes again, the run goes on from its last checkpoint.
+    Without torchrun just the stage.
+
+    What goes wrong is told by the process that it happens to first; the others end with exit code 2
+    and say nothing. When torchrun starts the processes again, the run goes on from its last
+    checkpoint.
     """
 
     @functools.wraps(stage)
@@ -82,11 +96,16 @@ def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
         try:
             if gpu:
                 here, gpus = dist.get_node_local_rank(), torch.cuda.device_count()
-                check(here < gpus, f"torchrun started more processes than there are GPUs: at most {gpus} fit here")
+                check(
+                    here < gpus,
+                    f"torchrun started more processes than there are GPUs: at most {gpus} fit here",
+                )
                 torch.cuda.set_device(here)
             code = stage(going_on(cfg))
         except BaseException as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to all when one ends: the first may still be telling
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # torchrun's, to all when one ends: the first may still be telling
             first = True
             with contextlib.suppress(dist.DistError):
                 first = store.add("fastlm/failed", 1) == 1
@@ -94,7 +113,9 @@ def under_torchrun(stage: Callable[[C], int]) -> Callable[[C], int]:
                 time.sleep(1)
                 raise SystemExit(2) from None
             if is_lost_contact(error):
-                raise UserError(f"{who_is_missing(store, error, cfg.timeout_minutes)}; {GO_ON}") from None
+                raise UserError(
+                    f"{who_is_missing(store, error, cfg.timeout_minutes)}; {GO_ON}"
+                ) from None
             raise
         dist.destroy_process_group()  # after an error it might wait for the others
         return code
@@ -117,7 +138,9 @@ def join(backend: str, timeout_minutes: float) -> dist.Store:
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether another process could not be reached: the error is then not this one's."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 def note(words: str) -> None:
@@ -129,7 +152,10 @@ def note(words: str) -> None:
 def who_is_missing(store: dist.Store, error: BaseException, minutes: float) -> str:
     """Which process the others have lost, in words."""
     if "imed out" not in str(error) and "timeout" not in str(error):
-        return "another process ended without a word: killed, perhaps, for want of memory (torchrun's report names it)"
+        return (
+            "another process ended without a word: killed, perhaps, for want of memory "
+            "(torchrun's report names it)"
+        )
     missing = []
     for rank in range(ranks()[1]):
         key = f"fastlm/does/{rank}"
@@ -141,12 +167,18 @@ def who_is_missing(store: dist.Store, error: BaseException, minutes: float) -> s
 
 
 def going_on(cfg: C) -> C:
-    """cfg, or, where torchrun has started its processes again, cfg that resumes what they had begun."""
+    """cfg, or, where torchrun has started its processes again, cfg that resumes what they had
+    begun.
+    """
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not again or cfg.resume:
         return cfg
     places = [Path(cfg.out)] if cfg.out else sorted(Path("runs").glob("*"))
-    ours = [place for place in places if (place / LAUNCH).is_file() and (place / LAUNCH).read_text() == launch_id()]
+    ours = [
+        place
+        for place in places
+        if (place / LAUNCH).is_file() and (place / LAUNCH).read_text() == launch_id()
+    ]
     if all(all_gather(bool(ours) and bool(checkpoint.steps_saved(ours[0] / "checkpoints")))):
         return dataclasses.replace(cfg, resume=str(ours[0]))
     if ours and dist.get_node_local_rank() == 0:  # nothing is saved yet
@@ -182,18 +214,27 @@ def devices(device: torch.device) -> str:
     return f"{ranks()[1]} x {device}" if ranks()[1] > 1 else str(device)
 
 
-# ------------------------------------------------------------------------------------------ the rows
+# ---------------------------------------------------------------- the rows
 
 
 def micro_rows(cfg: StageConfig) -> int:
-    """Rows of one forward and backward pass of a process; UserError where a step's rows cannot be shared out equally."""
+    """Rows of one forward and backward pass of a process.
+
+    UserError where a step's rows cannot be shared out equally.
+    """
     world = ranks()[1]
     share = cfg.batch_rows // world
-    check(cfg.batch_rows % world == 0, f"batch_rows is {cfg.batch_rows}, not a multiple of torchrun's {world} processes; "
-          f"change --batch-rows, or start {one_of(divisors(cfg.batch_rows))} of them")  # fmt: skip
+    check(
+        cfg.batch_rows % world == 0,
+        f"batch_rows is {cfg.batch_rows}, not a multiple of torchrun's {world} processes; "
+        f"change --batch-rows, or start {one_of(divisors(cfg.batch_rows))} of them",
+    )
     rows = min(cfg.micro_rows, share)
-    check(share % rows == 0, f"micro_batch_rows is {rows}, which does not divide the {share} rows that each of {world} "
-          f"processes has in a step; choose it among {divisors(share)}")  # fmt: skip
+    check(
+        share % rows == 0,
+        f"micro_batch_rows is {rows}, which does not divide the {share} rows that each of {world} "
+        f"processes has in a step; choose it among {divisors(share)}",
+    )
     return rows
 
 
@@ -208,14 +249,17 @@ def shard(items: Iterable[T]) -> Iterator[T]:
 
 
 def shard_evenly(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """This process's share of passes of the model, which all make together: as many in each, the surplus ones False."""
+    """This process's share of passes of the model, which all make together.
+
+    As many in each, the surplus ones False.
+    """
     rank, world = ranks()
     rest = iter(items)
     while turn := list(itertools.islice(rest, world)):
         yield turn[rank % len(turn)], rank < len(turn)
 
 
-# ------------------------------------------------------------------------------------------ plain numbers
+# ---------------------------------------------------------------- plain numbers
 
 
 def all_gather(value: T) -> list[T]:
@@ -232,7 +276,10 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
 
 
 def merge_found(found: np.ndarray) -> np.ndarray:
-    """What any process found, in all of them: fp32, NaN where it found nothing. What two found is the larger of the two."""
+    """What any process found, in all of them: fp32, NaN where it found nothing.
+
+    What two found is the larger of the two.
+    """
     if ranks()[1] == 1:
         return found
     array = torch.from_numpy(np.where(np.isnan(found), -np.inf, found))
@@ -252,7 +299,9 @@ def all_reduce_max(*numbers: int) -> list[int]:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process of each machine, then the others: for what is made once and then found, such as a cache.
+    """The first process of each machine, then the others.
+
+    For what is made once and then found, such as a cache.
 
     All wait here for all machines, for as long as it takes: text may be tokenised for hours.
     """
@@ -260,7 +309,9 @@ def main_process_first() -> Iterator[None]:
         yield
         return
     turn = next(_turns)
-    machines = [f"fastlm/prepared/{turn}/{name}" for name in range(int(os.environ["GROUP_WORLD_SIZE"]))]
+    machines = [
+        f"fastlm/prepared/{turn}/{name}" for name in range(int(os.environ["GROUP_WORLD_SIZE"]))
+    ]
     mine = machines[int(os.environ["GROUP_RANK"])]
     leads = dist.get_node_local_rank() == 0
     if not leads:
@@ -272,7 +323,9 @@ def main_process_first() -> Iterator[None]:
 
 
 def all_reduce_counts(n_counted: int, figures: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """What is counted in all processes' rows of a step, and its figures: whole numbers add up, shares (float) are averaged.
+    """What is counted in all processes' rows of a step, and its figures.
+
+    Whole numbers add up, shares (float) are averaged.
 
     What is neither is known to all and stays.
     """
@@ -285,7 +338,9 @@ def all_reduce_counts(n_counted: int, figures: dict[str, Any]) -> tuple[int, dic
     dist.all_reduce(sums)
     total, *found = sums.tolist()
     pairs = zip(numbers.items(), found, strict=True)
-    return int(total), figures | {name: int(x) if isinstance(value, int) else x / world for (name, value), x in pairs}
+    return int(total), figures | {
+        name: int(x) if isinstance(value, int) else x / world for (name, value), x in pairs
+    }
 
 
 def all_reduce_means(means: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,14 +352,16 @@ def all_reduce_means(means: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(means, sums.unbind(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------ the run's folder
+# ---------------------------------------------------------------- the run's folder
 
 
 def settle_folder(folder: Path, model: nn.Module, claim: Callable[[], Path]) -> Path:
-    """Find out which processes share the folder that the first one has: the others' machines each have one of their own.
+    """Find out which processes share the folder that the first one has.
 
-    claim: makes the folder where it is not there. A checkpoint is whole in every folder, which is why a model that is sharded
-    over all machines needs a shared one.
+    The others' machines each have one of their own.
+
+    claim: makes the folder where it is not there. A checkpoint is whole in every folder, which is
+    why a model that is sharded over all machines needs a shared one.
     """
     global _sharers
     if not joined():
@@ -315,10 +372,16 @@ def settle_folder(folder: Path, model: nn.Module, claim: Callable[[], Path]) -> 
     all_reduce_max(0)
     shared = (folder / MARK).is_file() and (folder / MARK).read_text() == text
     homes = all_gather("shared" if shared else os.environ["GROUP_RANK"])
-    _sharers = {home: [rank for rank, other in enumerate(homes) if other == home] for home in dict.fromkeys(homes)}
+    _sharers = {
+        home: [rank for rank, other in enumerate(homes) if other == home]
+        for home in dict.fromkeys(homes)
+    }
     mesh = getattr(next(model.parameters()), "device_mesh", None)
-    check(len(_sharers) == 1 or mesh is None or mesh.ndim == 2, f"not all machines share {folder}, and none has the whole "
-          "model; choose --parallel hsdp or ddp, or a folder that all share")  # fmt: skip
+    check(
+        len(_sharers) == 1 or mesh is None or mesh.ndim == 2,
+        f"not all machines share {folder}, and none has the whole "
+        "model; choose --parallel hsdp or ddp, or a folder that all share",
+    )
     if writes():
         if not shared:
             folder = claim()
@@ -355,17 +418,22 @@ def number_among_writers() -> int:
 
 
 def saving_group() -> dist.ProcessGroup:
-    """The processes that share this one's folder, to talk about checkpoints while the others talk about steps."""
+    """The processes that share this one's folder, to talk about checkpoints while the others talk
+    about steps.
+    """
     homes = _sharers.values() or [sharers()]
-    groups = {some[0]: dist.new_group(some, backend="gloo") for some in homes}  # each must be made by all
+    groups = {
+        some[0]: dist.new_group(some, backend="gloo") for some in homes
+    }  # each must be made by all
     return groups[sharers()[0]]
 
 
-# ------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------- the model
 
 
 def distribute(cfg: StageConfig, model: nn.Module, device: torch.device) -> None:
-    """Give every process the first one's parameters and buffers, all or its part of each, as cfg.parallel says.
+    """Give every process the first one's parameters and buffers, all or its part of each, as
+    cfg.parallel says.
 
     All start from the same bits: unlike machines may make unlike ones of one seed.
     """
@@ -386,7 +454,7 @@ def distribute(cfg: StageConfig, model: nn.Module, device: torch.device) -> None
 
 
 def fits_whole(model: nn.Module, device: torch.device) -> bool:
-    """Whether every process's device has room for the whole model, its gradients and its optimizer."""
+    """Whether every process's device has room for the model, its gradients and its optimizer."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -401,27 +469,45 @@ def local_processes() -> int:
 
 
 def sharding_mesh(way: str, device: torch.device) -> dist.DeviceMesh:
-    """fsdp: all processes in one row; hsdp: a row for each machine. Parameters are sharded along rows."""
+    """fsdp: all processes in one row; hsdp: a row for each machine.
+
+    Parameters are sharded along rows.
+    """
     world, here = ranks()[1], local_processes()
     if way == "fsdp":
         return dist.init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    check(world % here == 0 and len(set(all_gather(here))) == 1, "hsdp needs as many processes on every machine")
-    return dist.init_device_mesh(device.type, (world // here, here), mesh_dim_names=("replicate", "shard"))
+    check(
+        world % here == 0 and len(set(all_gather(here))) == 1,
+        "hsdp needs as many processes on every machine",
+    )
+    return dist.init_device_mesh(
+        device.type, (world // here, here), mesh_dim_names=("replicate", "shard")
+    )
 
 
-def fully_shard_blocks(model: nn.Module, mesh: dist.DeviceMesh, device: torch.device, reshard: bool) -> None:
+def fully_shard_blocks(
+    model: nn.Module, mesh: dist.DeviceMesh, device: torch.device, reshard: bool
+) -> None:
     """Shard the model in place, block by block, so that one block at a time is whole.
 
     reshard: a block is freed after its forward pass and gathered again for its backward pass.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     dtype = matmul_dtype(device)
     # The inputs stay as they are: rotary tables in fp16 are twice as fine as in bf16.
-    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False
+    )
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # What belongs to no block, embedding and head, is used first and last: freed in between only to save memory.
+    # What belongs to no block, embedding and head, is used first and last: freed in between only to
+    # save memory.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for part in model.modules():
         if isinstance(part, FSDPModule):
@@ -441,14 +527,17 @@ def shards(model: nn.Module) -> list[Any]:
 
 
 def rest(model: nn.Module) -> None:
-    """Free what passes without a backward pass have left gathered: the parameters are then the optimizer's again."""
+    """Free what passes without a backward pass have left gathered.
+
+    The parameters are then the optimizer's again.
+    """
     for part in shards(model):
         part.reshard()
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, a sharded model is whole in every process, for whatever reads its parameters itself."""
+    """Inside, a sharded model is whole in every process, for what reads its parameters itself."""
     for part in shards(model):
         part.set_reshard_after_forward(False)
         part.unshard()
@@ -461,7 +550,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-# ------------------------------------------------------------------------------------------ the step
+# ---------------------------------------------------------------- the step
 
 
 class Stage(nn.Module):
@@ -476,11 +565,16 @@ class Stage(nn.Module):
         return getattr(self.model, self.method)(*args, **options)
 
 
-def training_step(cfg: StageConfig, model: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A method of the model as training calls it, inside of micro_batch(): gradients end up added over the processes.
+def training_step(
+    cfg: StageConfig, model: nn.Module, function: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """A method of the model as training calls it, inside of micro_batch().
 
-    ddp: after the last micro-batch. Sharded: after each, so that gradients stay sharded too; where memory is plentiful
-    (no reshard_after_forward) after the last, and between machines always after the last.
+    Gradients end up added over the processes.
+
+    ddp: after the last micro-batch. Sharded: after each, so that gradients stay sharded too; where
+    memory is plentiful (no reshard_after_forward) after the last, and between machines always after
+    the last.
     """
     if shards(model):
 
@@ -506,7 +600,7 @@ def training_step(cfg: StageConfig, model: nn.Module, function: Callable[..., Te
 
 # PyTorch reads a hook's annotations, and not from text: there are none.
 def add_up(state, bucket):  # type: ignore[no-untyped-def]
-    """A bucket of gradients (dist.GradBucket), added over the processes: the future of their sums."""
+    """A bucket of gradients (dist.GradBucket), added over the processes: a future of the sums."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
@@ -522,18 +616,24 @@ def micro_batch(last: bool) -> Iterator[None]:
 
 
 def norms_of_shards(model: nn.Module, norm: Tensor) -> Tensor:
-    """The norm of each process's part of a sharded model's gradients: the norm of these is the norm of all."""
+    """The norm of each process's part of a sharded model's gradients.
+
+    The norm of these is the norm of all.
+    """
     mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]
     norms = norm.new_empty(mesh.size(mesh.ndim - 1))
     dist.all_gather(list(norms.split(1)), norm.view(1), mesh.get_group(mesh.ndim - 1))
     return norms
 
 
-def each_matrix_once(stacks: list[Tensor], like: list[Tensor], work: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+def each_matrix_once(
+    stacks: list[Tensor], like: list[Tensor], work: Callable[[list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
     """work(stacks) of stacks of matrices (L, m, n), each matrix done by one process.
 
-    like: for each stack a parameter, a tensor that every process has whole or one that is sharded by rows; the stack is what
-    this process has of such matrices, and so is what is returned. work gets whole matrices, and may get none.
+    like: for each stack a parameter, a tensor that every process has whole or one that is sharded
+    by rows; the stack is what this process has of such matrices, and so is what is returned. work
+    gets whole matrices, and may get none.
     """
     rank, world = ranks()
     if world == 1:
@@ -550,7 +650,9 @@ def each_matrix_once(stacks: list[Tensor], like: list[Tensor], work: Callable[[l
     def moved(parts: list[Tensor], before: list[Any], after: list[Any]) -> Iterator[Tensor]:
         for part, shape in zip(parts, shapes, strict=True):
             tensor = distributed(part, mesh, before, shape)
-            if mesh.device_type == "cpu":  # gloo has no all-to-all; PyTorch would gather too, and warn
+            if (
+                mesh.device_type == "cpu"
+            ):  # gloo has no all-to-all; PyTorch would gather too, and warn
                 tensor = tensor.redistribute(placements=everywhere)
             yield tensor.redistribute(placements=after).to_local()
 
@@ -562,12 +664,16 @@ def each_matrix_once(stacks: list[Tensor], like: list[Tensor], work: Callable[[l
     return list(moved(work(mine), by_matrix, by_rows))
 
 
-def distributed(part: Tensor, mesh: dist.DeviceMesh, placements: list[Any], shape: torch.Size) -> Any:
+def distributed(
+    part: Tensor, mesh: dist.DeviceMesh, placements: list[Any], shape: torch.Size
+) -> Any:
     """The tensor of this shape of which each process has a part, contiguous."""
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 @functools.cache

@@ -88,7 +88,8 @@ def claim_folder(cfg: PipelineConfig) -> Path:
     if options.is_file():
         check(
             is_same(cfg, options.read_text(encoding="utf-8")),
-            f"{out} was begun with other options; give the same ones to go on, or choose another --out",
+            f"{out} was begun with other options; give the same ones to go on, or choose another "
+            "--out",
         )
         return out
     empty = not out.exists() or not any(out.iterdir())
@@ -98,7 +99,9 @@ def claim_folder(cfg: PipelineConfig) -> Path:
     return out
 
 
-def run_stage(stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | DpoConfig, folder: Path) -> int:
+def run_stage(
+    stage: Callable[[Any], int], cfg: PretrainConfig | SftConfig | DpoConfig, folder: Path
+) -> int:
     """Start a stage, go on with it, or leave it where it is done. Returns its exit code."""
     Console().rule(f"[bold]{folder.name}")
     saved = checkpoint.steps_saved(folder / "checkpoints")
@@ -145,7 +148,9 @@ def score(cfg: PipelineConfig, path: str, console: Console) -> Row:
 
 
 @torch.no_grad()
-def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> float | None:
+def answer_perplexity(
+    cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device
+) -> float | None:
     """exp of the mean -log p of held-out answers' tokens, their end-of-text included.
 
     None where none are held out.
@@ -163,7 +168,9 @@ def answer_perplexity(cfg: SftConfig, model: Transformer, tokenizer: Tokenizer, 
 
 
 @torch.no_grad()
-def prefers_chosen(cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> float | None:
+def prefers_chosen(
+    cfg: DpoConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device
+) -> float | None:
     """Share of held-out pairs whose chosen answer has the higher log p per token.
 
     None where none are held out.

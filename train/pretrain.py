@@ -194,7 +194,8 @@ def say_model_and_text(cfg: PretrainConfig, device: torch.device, data: TokenDat
     lines = [
         f"Model: {cfg.preset}, {count_parameters(cfg.model) / 1e6:.1f}M parameters on "
         f"{parallel.devices(device)}, {flops_per_token(cfg) / 1e9:.3f} GFLOP per token",
-        f"Text:  {cfg.data}, {len(data.train):,} training and {len(data.validation):,} validation tokens",
+        f"Text:  {cfg.data}, {len(data.train):,} training and {len(data.validation):,} validation "
+        "tokens",
     ]
     if device.type == "cpu" and not native.available(torch.empty(0)):
         lines.append(f"CPU kernels: {native.status()}")

@@ -83,7 +83,8 @@ def reference_logprobs(
         if parallel.is_main_process():
             write_kept(file, known)
     console.print(
-        f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches computed, the rest kept",
+        f"Reference: log-probabilities of the {name} pairs, {computed:,} of {n_batches:,} batches "
+        "computed, the rest kept",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -27,7 +27,15 @@ from fastlm.errors import UserError, check
 from fastlm.model import Transformer, keep_what_fits
 from fastlm.model.memory import keep_attention
 from fastlm.monitor import Monitor, sparkline
-from fastlm.runtime import compiled, compiled_in_graphs, matmul_dtype, peak_gib, pick_device, replays_graphs, set_deterministic
+from fastlm.runtime import (
+    compiled,
+    compiled_in_graphs,
+    matmul_dtype,
+    peak_gib,
+    pick_device,
+    replays_graphs,
+    set_deterministic,
+)
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import loop, parallel
 from fastlm.train.loop import Run
@@ -41,8 +49,8 @@ FACTS = ("tokenizer_hash", "train_tokens", "start_hash")
 def check_start(cfg: StageConfig) -> torch.device:
     """The device of a run, after what can be said before anything is loaded.
 
-    Raises UserError where the processes cannot share the rows, the run to resume has no checkpoint, or
-    the new run's folder holds something.
+    Raises UserError where the processes cannot share the rows, the run to resume has no checkpoint,
+    or the new run's folder holds something.
     """
     device = pick_device(cfg.device)
     set_deterministic(cfg.deterministic, device)
@@ -56,7 +64,10 @@ def check_start(cfg: StageConfig) -> torch.device:
 
 def check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: it may hold another run; choose another --out, or --resume {folder}")
+        raise UserError(
+            f"{folder} is not empty: it may hold another run; choose another --out, or --resume "
+            f"{folder}"
+        )
 
 
 def resume_or_create(
@@ -91,7 +102,9 @@ def resume_or_create(
         lock = locked(folder)
         place, saved, problems = newest_common(folder)
         for problem in problems:
-            parallel.console().print(f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True)
+            parallel.console().print(
+                f"Passed over: {problem}", highlight=False, markup=False, soft_wrap=True
+            )
         check_facts(place, saved, state, cfg.steps)
         checkpoint.restore(place, model, named_state(model, optimizers))
         state |= saved | {"attention": state["attention"]}  # that of this machine
@@ -167,14 +180,16 @@ def make_folder(folder: Path, exist_ok: bool = False) -> bool:
 
 
 def locked(folder: Path) -> FileLock | None:
-    """The lock of a run's folder, in the main process. It ends with its owner, however that ends."""
+    """The lock of a run's folder, in the main process; it ends with its owner however that ends."""
     if not parallel.writes():
         return None
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"{folder} is in use: another fastlm trains in it; wait for it, or start a new run") from None
+        raise UserError(
+            f"{folder} is in use: another fastlm trains in it; wait for it, or start a new run"
+        ) from None
     except OSError as error:
         raise files.DiskError(error, "write", folder / ".lock", "") from None
     return lock
@@ -189,7 +204,9 @@ def check_facts(place: Path, saved: dict[str, Any], fresh: dict[str, Any], steps
                 f"{saved.get(key)} and is {fresh.get(key)}); restore it, or start a new run"
             )
     if saved["step"] >= steps:
-        raise UserError(f"{place} has done its {saved['step']} steps; pass --steps with a larger number")
+        raise UserError(
+            f"{place} has done its {saved['step']} steps; pass --steps with a larger number"
+        )
 
 
 def cache_folder(cache: str) -> Path:
@@ -199,7 +216,9 @@ def cache_folder(cache: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
 
 
-def choose_attention(cfg: StageConfig, device: torch.device, config: ModelConfig, packed: bool) -> Choice:
+def choose_attention(
+    cfg: StageConfig, device: torch.device, config: ModelConfig, packed: bool
+) -> Choice:
     """The attention that cfg names, or that auto takes: decided once, before anything is compiled.
 
     packed: whether the stage's rows hold documents to keep apart.
@@ -222,8 +241,8 @@ def compiled_step(
 ) -> Callable[..., Tensor]:
     """The model's function as the training step calls it: with --compile compiled.
 
-    A small model's is replayed as CUDA graphs. In several processes the blocks are compiled one by one:
-    what is gathered before a block and added up behind it cannot be part of one program.
+    A small model's is replayed as CUDA graphs. In several processes the blocks are compiled one by
+    one: what is gathered before a block and added up behind it cannot be part of one program.
     """
     if parallel.joined():
         if cfg.compile:
@@ -238,7 +257,10 @@ def compiled_step(
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> None:
-    """Compile each block's training pass, which may recompute activations inside; others stay as they are."""
+    """Compile each block's training pass, which may recompute activations inside.
+
+    Others stay as they are.
+    """
     for block in model.blocks:
         plain = block.forward
         training = recomputing(plain) if model.checkpoint_activations else plain
@@ -248,7 +270,9 @@ def compile_blocks(model: Transformer, device: torch.device) -> None:
 
 def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The pass, of which only attention is kept for the backward pass."""
-    return lambda *args: checkpoint_activations(forward, *args, use_reentrant=False, context_fn=keep_attention)
+    return lambda *args: checkpoint_activations(
+        forward, *args, use_reentrant=False, context_fn=keep_attention
+    )
 
 
 def either(training: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,7 +281,10 @@ def either(training: Callable[..., Any], other: Callable[..., Any]) -> Callable[
 
 
 def settle_memory(model: Transformer, device: torch.device, tokens: int) -> None:
-    """What a pass over so many tokens keeps for its backward: decided once, before anything is compiled."""
+    """What a pass over so many tokens keeps for its backward.
+
+    Decided once, before anything is compiled.
+    """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         keep_what_fits(model, tokens, memory, matmul_dtype(device).itemsize)
@@ -294,7 +321,9 @@ def train_steps(
     return Outcome(stopped, monitor, time.perf_counter() - started)
 
 
-def finish(run: Run, outcome: Outcome, result: Callable[[], None], next_commands: dict[str, str]) -> int:
+def finish(
+    run: Run, outcome: Outcome, result: Callable[[], None], next_commands: dict[str, str]
+) -> int:
     """The last words of a run, and its exit code: 128 + the signal's number where one stopped it.
 
     result: says what the stage has reached. next_commands: command -> what it is for.

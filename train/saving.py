@@ -1,7 +1,8 @@
 """When and how a run saves itself: one process at once, several in parts while training goes on.
 
-In several processes a checkpoint is copied to the host, written by all of them beside its place, and moved there when the last
-one has finished: by the process that writes for its folder, between two steps, so that no process waits for a disk.
+In several processes a checkpoint is copied to the host, written by all of them beside its place,
+and moved there when the last one has finished: by the process that writes for its folder, between
+two steps, so that no process waits for a disk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from fastlm.train.optim import named_state
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint that is being written: where, its place to be, its plain values, and the digests of this process's part."""
+    """A checkpoint that is being written.
+
+    Where, its place to be, its plain values, and the digests of this process's part.
+    """
 
     beside: Path
     place: Path
@@ -67,14 +71,19 @@ class Saver:
         place = checkpoint.place_of(self.folder, state["step"])
         beside = parallel.from_writer(lambda: files.folder_beside(place))
         written = checkpoint.begin_part(beside, parameters, optimizer, self.group)
-        digests = self.thread.submit(checkpoint.digest_part, written, beside, parallel.number_among_writers())
+        digests = self.thread.submit(
+            checkpoint.digest_part, written, beside, parallel.number_among_writers()
+        )
         return Pending(beside, place, state, digests)
 
     def is_writing(self) -> bool:
         return self.pending is not None and not self.pending.digests.done()
 
     def publish(self) -> None:
-        """Move a checkpoint into its place, if one is pending: called by all processes when none is writing any more."""
+        """Move a checkpoint into its place, if one is pending.
+
+        Called by all processes when none is writing any more.
+        """
         if self.pending is None:
             return
         pending, self.pending = self.pending, None

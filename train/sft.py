@@ -93,7 +93,9 @@ def say_answers(run: loop.Run, tuning: Tuning) -> None:
     stop = {run.tokenizer.eos_id}
     answers = generate(run.model.eval(), prompts, SAMPLE_TOKENS, Sampling(temperature=0), stop=stop)
     ended = sum(len(answer) < SAMPLE_TOKENS for answer in answers)
-    run.say(f"{ended} of {len(prompts)} greedy answers end by themselves within {SAMPLE_TOKENS} tokens")
+    run.say(
+        f"{ended} of {len(prompts)} greedy answers end by themselves within {SAMPLE_TOKENS} tokens"
+    )
     run.say("\nSample (a held-out prompt, then the model's answer):")
     run.say(run.tokenizer.decode(prompts[0]), style="dim", end="")
     run.say(run.tokenizer.decode(answers[0]))

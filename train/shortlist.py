@@ -1,10 +1,11 @@
-"""A softmax over a shortlist of the vocabulary, for training where the head is most of the work (Jean et al. 2015).
+"""A softmax over a shortlist of the vocabulary, for training where the head is most of the work
+(Jean et al. 2015).
 
-The candidates of a micro-batch are the most frequent tokens of the text, the micro-batch's own targets, and m draws,
-uniform with replacement, from the r tokens that are neither. Each draw's logit is raised by log(r / m), so that the sum of
-exponentials over the candidates is an unbiased estimate of the sum over the whole vocabulary. Validation always uses the
-whole vocabulary. At dim 192 and 4 layers a token costs 16.5 instead of 69.7
-MFLOP with 4,096 candidates of 50,257.
+The candidates of a micro-batch are the most frequent tokens of the text, the micro-batch's own
+targets, and m draws, uniform with replacement, from the r tokens that are neither. Each draw's
+logit is raised by log(r / m), so that the sum of exponentials over the candidates is an unbiased
+estimate of the sum over the whole vocabulary. Validation always uses the whole vocabulary. At dim
+192 and 4 layers a token costs 16.5 instead of 69.7 MFLOP with 4,096 candidates of 50,257.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ def by_frequency(tokens: Tensor, vocab_size: int) -> Tensor:
     return torch.bincount(tokens, minlength=vocab_size).argsort(descending=True, stable=True)
 
 
-def draw(ranked: Tensor, targets: Tensor, n_frequent: int, seed: int, draw_number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (C,) int64, what is added to their logits (C,) fp32, and targets as indices into the candidates.
+def draw(
+    ranked: Tensor, targets: Tensor, n_frequent: int, seed: int, draw_number: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates (C,) int64, what is added to their logits (C,) fp32, and targets as indices into
+    the candidates.
 
-    ranked: by_frequency(); targets: any shape, IGNORED where not counted. C = n_frequent + targets.numel(), so that all
-    targets fit whatever they are; it must be less than the vocabulary. The same seed and draw_number give the same draw.
+    ranked: by_frequency(); targets: any shape, IGNORED where not counted. C = n_frequent +
+    targets.numel(), so that all targets fit whatever they are; it must be less than the vocabulary.
+    The same seed and draw_number give the same draw.
     """
     size = n_frequent + targets.numel()
     assert size < len(ranked), "a shortlist is shorter than the vocabulary"

@@ -189,10 +189,9 @@ def measure(config, rows: int, seq_len: int, plain: bool = False, stage: str = "
 
     The step has rows x seq_len tokens.
     """
-    from gpucompile import DEVICE, compile_for_gpu
-
     import fastlm.kernels.audit.flops
     import fastlm.model
+    from gpucompile import DEVICE, compile_for_gpu
 
     box, tokens = {}, rows * seq_len
 

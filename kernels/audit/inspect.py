@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import triton
 from fastlm.kernels.common import cdiv
 
 TARGETS = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from fastlm.kernels.common import cdiv, next_power_of_2
 from fastlm.kernels.loss_options import LossOptions
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from fastlm.kernels.common import as_rows, cdiv, next_power_of_2
 
 

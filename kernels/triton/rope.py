@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from fastlm.kernels.common import next_power_of_2
 
 

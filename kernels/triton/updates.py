@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from fastlm.kernels.common import cdiv
 
 BLOCK = 4096  # elements of one program: with 8 warps each thread has four 16-byte loads under way

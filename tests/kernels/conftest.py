@@ -1,4 +1,6 @@
-"""Every test here runs the Triton kernels, on the GPU or else in the interpreter, and the native CPU kernels."""
+"""Every test here runs the Triton kernels, on the GPU or else in the interpreter, and the native
+CPU kernels.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def convert_as_hardware_does(data, source, target, rounding_mode):
     if source == tl.float32 and target == tl.bfloat16:
         bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
         nan = np.isnan(data)
-        return np.where(nan, 0x7FC0, (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(
+            nan, 0x7FC0, (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        ).astype(np.uint16)
     if source == tl.bfloat16 and target == tl.float32:
         return np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
     return interpreter_converts(data, source, target, rounding_mode)
@@ -41,7 +45,9 @@ def triton_only() -> None:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """Without a GPU, each test runs on the Triton kernels and, where they are built, on the native CPU kernels."""
+    """Without a GPU, each test runs on the Triton kernels and, where they are built, on the native
+    CPU kernels.
+    """
     names = metafunc.fixturenames
     if "cpu_path" in names:
         paths = ["cpu"]
@@ -49,7 +55,9 @@ def pytest_generate_tests(metafunc) -> None:
         paths = ["triton"]
     else:
         paths = ["triton", "native"]
-    metafunc.parametrize("kernel_path", paths, indirect=True, ids=paths if len(paths) > 1 else [pytest.HIDDEN_PARAM])
+    metafunc.parametrize(
+        "kernel_path", paths, indirect=True, ids=paths if len(paths) > 1 else [pytest.HIDDEN_PARAM]
+    )
 
 
 @pytest.fixture(autouse=True)

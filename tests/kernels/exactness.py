@@ -7,35 +7,54 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# What a kernel's relative error may exceed same-dtype PyTorch's by: a few roundings of the fp32 arithmetic inside; for
-# the 16-bit types a hundredth or so of their own rounding error, since they round an fp32 result with other last bits.
+# What a kernel's relative error may exceed same-dtype PyTorch's by: a few roundings of the fp32
+# arithmetic inside; for the 16-bit types a hundredth or so of their own rounding error, since they
+# round an fp32 result with other last bits.
 EXCESS = {torch.float32: 5e-7, torch.bfloat16: 1e-4, torch.float16: 1.5e-5}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def error(actual: Tensor, truth: Tensor) -> float:
     """Relative error, root mean square."""
-    return ((actual.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item() if truth.numel() else 0.0
+    return (
+        ((actual.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+        if truth.numel()
+        else 0.0
+    )
 
 
-def assert_as_exact(actual: Tensor, truth: Tensor, same_dtype: Tensor, what: str = "", scale: float = 1.0) -> None:
+def assert_as_exact(
+    actual: Tensor, truth: Tensor, same_dtype: Tensor, what: str = "", scale: float = 1.0
+) -> None:
     """actual's error against float64 is at most same-dtype PyTorch's plus EXCESS (times scale).
 
-    Or each number is rightly rounded, within 0.51 units in the last place of the truth: that decides for tensors of a
-    few numbers, where PyTorch's error can be 0 by luck.
+    Or each number is rightly rounded, within 0.51 units in the last place of the truth: that
+    decides for tensors of a few numbers, where PyTorch's error can be 0 by luck.
     """
-    assert actual.dtype == same_dtype.dtype, f"{what}: dtype {actual.dtype}, expected {same_dtype.dtype}"
-    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert actual.dtype == same_dtype.dtype, (
+        f"{what}: dtype {actual.dtype}, expected {same_dtype.dtype}"
+    )
+    assert actual.shape == truth.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    )
     assert actual.isfinite().all(), f"{what}: not finite"
     limit = error(same_dtype, truth) + scale * EXCESS[actual.dtype]
-    ulp = truth.abs().clamp(min=torch.finfo(actual.dtype).tiny).log2().floor().exp2() * torch.finfo(actual.dtype).eps
+    ulp = (
+        truth.abs().clamp(min=torch.finfo(actual.dtype).tiny).log2().floor().exp2()
+        * torch.finfo(actual.dtype).eps
+    )
     rounded = bool(((actual.double() - truth).abs() <= 0.51 * ulp).all())
-    assert rounded or error(actual, truth) <= limit, f"{what}: error {error(actual, truth):.3g}, allowed {limit:.3g}"
+    assert rounded or error(actual, truth) <= limit, (
+        f"{what}: error {error(actual, truth):.3g}, allowed {limit:.3g}"
+    )
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
     """Fresh leaves with the same values, strides kept."""
-    return [t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.is_floating_point()) for t in tensors]
+    return [
+        t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.is_floating_point())
+        for t in tensors
+    ]
 
 
 def run(fn: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
@@ -43,14 +62,21 @@ def run(fn: Callable, inputs: list[Tensor], upstream: list[Tensor]) -> list[Tens
     out = fn(*inputs)
     out = out if isinstance(out, tuple) else (out,)
     wanted = [x for x in inputs if x.requires_grad]
-    grads = torch.autograd.grad(out, wanted, [g.to(o.dtype) for g, o in zip(upstream, out, strict=True)], allow_unused=True)
+    grads = torch.autograd.grad(
+        out, wanted, [g.to(o.dtype) for g, o in zip(upstream, out, strict=True)], allow_unused=True
+    )
     return [*out, *grads]
 
 
-def check(op: Callable, plain: Callable, inputs: list[Tensor], upstream: list[Tensor], scale: float = 1.0) -> None:
-    """op against plain PyTorch in float64 and in the same dtype: every output and every gradient, by the tolerance rule.
+def check(
+    op: Callable, plain: Callable, inputs: list[Tensor], upstream: list[Tensor], scale: float = 1.0
+) -> None:
+    """op against plain PyTorch in float64 and in the same dtype.
 
-    Also: inputs and upstream gradients are bitwise unchanged, a second run and a run without gradients give the same bits.
+    Every output and every gradient, by the tolerance rule.
+
+    Also: inputs and upstream gradients are bitwise unchanged, a second run and a run without
+    gradients give the same bits.
     """
     ours = leaves(*inputs)
     before = [x.detach().clone() for x in (*ours, *upstream)]
@@ -70,8 +96,13 @@ def check(op: Callable, plain: Callable, inputs: list[Tensor], upstream: list[Te
         assert_as_exact(a.detach(), t.detach(), s.detach(), f"result {i}", scale)
 
 
-def check_once(op: Callable, plain: Callable, inputs: list[Tensor], upstream: list[Tensor], scale: float = 1.0) -> None:
-    """The tolerance rule of check, without its other runs: where many rows or a wide one would make them dear."""
+def check_once(
+    op: Callable, plain: Callable, inputs: list[Tensor], upstream: list[Tensor], scale: float = 1.0
+) -> None:
+    """The tolerance rule of check, without its other runs.
+
+    Where many rows or a wide one would make them dear.
+    """
     actual = run(op, leaves(*inputs), upstream)
     same = run(plain, leaves(*inputs), upstream)
     truth = run(plain, leaves(*[x.double() for x in inputs]), [g.double() for g in upstream])
@@ -84,7 +115,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return (
         a.shape == b.shape
         and a.dtype == b.dtype
-        and torch.equal(a.contiguous().view(kinds[a.element_size()]), b.contiguous().view(kinds[b.element_size()]))
+        and torch.equal(
+            a.contiguous().view(kinds[a.element_size()]),
+            b.contiguous().view(kinds[b.element_size()]),
+        )
     )
 
 

@@ -1,4 +1,7 @@
-"""The operations in plain PyTorch, as the tests mean them: in float64 the truth, in the kernels' dtype their measure."""
+"""The operations in plain PyTorch, as the tests mean them.
+
+In float64 the truth, in the kernels' dtype their measure.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,14 @@ EPS = 1e-5  # of the norms
 LENGTH = 40  # positions of rotary_table()
 
 LOSS_OPTIONS = [
-    dict(zip(("reduction", "z_loss", "label_smoothing", "softcap", "vocab_size"), values, strict=True))
-    for values in itertools.product(("mean", "sum", "none"), (0.0, 0.01), (0.0, 0.2), (0.0, 5.0), (None, 30))
+    dict(
+        zip(
+            ("reduction", "z_loss", "label_smoothing", "softcap", "vocab_size"), values, strict=True
+        )
+    )
+    for values in itertools.product(
+        ("mean", "sum", "none"), (0.0, 0.01), (0.0, 0.2), (0.0, 5.0), (None, 30)
+    )
 ]
 
 
@@ -68,8 +77,12 @@ def cross_entropy(
     z = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    rows = F.cross_entropy(z, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    rows = F.cross_entropy(
+        z, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
     rows = rows + z_loss * torch.where(targets == ignore_index, 0, torch.logsumexp(z, -1).square())
     if reduction == "none":
         return rows
-    return rows.sum() / (max(1, (targets != ignore_index).sum().item()) if reduction == "mean" else 1)
+    return rows.sum() / (
+        max(1, (targets != ignore_index).sum().item()) if reduction == "mean" else 1
+    )

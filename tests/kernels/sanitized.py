@@ -1,4 +1,7 @@
-"""A pytest plugin (-p sanitized): build/sanitize's native module takes the place of the installed one (make sanitize)."""
+"""A pytest plugin (-p sanitized).
+
+Build/sanitize's native module takes the place of the installed one (make sanitize).
+"""
 
 import importlib.util
 import sys

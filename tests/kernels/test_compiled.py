@@ -1,4 +1,7 @@
-"""What Triton's compiler makes of the kernels, in processes of their own: there the kernels are compiled, not interpreted."""
+"""What Triton's compiler makes of the kernels, in processes of their own.
+
+There the kernels are compiled, not interpreted.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,21 @@ PROGRAMS = ("check_aot.py", "check_ptx.py", "check_step.py")
 @pytest.fixture(scope="module")
 def children():
     """All programs at once: each of them has one thread."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     running = {}
     for program in PROGRAMS:
-        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", HERE / "compiled" / program]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--noconftest",
+            "-p",
+            "no:cacheprovider",
+            HERE / "compiled" / program,
+        ]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running[program] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
     yield running

@@ -1,4 +1,6 @@
-"""The embedding's look-up and gradient against one-hot matmuls in float64, and the same bits on every run."""
+"""The embedding's look-up and gradient against one-hot matmuls in float64, and the same bits on
+every run.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,16 @@ def test_rows_and_gradient_equal_one_hot_matmuls(shape, dtype):
     one_hot = torch.nn.functional.one_hot(ids.flatten(), 11).double()
     expected = one_hot.T @ dy.double().reshape(-1, 7)
     assert weight.grad.dtype == dtype
-    torch.testing.assert_close(weight.grad.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        weight.grad.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+    )
 
 
 def test_the_operators_pass_opcheck():
-    weight, ids = torch.randn(11, 7, device=DEVICE, requires_grad=True), torch.randint(11, (3, 4), device=DEVICE)
+    weight, ids = (
+        torch.randn(11, 7, device=DEVICE, requires_grad=True),
+        torch.randint(11, (3, 4), device=DEVICE),
+    )
     torch.library.opcheck(_embedding, (ids, weight))
     torch.library.opcheck(_embedding_backward, (torch.randn(3, 4, 7, device=DEVICE), ids, 11))
 
@@ -46,7 +53,9 @@ def test_the_gradient_has_the_same_bits_on_every_run_compiled_too():
 
     compiled = torch.compile(kernels.embedding, fullgraph=True)
     first = gradient(kernels.embedding)
-    assert all(torch.equal(gradient(f), first) for f in (kernels.embedding, compiled, compiled, compiled))
+    assert all(
+        torch.equal(gradient(f), first) for f in (kernels.embedding, compiled, compiled, compiled)
+    )
 
 
 def test_a_weight_that_is_no_table_is_named():
@@ -70,7 +79,10 @@ def test_a_tied_table_s_gradient_is_the_sum_of_the_rows_and_the_head_s(shape, dt
     weight, factor = torch.randn(11, 7, generator=generator), torch.randn(7, 7, generator=generator)
     truth = weight.double().to(DEVICE).requires_grad_()
     tied_loss(
-        lambda ids, w: (embedding_reference(ids, w) if ids.numel() else w[ids], w), ids, truth, factor.double().to(DEVICE)
+        lambda ids, w: (embedding_reference(ids, w) if ids.numel() else w[ids], w),
+        ids,
+        truth,
+        factor.double().to(DEVICE),
     ).backward()
     torch._dynamo.reset()
     for embed in (kernels.tied_embedding, torch.compile(kernels.tied_embedding, fullgraph=True)):

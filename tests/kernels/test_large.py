@@ -1,4 +1,7 @@
-"""More than 2^31 elements: rows so far apart that a 32-bit offset would wrap. Little of the memory is ever touched."""
+"""More than 2^31 elements: rows so far apart that a 32-bit offset would wrap.
+
+Little of the memory is ever touched.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,13 @@ APART = 2**31 + 16  # elements
 
 @pytest.fixture
 def far(device):
-    """Two rows of 64 numbers, the second 2^31 elements behind the first, and their copies side by side."""
+    """Two rows of 64 numbers, the second 2^31 elements behind the first, and their copies side by
+    side.
+    """
     near = torch.randn(2, 64, device=device).bfloat16()
-    rows = torch.empty(APART + 64, dtype=torch.bfloat16, device=device).as_strided((2, 64), (APART, 1))
+    rows = torch.empty(APART + 64, dtype=torch.bfloat16, device=device).as_strided(
+        (2, 64), (APART, 1)
+    )
     rows.copy_(near)
     return rows, near
 
@@ -24,8 +31,12 @@ def far(device):
 OPS = {
     "rms_norm": lambda x: kernels.rms_norm(x, torch.ones(64, device=x.device), 1e-5),
     "swiglu": kernels.swiglu,
-    "cross_entropy": lambda x: kernels.cross_entropy(x, torch.tensor([63, 1], device=x.device), reduction="none"),
-    "rope": lambda x: kernels.rope(*[x.view(1, 2, 2, 32)] * 2, *torch.randn(2, 2, 16, device=x.device, generator=SEED))[0],
+    "cross_entropy": lambda x: kernels.cross_entropy(
+        x, torch.tensor([63, 1], device=x.device), reduction="none"
+    ),
+    "rope": lambda x: kernels.rope(
+        *[x.view(1, 2, 2, 32)] * 2, *torch.randn(2, 2, 16, device=x.device, generator=SEED)
+    )[0],
 }
 SEED = torch.Generator()
 

@@ -1,4 +1,6 @@
-"""Cross-entropy and log-probabilities behind the head's matmul, against float64 and against the logits held whole."""
+"""Cross-entropy and log-probabilities behind the head's matmul, against float64 and against the
+logits held whole.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ N, D, V = 12, 16, 37
 
 
 def make(device, dtype=torch.float32, n=N, d=D, v=V):
-    h, w, b = torch.randn(n, d, device=device), torch.randn(v, d, device=device) * d**-0.5, torch.randn(v, device=device)
+    h, w, b = (
+        torch.randn(n, d, device=device),
+        torch.randn(v, d, device=device) * d**-0.5,
+        torch.randn(v, device=device),
+    )
     targets = torch.randint(v, (n,), device=device)
     targets[:: max(n // 4, 1)] = -100
     return h.to(dtype), w.to(dtype), b.to(dtype), targets
@@ -32,34 +38,59 @@ def behind(loss, targets, **options):
     return lambda h, w, b: loss(F.linear(h, w, b), targets, **options)
 
 
-@pytest.mark.parametrize("options", LOSS_OPTIONS[::3], ids=lambda o: "-".join(str(v) for v in o.values()))
+@pytest.mark.parametrize(
+    "options", LOSS_OPTIONS[::3], ids=lambda o: "-".join(str(v) for v in o.values())
+)
 def test_options_against_float64(options, device):
     h, w, b, targets = make(device, n=6)
     targets = targets.clamp(max=(options["vocab_size"] or V) - 1)
-    up = [torch.randn(6, device=device) if options["reduction"] == "none" else torch.tensor(0.7, device=device)]
+    up = [
+        torch.randn(6, device=device)
+        if options["reduction"] == "none"
+        else torch.tensor(0.7, device=device)
+    ]
     check_once(
-        lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, chunk_bytes=4 * V * 4, **options),
-        behind(plain, targets, **options), [h, w, b], up, scale=2,
-    )  # fmt: skip
+        lambda h, w, b: linear_cross_entropy(
+            h, w, targets, bias=b, chunk_bytes=4 * V * 4, **options
+        ),
+        behind(plain, targets, **options),
+        [h, w, b],
+        up,
+        scale=2,
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_as_exact_as_whole_logits(dtype, reduction, device):
-    """dh and dW go through logits' gradients rounded to the dtype, as PyTorch's do; dW is added up in fp32."""
+    """dh and dW go through logits' gradients rounded to the dtype, as PyTorch's do.
+
+    DW is added up in fp32.
+    """
     h, w, _, targets = make(device, dtype, n=16, d=64, v=130)
-    up = [torch.randn(16, device=device) if reduction == "none" else torch.tensor(1.0, device=device)]
+    up = [
+        torch.randn(16, device=device) if reduction == "none" else torch.tensor(1.0, device=device)
+    ]
     check_once(
-        lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction, chunk_bytes=8 * 130 * 2),
-        lambda h, w: plain(h @ w.T, targets, reduction=reduction), [h, w], up, scale=5,
-    )  # fmt: skip
+        lambda h, w: linear_cross_entropy(
+            h, w, targets, reduction=reduction, chunk_bytes=8 * 130 * 2
+        ),
+        lambda h, w: plain(h @ w.T, targets, reduction=reduction),
+        [h, w],
+        up,
+        scale=5,
+    )
 
 
 def test_the_weight_gradient_does_not_get_worse_with_chunks(device):
-    """64 chunks against 1, bf16: at most 1.1 times the error, which a bf16 accumulator would multiply."""
+    """64 chunks against 1, bf16: at most 1.1 times the error, which a bf16 accumulator would
+    multiply.
+    """
     h, w, _, targets = make(device, torch.bfloat16, n=64, d=32, v=64)
     truth = run(
-        lambda h, w: plain(h @ w.T, targets), [x.double().requires_grad_() for x in (h, w)], [torch.ones((), device=device)]
+        lambda h, w: plain(h @ w.T, targets),
+        [x.double().requires_grad_() for x in (h, w)],
+        [torch.ones((), device=device)],
     )[2]
     errors = []
     for chunks in (1, 64):
@@ -74,23 +105,37 @@ def test_the_loss_does_not_depend_on_the_chunks(chunk_bytes, device):
     h, w, b, targets = make(device)
     whole = cross_entropy(F.linear(h, w, b), targets)
     torch.testing.assert_close(
-        linear_cross_entropy(h, w, targets, bias=b, chunk_bytes=chunk_bytes), whole, atol=1e-6, rtol=1e-6
+        linear_cross_entropy(h, w, targets, bias=b, chunk_bytes=chunk_bytes),
+        whole,
+        atol=1e-6,
+        rtol=1e-6,
     )
 
 
 def test_chunks_hold_at_most_their_bytes():
-    for n, v, size, limit in [(32768, 50304, 2, 256 << 20), (1000, 50257, 4, 256 << 20), (5, 37, 4, 1), (7, 37, 4, 1 << 20)]:
+    for n, v, size, limit in [
+        (32768, 50304, 2, 256 << 20),
+        (1000, 50257, 4, 256 << 20),
+        (5, 37, 4, 1),
+        (7, 37, 4, 1 << 20),
+    ]:
         rows = chunk_rows(n, v * size, limit)
         assert rows == 1 or rows * v * size <= limit
     assert chunk_rows(32768, 50304 * 2, 256 << 20) % 128 == 0
 
 
-H100, A100, RTX_3060 = (79 << 30, 132), (79 << 30, 108), (12 << 30, 28)  # bytes of memory, multiprocessors
+H100, A100, RTX_3060 = (
+    (79 << 30, 132),
+    (79 << 30, 108),
+    (12 << 30, 28),
+)  # bytes of memory, multiprocessors
 
 
 @pytest.mark.parametrize(("gpu", "depth"), [(H100, 1024), (H100, 768), (A100, 1024), (H100, 2048)])
 def test_a_chunk_fills_a_large_gpu_with_whole_waves_of_dh(gpu, depth):
-    """Tiles of 128 x 256, all but at most 3 in 100 of the multiprocessors busy in every wave, in a 64th of the memory."""
+    """Tiles of 128 x 256, all but at most 3 in 100 of the multiprocessors busy in every wave, in a
+    64th of the memory.
+    """
     memory, multiprocessors = gpu
     rows = gpu_chunk_rows(32768, 50304 * 2, depth, memory, multiprocessors)
     tiles = rows / 128 * depth / 256
@@ -104,7 +149,9 @@ def test_the_rows_of_a_chunk_on_an_h100_and_on_small_gpus():
     assert gpu_chunk_rows(100, 50304 * 2, 1024, *H100) == 100
     assert gpu_chunk_rows(32768, 50304 * 2, 1024, *RTX_3060) * 50304 * 2 <= 256 << 20
     for n in (300, 32768):  # no wave of so many multiprocessors fits
-        assert gpu_chunk_rows(n, 50304 * 2, 1024, 12 << 30, 132) == chunk_rows(n, 50304 * 2, 256 << 20)
+        assert gpu_chunk_rows(n, 50304 * 2, 1024, 12 << 30, 132) == chunk_rows(
+            n, 50304 * 2, 256 << 20
+        )
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["sum", "none"])
@@ -128,8 +175,10 @@ def test_no_rows_and_one_row(n, reduction, device):
     if n:
         check_once(
             lambda *x: linear_cross_entropy(*x[:2], targets, bias=x[2], reduction=reduction),
-            behind(plain, targets, reduction=reduction), [h, w, b], up,
-        )  # fmt: skip
+            behind(plain, targets, reduction=reduction),
+            [h, w, b],
+            up,
+        )
     else:
         _, *grads = run(
             lambda *x: linear_cross_entropy(*x[:2], targets, bias=x[2], reduction=reduction),
@@ -143,12 +192,19 @@ def test_no_rows_and_one_row(n, reduction, device):
 def test_a_bound_on_the_counted_rows_changes_nothing(reduction, device):
     h, w, b, targets = make(device)
     counted = int((targets != -100).sum())
-    up = [torch.randn(N, device=device) if reduction == "none" else torch.tensor(1.0, device=device)]
+    up = [
+        torch.randn(N, device=device) if reduction == "none" else torch.tensor(1.0, device=device)
+    ]
     results = [
-        run(lambda *x, m=m: linear_cross_entropy(*x[:2], targets, bias=x[2], reduction=reduction, max_counted=m),
-            [x.detach().requires_grad_() for x in (h, w, b)], up)
+        run(
+            lambda *x, m=m: linear_cross_entropy(
+                *x[:2], targets, bias=x[2], reduction=reduction, max_counted=m
+            ),
+            [x.detach().requires_grad_() for x in (h, w, b)],
+            up,
+        )
         for m in (counted, counted + 1, N, None)
-    ]  # fmt: skip
+    ]
     for other in results[1:]:
         for a, b_ in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b_, atol=1e-6, rtol=1e-5)
@@ -202,9 +258,20 @@ def test_logits_are_kept_where_the_caller_has_room_for_them(device):
     """As many bytes as he says, and never more rows than may count."""
     h, w, _, targets = make(device)
     counted = int((targets != -100).sum())
-    for keep_rows, max_counted, rows in [(100, None, N), (5, None, 5), (100, counted, counted), (0, None, 0)]:
+    for keep_rows, max_counted, rows in [
+        (100, None, N),
+        (5, None, 5),
+        (100, counted, counted),
+        (0, None, 0),
+    ]:
         with KeptRows() as seen:
-            linear_logprobs(h.requires_grad_(), w, targets, keep_bytes=keep_rows * V * 4, max_counted=max_counted)
+            linear_logprobs(
+                h.requires_grad_(),
+                w,
+                targets,
+                keep_bytes=keep_rows * V * 4,
+                max_counted=max_counted,
+            )
         assert seen.kept == [rows]
 
 
@@ -246,14 +313,20 @@ def test_same_loss_with_and_without_gradients_and_backward_twice(device):
 def test_upstream_gradients_scale_the_result(device):
     h, w, _, targets = make(device)
     grads = [
-        run(lambda x: linear_cross_entropy(x, w, targets), [h.clone().requires_grad_()], [torch.tensor(s, device=device)])[1]
+        run(
+            lambda x: linear_cross_entropy(x, w, targets),
+            [h.clone().requires_grad_()],
+            [torch.tensor(s, device=device)],
+        )[1]
         for s in (1.0, -2.0)
     ]
     assert same_bits(grads[1], -2 * grads[0])
 
 
 def test_padded_columns_take_no_part(device):
-    """Garbage in the padding rows of W (even inf and NaN would do) changes neither the loss nor dh, and its gradient is 0."""
+    """Garbage in the padding rows of W (even inf and NaN would do) changes neither the loss nor dh,
+    and its gradient is 0.
+    """
     h, w, _, targets = make(device)
     padded = torch.cat((w, 1e6 * torch.randn(27, D, device=device)))
     up = [torch.tensor(1.0, device=device)]
@@ -263,7 +336,9 @@ def test_padded_columns_take_no_part(device):
         up,
     )
     expected = run(
-        lambda x, y: linear_cross_entropy(x, y, targets), [h.clone().requires_grad_(), w.clone().requires_grad_()], up
+        lambda x, y: linear_cross_entropy(x, y, targets),
+        [h.clone().requires_grad_(), w.clone().requires_grad_()],
+        up,
     )
     torch.testing.assert_close(loss, expected[0])
     torch.testing.assert_close(dh, expected[1])
@@ -279,9 +354,14 @@ def test_log_probabilities_against_float64(softcap, device):
         return -plain(F.linear(h, w, b), targets, reduction="none", softcap=softcap)
 
     check(
-        lambda h, w, b: linear_logprobs(h, w, targets, bias=b, softcap=softcap, chunk_bytes=5 * V * 4),
-        truth, [h, w, b], [torch.randn(N, device=device)], scale=2,
-    )  # fmt: skip
+        lambda h, w, b: linear_logprobs(
+            h, w, targets, bias=b, softcap=softcap, chunk_bytes=5 * V * 4
+        ),
+        truth,
+        [h, w, b],
+        [torch.randn(N, device=device)],
+        scale=2,
+    )
 
 
 def test_dpo_loss_of_equal_policy_and_reference_is_exactly_ln_2(device):
@@ -313,7 +393,7 @@ def test_mistakes_are_named(device):
         linear_logprobs(h, w, t, bias=b[:3])
 
 
-def test_a_cpu_takes_as_many_logits_as_the_weight_has_elements_between_256_and_512_rows_50_and_200_mib():
+def test_a_cpu_takes_logits_by_the_size_of_the_weight_within_bounds_of_rows_and_bytes():
     assert chunk_rows(2048, 50304 * 4, cpu_chunk_bytes(50304, 64, 4)) == 256
     assert chunk_rows(2048, 50304 * 4, cpu_chunk_bytes(50304, 384, 4)) == 384
     assert chunk_rows(2048, 50304 * 4, cpu_chunk_bytes(50304, 1024, 4)) == 512

@@ -1,4 +1,7 @@
-"""What PyTorch expects of an op: opcheck, gradcheck, torch.compile, autocast, checkpointing, hooks, copies."""
+"""What PyTorch expects of an op.
+
+Opcheck, gradcheck, torch.compile, autocast, checkpointing, hooks, copies.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +35,25 @@ def op_calls():
         "rms_norm": (_rms_norm, (rand(N, D), rand(D), 1e-5)),
         "add_rms_norm": (_add_rms_norm, (rand(N, D), rand(N, D), rand(D), 1e-5)),
         "rope": (_rope, (rand(2, 5, 4, 8), rand(2, 5, 2, 8), cos, cos, None, False)),
-        "rope at positions": (_rope, (rand(2, 5, 4, 8), rand(2, 5, 2, 8), cos, cos, torch.randint(8, (2, 5)), True)),
+        "rope at positions": (
+            _rope,
+            (rand(2, 5, 4, 8), rand(2, 5, 2, 8), cos, cos, torch.randint(8, (2, 5)), True),
+        ),
         "swiglu": (_swiglu, (rand(N, 2 * D),)),
         "cross_entropy": (_cross_entropy, (rand(N, V), TARGETS, options)),
         "linear_cross_entropy": (
-            _linear_cross_entropy, (rand(N, D), rand(V, D), rand(V), TARGETS, options, 4 * V * 3, -1, True, True),
+            _linear_cross_entropy,
+            (rand(N, D), rand(V, D), rand(V), TARGETS, options, 4 * V * 3, -1, True, True),
         ),
-        "linear_nll": (_linear_nll, (rand(N, D), rand(V, D), None, TARGETS, options, 4 * V * 3, -1, 0)),
-        "linear_nll kept": (_linear_nll, (rand(N, D), rand(64, D), None, TARGETS, options, 4 * 64 * 3, -1, 3)),
-    }  # fmt: skip
+        "linear_nll": (
+            _linear_nll,
+            (rand(N, D), rand(V, D), None, TARGETS, options, 4 * V * 3, -1, 0),
+        ),
+        "linear_nll kept": (
+            _linear_nll,
+            (rand(N, D), rand(64, D), None, TARGETS, options, 4 * 64 * 3, -1, 3),
+        ),
+    }
 
 
 @pytest.mark.parametrize("name", op_calls())
@@ -62,23 +75,36 @@ def leaf(x, device):
 
 def functions():
     cos, sin = torch.rand(2, 8, 4, dtype=torch.float64).unbind(0)
-    everything = {"z_loss": 0.1, "label_smoothing": 0.2, "softcap": 3.0, "vocab_size": V - 2, "reduction": "none"}
+    everything = {
+        "z_loss": 0.1,
+        "label_smoothing": 0.2,
+        "softcap": 3.0,
+        "vocab_size": V - 2,
+        "reduction": "none",
+    }
     targets = TARGETS.clamp(max=V - 3)
     return {
         "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-5), [(N, D), (D,)]),
-        "add_rms_norm": (lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-5), [(N, D), (N, D), (D,)]),
+        "add_rms_norm": (
+            lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-5),
+            [(N, D), (N, D), (D,)],
+        ),
         "rope": (lambda q, k: kernels.rope(q, k, cos, sin), [(2, 5, 4, 8), (2, 5, 2, 8)]),
         "swiglu": (kernels.swiglu, [(N, 2 * D)]),
         "cross_entropy": (lambda z: kernels.cross_entropy(z, targets, **everything), [(N, V)]),
-        "linear_cross_entropy": (lambda h, w, b: kernels.linear_cross_entropy(h, w, TARGETS, bias=b), [(N, D), (V, D), (V,)]),
+        "linear_cross_entropy": (
+            lambda h, w, b: kernels.linear_cross_entropy(h, w, TARGETS, bias=b),
+            [(N, D), (V, D), (V,)],
+        ),
         "linear_cross_entropy by rows": (
-            lambda h, w: kernels.linear_cross_entropy(h, w, targets, **everything), [(N, D), (V, D)],
+            lambda h, w: kernels.linear_cross_entropy(h, w, targets, **everything),
+            [(N, D), (V, D)],
         ),
         "linear_logprobs": (lambda h, w: kernels.linear_logprobs(h, w, TARGETS), [(N, D), (V, D)]),
         "linear": (kernels.linear, [(2, 3, D), (7, D)]),
         "linear in parts": (lambda x, m: kernels.linear(x, m, (4, 2, 1)), [(2, 3, D), (7, D)]),
         "swiglu_linear": (lambda x, m: kernels.swiglu_linear(x, m), [(N, 2 * D), (7, D)]),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", functions())
@@ -93,15 +119,26 @@ def block(x, r, norm, gate_up, weight, targets):
     first, second = kernels.linear(y, gate_up.t(), (D, D))
     z = kernels.swiglu_linear(torch.cat((first, second), -1), weight) + s
     z = kernels.rms_norm(z, norm, 1e-5)
-    q, k = kernels.rope(z.view(1, -1, 2, D // 2), z.view(1, -1, 2, D // 2), *torch.ones(2, 40, D // 4))
+    q, k = kernels.rope(
+        z.view(1, -1, 2, D // 2), z.view(1, -1, 2, D // 2), *torch.ones(2, 40, D // 4)
+    )
     z = (q + k).view_as(z)
-    return kernels.linear_cross_entropy(z, weight, targets, z_loss=1e-3) - kernels.linear_logprobs(z, weight, targets).mean()
+    return (
+        kernels.linear_cross_entropy(z, weight, targets, z_loss=1e-3)
+        - kernels.linear_logprobs(z, weight, targets).mean()
+    )
 
 
 def block_inputs(n, dtype=torch.float32):
     torch.manual_seed(n)
-    floats = [torch.randn(*s).to(dtype).requires_grad_() for s in [(n, D), (n, D), (D,), (D, 2 * D), (D, D)]]
-    return [*floats, torch.randint(-1, D, (n,)).masked_fill(torch.arange(n) % 3 == 0, -100).clamp(min=-100)]
+    floats = [
+        torch.randn(*s).to(dtype).requires_grad_()
+        for s in [(n, D), (n, D), (D,), (D, 2 * D), (D, D)]
+    ]
+    return [
+        *floats,
+        torch.randint(-1, D, (n,)).masked_fill(torch.arange(n) % 3 == 0, -100).clamp(min=-100),
+    ]
 
 
 def loss_and_gradients(fn, inputs):
@@ -111,7 +148,11 @@ def loss_and_gradients(fn, inputs):
 
 def test_compiled_whole_forward_and_backward_equal_eager(cpu_path):
     compiled = torch.compile(block, fullgraph=True)
-    for a, b in zip(loss_and_gradients(compiled, i := block_inputs(12)), loss_and_gradients(block, i), strict=True):
+    for a, b in zip(
+        loss_and_gradients(compiled, i := block_inputs(12)),
+        loss_and_gradients(block, i),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, equal_nan=True)
 
 
@@ -135,7 +176,11 @@ def test_autocast_gives_the_dtypes_the_docstrings_state(dtype, cpu_path):
             assert kernels.linear(x.to(given), head).dtype == dtype
             assert kernels.swiglu_linear(x.to(given), rand(3, D // 2)).dtype == dtype
             loss = kernels.linear_cross_entropy(x.to(given), head, TARGETS)
-            assert loss.dtype == kernels.linear_logprobs(x.to(given), head, TARGETS).dtype == torch.float32
+            assert (
+                loss.dtype
+                == kernels.linear_logprobs(x.to(given), head, TARGETS).dtype
+                == torch.float32
+            )
     loss.backward()
     assert head.grad.dtype == x.grad.dtype == torch.float32
 
@@ -168,7 +213,9 @@ def test_checkpointing_hooks_copies_and_functional_call_change_nothing(cpu_path)
         gradients(model, checkpoint(model, x, targets, use_reentrant=False)),
         gradients(twin, twin(x, targets)),
         gradients(model, hooked),
-        gradients(model, torch.func.functional_call(model, dict(model.named_parameters()), (x, targets))),
+        gradients(
+            model, torch.func.functional_call(model, dict(model.named_parameters()), (x, targets))
+        ),
     ]
     for other in others:
         assert all(same_bits(a, b) for a, b in zip(expected, other, strict=True))

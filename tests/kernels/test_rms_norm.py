@@ -26,14 +26,22 @@ def ours_add(x, r, w):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norm_and_gradients_against_float64(width, dtype, device):
     x, g = torch.randn(2, 5, width, device=device).to(dtype).unbind(0)
-    # one column wide, dx is what is left of two equal numbers' difference: only its size beside them means anything
-    check(ours, rms_norm_in_fp32, [x, torch.randn(width, device=device)], [g], scale=1000 if width == 1 else 1)
+    # one column wide, dx is what is left of two equal numbers' difference: only its size beside
+    # them means anything
+    check(
+        ours,
+        rms_norm_in_fp32,
+        [x, torch.randn(width, device=device)],
+        [g],
+        scale=1000 if width == 1 else 1,
+    )
 
 
 @pytest.mark.parametrize("width", [7, 768, 1024])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_added_norm_and_gradients_against_float64(width, dtype, device):
-    # values on a coarse grid: the sum is exact in every dtype, so that the float64 truth normalises the same sum
+    # values on a coarse grid: the sum is exact in every dtype, so that the float64 truth normalises
+    # the same sum
     x, r = ((torch.randn(2, 5, width, device=device) * 4).round() / 4).to(dtype).unbind(0)
     g, h = torch.randn(2, 5, width, device=device).to(dtype).unbind(0)
     check(ours_add, plain_add, [x, r, torch.randn(width, device=device)], [g, h])
@@ -47,7 +55,10 @@ def test_every_number_of_rows(rows, width, device):
 
 
 def test_no_rows_give_a_zero_weight_gradient(device):
-    x, w = torch.randn(0, 64, device=device, requires_grad=True), torch.randn(64, device=device, requires_grad=True)
+    x, w = (
+        torch.randn(0, 64, device=device, requires_grad=True),
+        torch.randn(64, device=device, requires_grad=True),
+    )
     rms_norm(x, w, EPS).sum().backward()
     assert x.grad.shape == (0, 64)
     assert torch.equal(w.grad, torch.zeros_like(w))
@@ -61,7 +72,9 @@ def test_the_sum_is_rounded_before_it_is_normalised(device):
     assert same_bits(y, rms_norm(s, w, EPS))
 
 
-@pytest.mark.parametrize("kind", ["expanded rows", "expanded scalar", "transposed", "sliced columns", "unaligned"])
+@pytest.mark.parametrize(
+    "kind", ["expanded rows", "expanded scalar", "transposed", "sliced columns", "unaligned"]
+)
 def test_strided_and_unaligned_inputs_and_gradients(kind, device):
     make = {
         "expanded rows": lambda: torch.randn(1, 64, device=device).expand(6, 64),
@@ -76,7 +89,9 @@ def test_strided_and_unaligned_inputs_and_gradients(kind, device):
     for i in range(2):  # the gradient alone, then the input too
         x = given[0] if i else copies[0]
         actual = run(ours, [x.detach().requires_grad_(), w.clone().requires_grad_()], [given[1]])
-        expected = run(ours, [copies[0].clone().requires_grad_(), w.clone().requires_grad_()], [copies[1]])
+        expected = run(
+            ours, [copies[0].clone().requires_grad_(), w.clone().requires_grad_()], [copies[1]]
+        )
         assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
 

@@ -1,4 +1,4 @@
-"""RoPE against complex multiplication in float64, and against the rotate-half form of Hugging Face."""
+"""RoPE against complex multiplication in float64, and Hugging Face's rotate-half form."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from fastlm.kernels import rope
 def case(heads, kv_heads, width, dtype, device, with_positions):
     q, dq = torch.randn(2, 2, 5, heads, width, device=device).to(dtype).unbind(0)
     k, dk = torch.randn(2, 2, 5, kv_heads, width, device=device).to(dtype).unbind(0)
-    positions = torch.tensor([[0, 1, 2, 0, 1], [LENGTH - 1, 7, 7, 3, 0]], device=device) if with_positions else None
+    positions = (
+        torch.tensor([[0, 1, 2, 0, 1], [LENGTH - 1, 7, 7, 3, 0]], device=device)
+        if with_positions
+        else None
+    )
     return [q, k], [dq, dk], rotary_table(width, device), positions
 
 
 @pytest.mark.parametrize("with_positions", [False, True], ids=["counted", "given positions"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width"), [(16, 16, 64), (9, 3, 64), (4, 1, 128), (3, 3, 6), (1, 1, 2), (2, 1, 96)]
+    ("heads", "kv_heads", "width"),
+    [(16, 16, 64), (9, 3, 64), (4, 1, 128), (3, 3, 6), (1, 1, 2), (2, 1, 96)],
 )
-def test_rotation_and_gradients_against_float64(heads, kv_heads, width, dtype, with_positions, device):
-    inputs, upstream, (cos, sin), positions = case(heads, kv_heads, width, dtype, device, with_positions)
+def test_rotation_and_gradients_against_float64(
+    heads, kv_heads, width, dtype, with_positions, device
+):
+    inputs, upstream, (cos, sin), positions = case(
+        heads, kv_heads, width, dtype, device, with_positions
+    )
     at = torch.arange(5, device=device).unsqueeze(0) if positions is None else positions
 
     def plain(q, k):
@@ -34,13 +43,19 @@ def test_rotation_and_gradients_against_float64(heads, kv_heads, width, dtype, w
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_tables_cost_16_bit_results_nothing(dtype, device):
-    """The root mean square error against float64 with fp16 cos and sin is within 2% of that with fp32 ones in bf16."""
+    """The root mean square error against float64 with fp16 cos and sin is within 2% of that with
+    fp32 ones in bf16.
+    """
     at = torch.arange(0, 1024, 16, device=device).double()
     angles = torch.outer(at, 1e4 ** -(torch.arange(32, device=device).double() / 32))
     q = torch.randn(1, len(at), 8, 64, device=device).to(dtype)
     true = rotate(q.double(), angles.cos(), angles.sin())
     wide, narrow = (
-        (rope(q, q, angles.cos().to(t), angles.sin().to(t))[0].double() - true).square().mean().sqrt().item()
+        (rope(q, q, angles.cos().to(t), angles.sin().to(t))[0].double() - true)
+        .square()
+        .mean()
+        .sqrt()
+        .item()
         for t in (torch.float32, torch.float16)
     )
     assert narrow <= (1.02 if dtype == torch.bfloat16 else 1.6) * wide
@@ -57,7 +72,10 @@ def test_equals_hugging_face_rotate_half(device):
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_packed_projection_needs_no_copy(kv_heads, device):
-    """q and k as views of one packed (B, T, (H + 2 Hkv) Dh): the same bits as from copies, the gradient lands in place."""
+    """q and k as views of one packed (B, T, (H + 2 Hkv) Dh).
+
+    The same bits as from copies, the gradient lands in place.
+    """
     heads, width = 4, 24
     packed = torch.randn(2, 5, (heads + 2 * kv_heads) * width, device=device, requires_grad=True)
     cos, sin = rotary_table(width, device)
@@ -69,7 +87,9 @@ def test_packed_projection_needs_no_copy(kv_heads, device):
     q, k, v = packed.detach().view(2, 5, -1, width).split([heads, kv_heads, kv_heads], 2)
     up = [torch.randn(x.shape, device=device) for x in (q, k)]
     q1, k1, dz = run(of_views, [packed], up)
-    q2, k2, dq, dk = run(lambda a, b: rope(a, b, cos, sin), [x.contiguous().requires_grad_() for x in (q, k)], up)
+    q2, k2, dq, dk = run(
+        lambda a, b: rope(a, b, cos, sin), [x.contiguous().requires_grad_() for x in (q, k)], up
+    )
     assert same_bits(q1, q2)
     assert same_bits(k1, k2)
     assert same_bits(dz.view(2, 5, -1, width), torch.cat((dq, dk, torch.zeros_like(v)), 2))
@@ -82,7 +102,9 @@ def test_heads_first_layout_and_expanded_gradient(device):
     actual = run(lambda a, b: rope(a, b, cos, sin), [q.requires_grad_(), k.requires_grad_()], up)
     copies = [x.detach().contiguous().requires_grad_() for x in (q, k)]
     expected = run(lambda a, b: rope(a, b, cos, sin), copies, [u.contiguous() for u in up])
-    assert all(same_bits(a.contiguous(), b.contiguous()) for a, b in zip(actual, expected, strict=True))
+    assert all(
+        same_bits(a.contiguous(), b.contiguous()) for a, b in zip(actual, expected, strict=True)
+    )
 
 
 def test_int32_positions_and_lengths_are_kept(device):
@@ -104,7 +126,9 @@ def test_positions_outside_the_table_give_nan_there_and_nothing_else(device, tri
 
 def test_no_tokens(device):
     cos, sin = rotary_table(8, device)
-    q, k = rope(torch.randn(0, 5, 2, 8, device=device), torch.randn(0, 5, 1, 8, device=device), cos, sin)
+    q, k = rope(
+        torch.randn(0, 5, 2, 8, device=device), torch.randn(0, 5, 1, 8, device=device), cos, sin
+    )
     assert q.shape == (0, 5, 2, 8)
     assert k.shape == (0, 5, 1, 8)
 

@@ -47,7 +47,10 @@ def test_strided_and_unaligned_inputs_and_gradients(kind, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [7, 768])
 def test_the_backward_writes_the_forward_again_to_the_bit(width, dtype, device):
-    x, g = torch.randn(5, 2 * width, device=device).to(dtype), torch.randn(5, width, device=device).to(dtype)
+    x, g = (
+        torch.randn(5, 2 * width, device=device).to(dtype),
+        torch.randn(5, width, device=device).to(dtype),
+    )
     dx, y = _swiglu_backward(g, x, True)
     assert same_bits(y, swiglu(x)), (y.float() - swiglu(x).float()).abs().max().item()
     assert same_bits(dx, _swiglu_backward(g, x, False)[0])
@@ -55,13 +58,20 @@ def test_the_backward_writes_the_forward_again_to_the_bit(width, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_kept_product_gives_the_bits_of_one_made_again(dtype, device):
-    inputs, g = [torch.randn(5, 128, device=device).to(dtype), torch.randn(9, 64, device=device).to(dtype)], torch.randn(5, 9)
+    inputs, g = (
+        [torch.randn(5, 128, device=device).to(dtype), torch.randn(9, 64, device=device).to(dtype)],
+        torch.randn(5, 9),
+    )
     saved: dict[bool, list] = {False: [], True: []}
     results = []
     for keep, seen in saved.items():
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.shape) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, seen=seen: seen.append(t.shape) or t, lambda t: t
+        ):
             leaves = [x.clone().requires_grad_() for x in inputs]
-            results.append(run(lambda x, w, keep=keep: swiglu_linear(x, w, keep), leaves, [g.to(device)]))
+            results.append(
+                run(lambda x, w, keep=keep: swiglu_linear(x, w, keep), leaves, [g.to(device)])
+            )
     assert all(map(same_bits, *results))
     assert torch.Size((5, 64)) in saved[True]
     assert torch.Size((5, 64)) not in saved[False]

@@ -9,7 +9,10 @@ from fastlm.kernels.audit.configurations import cases
 from fastlm.kernels.audit.traffic import counting, measure
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, and nothing is counted"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="with a GPU the kernels are compiled, and nothing is counted",
+    ),
     pytest.mark.usefixtures("triton_only"),
 ]
 

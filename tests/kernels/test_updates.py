@@ -1,4 +1,6 @@
-"""The optimizers' passes over lists, on the Triton kernels and on what a CPU does instead, against float64."""
+"""The optimizers' passes over lists, on the Triton kernels and on what a CPU does instead, against
+float64.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from fastlm.kernels import updates
 from fastlm.kernels.audit.traffic import counting
 from fastlm.kernels.triton.updates import BLOCK, PASSES
 
-# One element, less than a block, one that ends a block, one that starts another, odd rows; one of them not aligned.
+# One element, less than a block, one that ends a block, one that starts another, odd rows; one of
+# them not aligned.
 SHAPES = [(1,), (7,), (64, 64), (1, BLOCK + 1), (33, 129), (100, 50)]
 MATRICES = [shape for shape in SHAPES if len(shape) == 2]
 factors = pytest.mark.parametrize("factor", [None, 1.0, 0.3])
@@ -75,7 +78,9 @@ def test_momentum_and_direction(factor, device):
         truth = old.double() + 0.05 * (g - old.double())
         close(m, truth)
         u = g + 0.95 * (truth - g)
-        close(x, u / u.norm().clamp_min(1e-7), 2e-6 if x.dtype == torch.float32 else 3e-3)  # half a digit of bf16
+        close(
+            x, u / u.norm().clamp_min(1e-7), 2e-6 if x.dtype == torch.float32 else 3e-3
+        )  # half a digit of bf16
 
 
 def test_gradients_too_small_for_fp16_have_a_direction(device):
@@ -99,7 +104,10 @@ def test_muon_s_step(device):
 
 @factors
 def test_adamw_s_steps(factor, device):
-    """Ten steps, each by another share of the learning rate; every tensor has its own rate and decay."""
+    """Ten steps, each by another share of the learning rate.
+
+    Every tensor has its own rate and decay.
+    """
     parameters = some(SHAPES, device)
     rates = [updates.Rate(0.01 * (i + 1), 0.1 * (i % 2)) for i in range(len(SHAPES))]
     truth = [p.double() for p in parameters]
@@ -124,7 +132,9 @@ def test_adamw_s_steps(factor, device):
 @pytest.mark.parametrize("beta", [0.5, 0.9, 0.95, 0.999, 0.9999])
 @pytest.mark.usefixtures("triton_only")
 def test_the_corrections_of_the_averages_have_fp32_s_precision(beta, device):
-    """A constant gradient of 1 makes every step of AdamW one learning rate long, however few or many came before."""
+    """A constant gradient of 1 makes every step of AdamW one learning rate long, however few or
+    many came before.
+    """
     for count in (0, 1, 2, 10, 100, 1000, 100_000):
         before = 1 - beta**count
         filled = [[torch.full((1,), before, device=device)] for _ in range(2)]
@@ -135,18 +145,27 @@ def test_the_corrections_of_the_averages_have_fp32_s_precision(beta, device):
             [torch.tensor(float(count), device=device)],
         )
         updates.adamw_step(tensors, [updates.Rate(1.0, 0.0)], 1.0, (beta, beta))
-        assert tensors.parameters[0].item() == pytest.approx(-1, rel=2e-4 if before < 0.01 and count else 5e-6)
+        assert tensors.parameters[0].item() == pytest.approx(
+            -1, rel=2e-4 if before < 0.01 and count else 5e-6
+        )
 
 
 def test_a_step_left_out_changes_nothing(device):
     """Gradients that are not finite included."""
-    everything = {name: some(MATRICES, device) for name in ("parameters", "grads", "averages", "squares")}
+    everything = {
+        name: some(MATRICES, device) for name in ("parameters", "grads", "averages", "squares")
+    }
     everything["steps"] = [torch.tensor(3.0, device=device) for _ in MATRICES]
     everything["grads"][0][0, 0] = math.nan
     before = {name: copies(tensors) for name, tensors in everything.items()}
     skip = torch.tensor(1.0, device=device)
     updates.adamw_step(
-        updates.AdamWTensors(**everything), [updates.Rate(0.1, 0.1)] * len(MATRICES), 1.0, (0.9, 0.99), None, skip
+        updates.AdamWTensors(**everything),
+        [updates.Rate(0.1, 0.1)] * len(MATRICES),
+        1.0,
+        (0.9, 0.99),
+        None,
+        skip,
     )
     directions = [torch.zeros_like(g, dtype=updates.update_dtype(g)) for g in everything["grads"]]
     updates.momentum_step(everything["grads"], everything["averages"], directions, 0.95, None, skip)
@@ -165,10 +184,15 @@ def test_a_step_not_left_out_is_taken(device):
         close(p, old.double() - 0.5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, and nothing is counted")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU the kernels are compiled, and nothing is counted"
+)
 @pytest.mark.usefixtures("triton_only")
 def test_every_element_is_read_and_written_once(device):
-    """Within 1.5% of PASSES, tables and partial sums counted: lists of a large model's sizes have as little of them."""
+    """Within 1.5% of PASSES, tables and partial sums counted.
+
+    Lists of a large model's sizes have as little of them.
+    """
     shapes = [(128, 512), (64, 64), (256, 128)]
     elements = sum(rows * columns for rows, columns in shapes)
     a, b, c, d = (some(shapes, device) for _ in range(4))
@@ -179,7 +203,9 @@ def test_every_element_is_read_and_written_once(device):
         ("squares_kernel",): lambda: updates.global_norm(a, 1.0),
         ("momentum_kernel", "normalise_kernel"): lambda: updates.momentum_step(a, b, half, 0.95),
         ("muon_kernel",): lambda: updates.muon_step(a, half, [1.0] * len(shapes), 0.1, 0.1),
-        ("adamw_kernel",): lambda: updates.adamw_step(updates.AdamWTensors(a, b, c, d, steps), rates, 1.0, (0.9, 0.99)),
+        ("adamw_kernel",): lambda: updates.adamw_step(
+            updates.AdamWTensors(a, b, c, d, steps), rates, 1.0, (0.9, 0.99)
+        ),
     }
     for kernels, call in expected.items():
         with counting() as meter:

@@ -16,12 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpuless")]
 
-from gpucompile import DEVICE, compile_for_gpu  # noqa: E402
-from gpurun import run_for_gpu  # noqa: E402
-
 import fastlm.kernels.audit.flops  # noqa: E402, F401
 from fastlm.config import PRESETS  # noqa: E402
 from fastlm.model import Transformer, build  # noqa: E402
+from gpucompile import DEVICE, compile_for_gpu  # noqa: E402
+from gpurun import run_for_gpu  # noqa: E402
 
 
 def training_step(model, autocast: bool, device: str = "cpu"):

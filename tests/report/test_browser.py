@@ -1,4 +1,6 @@
-"""The report in a real browser, where Chromium and playwright are there (extra dev; Debian: chromium)."""
+"""The report in a real browser, where Chromium and playwright are there (extra dev; Debian:
+chromium).
+"""
 
 from __future__ import annotations
 
@@ -70,13 +72,16 @@ OVERLAPS = """() => {
   const found = [];
   for (const plot of document.querySelectorAll(".plot")) {
     const frame = plot.getBoundingClientRect();
-    const texts = [...plot.querySelectorAll(".legend, .xtitle, .ytitle, .xaxislayer-above, .yaxislayer-above")]
-      .map((e) => [e.getAttribute("class"), e.getBoundingClientRect()]).filter(([, r]) => r.width > 0);
+    const kinds = ".legend, .xtitle, .ytitle, .xaxislayer-above, .yaxislayer-above";
+    const texts = [...plot.querySelectorAll(kinds)]
+      .map((e) => [e.getAttribute("class"), e.getBoundingClientRect()])
+      .filter(([, r]) => r.width > 0);
     for (const [name, r] of texts)
       if (r.left < frame.left - 1 || r.right > frame.right + 1 || r.bottom > frame.bottom + 1)
         found.push(plot.id + ": " + name + " leaves its chart");
     texts.forEach(([a, r], i) => texts.slice(i + 1).forEach(([b, s]) => {
-      if (r.left < s.right - 1 && s.left < r.right - 1 && r.top < s.bottom - 1 && s.top < r.bottom - 1)
+      if (r.left < s.right - 1 && s.left < r.right - 1
+          && r.top < s.bottom - 1 && s.top < r.bottom - 1)
         found.push(plot.id + ": " + a + " lies over " + b);
     }));
   }

@@ -22,7 +22,9 @@ def trainer(small_tokenizer, folder, **options):
     from trl import DPOConfig, DPOTrainer
 
     end = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(small_tokenizer), eos_token=end, pad_token=end)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(small_tokenizer), eos_token=end, pad_token=end
+    )
     policy, reference = map(hugging_face, models())
     args = DPOConfig(
         output_dir=str(folder),
@@ -34,7 +36,9 @@ def trainer(small_tokenizer, folder, **options):
         **options,
     )
     data = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-    return DPOTrainer(model=policy, ref_model=reference, args=args, processing_class=tokenizer, train_dataset=data)
+    return DPOTrainer(
+        model=policy, ref_model=reference, args=args, processing_class=tokenizer, train_dataset=data
+    )
 
 
 def batch(sequences) -> dict[str, torch.Tensor]:
@@ -46,7 +50,9 @@ def batch(sequences) -> dict[str, torch.Tensor]:
     longest = max(len(ids) for ids, _ in in_order)
 
     def padded(parts) -> torch.Tensor:
-        return torch.tensor(np.stack([np.pad(p.astype(np.int64), (0, longest - len(p))) for p in parts]))
+        return torch.tensor(
+            np.stack([np.pad(p.astype(np.int64), (0, longest - len(p))) for p in parts])
+        )
 
     return {
         "input_ids": padded(ids for ids, _ in in_order),

@@ -20,7 +20,9 @@ from fastlm.train import loop
 from fastlm.train.dpo import sums
 
 CPU = torch.device("cpu")
-SHAPE = ModelConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
+SHAPE = ModelConfig(
+    vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64
+)
 VARIANTS = [
     DpoConfig(beta=0.3),
     DpoConfig(beta=0.3, label_smoothing=0.2),
@@ -53,7 +55,9 @@ def pairs(n: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
             rng.integers(0, 97, number % 2),
         )
         for _ in range(2):
-            ids = np.concatenate([prompt, alike, rng.integers(0, 97, 1 + int(rng.integers(12)))]).astype(np.int32)
+            ids = np.concatenate(
+                [prompt, alike, rng.integers(0, 97, 1 + int(rng.integers(12)))]
+            ).astype(np.int32)
             found.append((ids, np.arange(len(ids)) >= len(prompt)))
     return found
 
@@ -62,7 +66,9 @@ def hugging_face(model):
     """The same weights in transformers' Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    theirs = LlamaForCausalLM(LlamaConfig(**config_json(model.config, 0), attn_implementation="eager"))
+    theirs = LlamaForCausalLM(
+        LlamaConfig(**config_json(model.config, 0), attn_implementation="eager")
+    )
     weights = hugging_face_weights(model)
     missing = theirs.load_state_dict(weights, strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}
@@ -78,7 +84,9 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return hugging_face_weights(holder)
 
 
-def packed_step(cfg: DpoConfig, sequences, share: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def packed_step(
+    cfg: DpoConfig, sequences, share: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Means and gradients of one step as the stage takes it, in two micro-batches of rows of 64."""
     policy, reference = models()
     rows = pack(sequences, 64, group=2, share=share)
@@ -121,7 +129,9 @@ def brute_force(cfg: DpoConfig, sequences) -> tuple[dict[str, float], dict[str, 
         elif cfg.loss == "simpo":
             losses.append(F.softplus(cfg.margin - m))
         else:
-            losses.append((1 - cfg.label_smoothing) * F.softplus(-m) + cfg.label_smoothing * F.softplus(m))
+            losses.append(
+                (1 - cfg.label_smoothing) * F.softplus(-m) + cfg.label_smoothing * F.softplus(m)
+            )
         rewards.append([cfg.beta * g.item() for g in gain])
     loss = sum(losses) / len(losses)
     loss.backward()
@@ -136,7 +146,9 @@ def brute_force(cfg: DpoConfig, sequences) -> tuple[dict[str, float], dict[str, 
     return figures, {name: p.grad for name, p in policy.named_parameters()}
 
 
-def agree(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+def agree(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-4
+) -> None:
     """Equal gradients: the error of each is small beside its own size."""
     assert set(ours) - set(theirs) <= {"lm_head.weight"}
     assert len(theirs) > 10
@@ -146,7 +158,9 @@ def agree(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolera
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("cfg", VARIANTS, ids=["sigmoid", "smoothed", "ipo", "length-normalised", "simpo"])
+@pytest.mark.parametrize(
+    "cfg", VARIANTS, ids=["sigmoid", "smoothed", "ipo", "length-normalised", "simpo"]
+)
 def test_losses_rewards_and_gradients_equal_one_sequence_at_a_time(cfg, share):
     pytest.importorskip("transformers")
     sequences = pairs()

@@ -20,7 +20,9 @@ from fastlm.errors import UserError
 from fastlm.model import build
 from fastlm.train import loop, run
 
-SMALL = ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
+SMALL = ModelConfig(
+    vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32
+)
 
 
 def model_and_batch():
@@ -31,7 +33,9 @@ def model_and_batch():
             p += 0.1 * torch.randn(p.shape, generator=generator)
     tokens = torch.randint(100, (8, 32), generator=generator)
     targets = torch.randint(100, (8, 32), generator=generator)
-    counted = torch.tensor([32, 1, 0, 17, 5, 0, 0, 31])  # very unequal; rows 5 and 6, a micro-batch of 2x4, hold almost nothing
+    counted = torch.tensor(
+        [32, 1, 0, 17, 5, 0, 0, 31]
+    )  # very unequal; rows 5 and 6, a micro-batch of 2x4, hold almost nothing
     targets[torch.arange(32) >= counted[:, None]] = IGNORED
     return model, tokens, targets
 
@@ -40,7 +44,9 @@ def gradients(model, tokens, targets, rows: int):
     model = copy.deepcopy(model)
     n_counted = int((targets != IGNORED).sum())
     micro_batches = zip(tokens.split(rows), targets.split(rows), strict=True)
-    value = loop.accumulate(lambda *batch: {"loss": model.loss(*batch)}, micro_batches, n_counted)["loss"]
+    value = loop.accumulate(lambda *batch: {"loss": model.loss(*batch)}, micro_batches, n_counted)[
+        "loss"
+    ]
     return value, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -66,7 +72,9 @@ def test_gradients_in_fp32_do_not_depend_on_micro_batches(rows):
 def test_the_value_is_the_mean_over_counted_tokens():
     model, tokens, targets = model_and_batch()
     value, _ = gradients(model, tokens, targets, 4)
-    expected = torch.nn.functional.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    expected = torch.nn.functional.cross_entropy(
+        model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100
+    )
     torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=0)
 
 
@@ -85,7 +93,11 @@ def test_clip_finds_the_norm_and_the_factor_and_leaves_the_gradients():
     for max_norm, factor in ((0.0, None), (float(norm) / 4, 0.25), (float(norm) * 2, 1.0)):
         clipping = loop.clip(model, max_norm)
         torch.testing.assert_close(clipping.norm, norm, rtol=1e-6, atol=0)
-        assert (clipping.factor is None) if factor is None else clipping.factor.item() == pytest.approx(factor, rel=1e-5)
+        assert (
+            (clipping.factor is None)
+            if factor is None
+            else clipping.factor.item() == pytest.approx(factor, rel=1e-5)
+        )
         assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters())
 
 
@@ -95,8 +107,13 @@ def test_validation_is_the_mean_over_all_counted_tokens_whatever_the_batches():
         model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100
     ).item()
     for rows in (1, 3, 8):
-        batches = (((x, y), int((y != IGNORED).sum())) for x, y in zip(tokens.split(rows), targets.split(rows), strict=True))
-        means = loop.validate(lambda *batch: {"loss": model.loss(*batch)}, batches, torch.device("cpu"))
+        batches = (
+            ((x, y), int((y != IGNORED).sum()))
+            for x, y in zip(tokens.split(rows), targets.split(rows), strict=True)
+        )
+        means = loop.validate(
+            lambda *batch: {"loss": model.loss(*batch)}, batches, torch.device("cpu")
+        )
         assert means["loss"] == pytest.approx(expected, rel=1e-6)
 
 

@@ -81,7 +81,9 @@ def test_a_scaled_run_is_the_run_without_a_scale(small_run, tmp_path, in_fp16, m
     assert same(weights(tmp_path / "scaled", 7), weights(tmp_path / "plain", 7))
 
 
-def test_a_step_that_overflows_is_left_out_and_the_run_goes_on_where_it_stopped(small_run, tmp_path, in_fp16, monkeypatch):
+def test_a_step_that_overflows_is_left_out_and_the_run_goes_on_where_it_stopped(
+    small_run, tmp_path, in_fp16, monkeypatch
+):
     clip, taken = loop.clip, []
 
     def overflowing(model, *rest):
@@ -100,5 +102,7 @@ def test_a_step_that_overflows_is_left_out_and_the_run_goes_on_where_it_stopped(
     for step in (6, 7, 8):
         shutil.rmtree(again / "checkpoints" / f"step-{step:06d}")
     assert main(["pretrain", "--resume", str(again)]) == 0
-    assert [line["loss_scale"] for line in steps_of(again)] == [line["loss_scale"] for line in found]
+    assert [line["loss_scale"] for line in steps_of(again)] == [
+        line["loss_scale"] for line in found
+    ]
     assert same(weights(again, 8), weights(tmp_path / "run", 8))

@@ -30,7 +30,10 @@ def by_hand(kind: str, beta: float, smoothing: float = 0.0, margin: float = 0.0)
         if kind == "ipo":
             found.append((h - 1 / (2 * beta)) ** 2)
         else:
-            found.append((1 - smoothing) * minus_log_sigmoid(beta * h) + smoothing * minus_log_sigmoid(-beta * h))
+            found.append(
+                (1 - smoothing) * minus_log_sigmoid(beta * h)
+                + smoothing * minus_log_sigmoid(-beta * h)
+            )
     return found
 
 

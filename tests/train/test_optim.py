@@ -23,7 +23,9 @@ from fastlm.train import loop, optim
 from fastlm.train.optim import AdamW, Muon, make_optimizers, named_state, schedule
 
 HERE = Path(__file__).parent
-SMALL = ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
+SMALL = ModelConfig(
+    vocab_size=100, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32
+)
 
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
@@ -47,7 +49,9 @@ def iterated_on_x(x: torch.Tensor, round_to: torch.dtype) -> torch.Tensor:
 def spectra(size: int) -> dict[str, torch.Tensor]:
     """Singular values, largest first, of the kinds that gradients have."""
     i = torch.arange(1, size + 1, dtype=torch.float64)
-    square = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    square = torch.randn(
+        size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return {
         "a random square matrix's": torch.linalg.svdvals(square),
         "1 / sqrt(i)": i**-0.5,
@@ -68,7 +72,9 @@ def matrix(singular_values: torch.Tensor, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 16, 40), (1, 40, 16), (1, 1, 5), (3, 24, 7)])
 def test_orthogonalise_keeps_singular_vectors_and_brings_singular_values_near_one(shape):
-    g = normalised(torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    g = normalised(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     (found,) = optim.orthogonalise([g.clone()])
     s = torch.linalg.svdvals(found)
     assert s.min() > 0.4
@@ -100,7 +106,7 @@ def test_orthogonalise_of_zero_is_zero():
 @pytest.mark.parametrize("columns", [96, 400])
 @pytest.mark.parametrize("spectrum", spectra(96))
 def test_in_fp16_it_is_as_close_to_exact_as_iterations_on_x_are_in_bf16(spectrum, columns):
-    """Also where the spectrum ends far below what 16 bits resolve; and in fp32 it is closer by far."""
+    """Also where the spectrum ends far below what 16 bits resolve; in fp32 it is far closer."""
     x = matrix(spectra(96)[spectrum], columns)
     exact = iterated_on_x(x, torch.float64)
 
@@ -139,12 +145,16 @@ def test_muon_takes_the_steps_of_torch_muon(monkeypatch):
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     begin = [p.detach().clone() for p in ours]
     a = Muon([{"params": ours, "lr": 0.02, "weight_decay": 0.1}], momentum=0.9)
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    b = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
     for step in range(6):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             p.grad = q.grad = None
             if i != 2 or step % 2:
-                p.grad = (0.0 if i == 0 and step == 0 else 1.0) * torch.randn(p.shape, generator=generator)
+                p.grad = (0.0 if i == 0 and step == 0 else 1.0) * torch.randn(
+                    p.shape, generator=generator
+                )
                 q.grad = p.grad.clone()
         a.step()
         b.step()
@@ -158,7 +168,9 @@ def clipped_twins() -> tuple[nn.Module, nn.Module]:
     for model in twins:
         generator = torch.Generator().manual_seed(1)
         for name, p in model.named_parameters():
-            p.grad = None if name == "blocks.1.out.weight" else torch.randn(p.shape, generator=generator)
+            p.grad = (
+                None if name == "blocks.1.out.weight" else torch.randn(p.shape, generator=generator)
+            )
     return twins
 
 
@@ -174,7 +186,9 @@ def test_a_step_with_the_clipping_s_factor_is_a_step_after_clip_grad_norm(name, 
     for model, factor in ((ours, clipping.factor), (theirs, None)):
         for optimizer in make_optimizers(model, replace(OptimConfig(), name=name)):
             optimizer.step(0.5, factor)
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -200,7 +214,9 @@ def test_a_scaled_loss_takes_the_step_of_an_unscaled_one_or_none(name):
     for optimizer in ours.optimizers:
         optimizer.step(1.0, clipping.factor, clipping.found_inf)
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), after, strict=True))
-    assert all(torch.equal(value, state[key]) for key, value in named_state(ours, ours.optimizers).items())
+    assert all(
+        torch.equal(value, state[key]) for key, value in named_state(ours, ours.optimizers).items()
+    )
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -224,7 +240,9 @@ def test_a_gpu_s_steps_are_a_cpu_s_to_their_precision(name):
                     optimizer.step(1 / (step + 1), clipping.factor)
     assert torch.equal(ours.blocks[1].out.weight, theirs.blocks[1].out.weight)
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
-        assert (p - q).norm() <= (0.02 if p.dim() == 2 and name == "muon" else 1e-5) * (q - before).norm()
+        assert (p - q).norm() <= (0.02 if p.dim() == 2 and name == "muon" else 1e-5) * (
+            q - before
+        ).norm()
 
 
 def test_two_processes_share_out_the_matrices_and_take_the_steps_of_one(tmp_path):
@@ -254,7 +272,9 @@ def test_two_processes_share_out_the_matrices_and_take_the_steps_of_one(tmp_path
     (alone,), both = found
     assert len(alone["matrices"]) == 6
     for one in both:
-        assert all(torch.equal(a, b) for a, b in zip(alone["matrices"], one["matrices"], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(alone["matrices"], one["matrices"], strict=True)
+        )
     assert alone["orthogonalised"] == 6
     assert [one["orthogonalised"] for one in both] == [4, 2]
 
@@ -270,7 +290,11 @@ def test_every_parameter_has_one_optimizer_and_norms_do_not_decay():
                 decays = group["weight_decay"] > 0
                 assert all((p.dim() == 2) == decays for p in group["params"])
         muon = {p for o in optimizers if isinstance(o, Muon) for g in o.groups for p in g["params"]}
-        assert muon == ({p for b in model.blocks for p in b.parameters() if p.dim() == 2} if name == "muon" else set())
+        assert muon == (
+            {p for b in model.blocks for p in b.parameters() if p.dim() == 2}
+            if name == "muon"
+            else set()
+        )
 
 
 def test_adamw_takes_the_textbook_step():
@@ -296,7 +320,9 @@ def test_adamw_takes_the_steps_of_torch_adamw():
     ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((16, 24), (7,), (3, 5))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     options = [{"lr": 0.02, "weight_decay": 0.1}, {"lr": 0.01, "weight_decay": 0.0}]
-    a = AdamW([{"params": p, **o} for p, o in zip((ours[:1], ours[1:]), options, strict=True)], 0.9, 0.95)
+    a = AdamW(
+        [{"params": p, **o} for p, o in zip((ours[:1], ours[1:]), options, strict=True)], 0.9, 0.95
+    )
     b = torch.optim.AdamW(
         [{"params": p, **o} for p, o in zip((theirs[:1], theirs[1:]), options, strict=True)],
         betas=(0.9, 0.95),
@@ -317,7 +343,9 @@ def test_adamw_takes_the_steps_of_torch_adamw():
 
 
 def lr(step: int, steps: int = 100, **changes) -> float:
-    return schedule(step, steps, replace(OptimConfig(), warmup_steps=10, decay_fraction=0.2, **changes))
+    return schedule(
+        step, steps, replace(OptimConfig(), warmup_steps=10, decay_fraction=0.2, **changes)
+    )
 
 
 def test_wsd_rises_stays_and_falls():

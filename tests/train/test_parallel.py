@@ -1,4 +1,7 @@
-"""Training in two processes under torchrun (CPU, gloo) is training in one: same losses, same weights, same files."""
+"""Training in two processes under torchrun (CPU, gloo) is training in one.
+
+Same losses, same weights, same files.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,22 @@ STAGES = ("pretrain", "shortlist", "sft", "dpo")
 
 def start(*command: str) -> subprocess.Popen[str]:
     """The command in two processes of one thread each, on a port of their own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     return subprocess.Popen(
-        [*launcher, *command], env=environment, cwd=HERE.parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*launcher, *command],
+        env=environment,
+        cwd=HERE.parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -65,7 +80,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def same(one: Path, other: Path) -> None:
-    """The same losses, figures and weights, bit for bit; validations, in other batches, to the rounding of fp32."""
+    """The same losses, figures and weights, bit for bit.
+
+    Validations, in other batches, to the rounding of fp32.
+    """
     a, b = figures(one), figures(other)
     assert len(a) == 6 + 3
     assert [row for row in a if "loss" in row] == [row for row in b if "loss" in row]
@@ -87,10 +105,19 @@ def data(tmp_path_factory) -> dict[str, Path]:
     """Answers of one token beside answers of a whole row, and pairs."""
     folder = tmp_path_factory.mktemp("data")
     long = " ".join(f"word{n}" for n in range(12))
-    instructions = [{"prompt": f"{long} {n}:", "completion": " a"} if n % 2 else {"prompt": "b:", "completion": f" {n} {long}"}
-                    for n in range(60)]  # fmt: skip
+    instructions = [
+        {"prompt": f"{long} {n}:", "completion": " a"}
+        if n % 2
+        else {"prompt": "b:", "completion": f" {n} {long}"}
+        for n in range(60)
+    ]
     pairs = [
-        {"prompt": f"say {n}:", "chosen": f" {n}" * (1 + n % 5), "rejected": f" {n + 1} {long[: n % 40]}"} for n in range(60)
+        {
+            "prompt": f"say {n}:",
+            "chosen": f" {n}" * (1 + n % 5),
+            "rejected": f" {n + 1} {long[: n % 40]}",
+        }
+        for n in range(60)
     ]
     found = {}
     for name, lines in {"sft": instructions, "dpo": pairs}.items():
@@ -101,20 +128,70 @@ def data(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, small_text, small_tokenizer, data) -> Path:
-    """ONE/STAGE by one process, TWO/STAGE and SHARDED/STAGE by two, and resumed-WAY/STAGE begun by one and ended by two."""
+    """ONE/STAGE by one process, TWO/STAGE and SHARDED/STAGE by two, and resumed-WAY/STAGE begun by
+    one and ended by two.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    common = ["--steps", "6", "--batch-rows", "4", "--micro-batch-rows", "2", "--device", "cpu",
-              "--validate-every", "3", "--checkpoint-every", "3"]  # fmt: skip
-    text = ["--preset", "tiny", "--model.vocab-size", "384", "--tokenizer", str(small_tokenizer), "--data", str(small_text),
-            "--seq-len", "32", "--optim.warmup-steps", "2", "--validation-tokens", "500", "--isolate-documents"]  # fmt: skip
+    common = [
+        "--steps",
+        "6",
+        "--batch-rows",
+        "4",
+        "--micro-batch-rows",
+        "2",
+        "--device",
+        "cpu",
+        "--validate-every",
+        "3",
+        "--checkpoint-every",
+        "3",
+    ]
+    text = [
+        "--preset",
+        "tiny",
+        "--model.vocab-size",
+        "384",
+        "--tokenizer",
+        str(small_tokenizer),
+        "--data",
+        str(small_text),
+        "--seq-len",
+        "32",
+        "--optim.warmup-steps",
+        "2",
+        "--validation-tokens",
+        "500",
+        "--isolate-documents",
+    ]
 
     def command(stage: str, name: str) -> list[str]:
-        out = ["--out", str(folder / name / stage), "--cache", str(folder / name / "cache"), *common]
+        out = [
+            "--out",
+            str(folder / name / stage),
+            "--cache",
+            str(folder / name / "cache"),
+            *common,
+        ]
         if name == "sharded":
             out += ["--parallel", "fsdp"]
         if stage in ("sft", "dpo"):
-            return [stage, str(folder / "one/pretrain"), "--data", str(data[stage]), "--max-len", "64", "--row-len", "64",
-                    "--optim.lr", "0.003", "--optim.embedding-lr", "0.003", "--optim.warmup-steps", "2", *out]  # fmt: skip
+            return [
+                stage,
+                str(folder / "one/pretrain"),
+                "--data",
+                str(data[stage]),
+                "--max-len",
+                "64",
+                "--row-len",
+                "64",
+                "--optim.lr",
+                "0.003",
+                "--optim.embedding-lr",
+                "0.003",
+                "--optim.warmup-steps",
+                "2",
+                *out,
+            ]
         return ["pretrain", *text, *(["--shortlist", "100"] if stage == "shortlist" else []), *out]
 
     for stage in STAGES:
@@ -122,7 +199,9 @@ def runs(tmp_path_factory, small_text, small_tokenizer, data) -> Path:
     commands = [command(stage, name) for name in ("two", "sharded") for stage in STAGES]
     for stage in ("pretrain", "dpo"):
         for way in ("ddp", "fsdp"):
-            resumed = stopped_after_step_3(folder / "one" / stage, folder / f"resumed-{way}" / stage)
+            resumed = stopped_after_step_3(
+                folder / "one" / stage, folder / f"resumed-{way}" / stage
+            )
             commands.append([stage, "--resume", str(resumed), "--parallel", way])
     (folder / "commands.json").write_text(json.dumps(commands))
     done = torchrun(str(HERE / "each_process.py"), str(folder / "commands.json"))
@@ -148,7 +227,9 @@ def test_two_processes_with_half_the_model_each_take_the_steps_of_one(stage, run
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_take_the_steps_of_one(stage, runs):
-    """Each has one of a step's two micro-batches, and a sum of two does not depend on their order: every bit is the same."""
+    """Each has one of a step's two micro-batches, and a sum of two does not depend on their order:
+    every bit is the same.
+    """
     same(runs / "one" / stage, runs / "two" / stage)
 
 
@@ -157,7 +238,10 @@ def test_the_processes_of_sft_count_very_different_numbers_of_targets(runs, data
     tokenizer = open_model(str(runs / "one/pretrain"), torch.device("cpu"))[1]
     examples = load_instructions(str(data["sft"]), tokenizer, 64)
     packed = pack_examples(examples, 64, 1, False)[0]
-    counts = [[packed_batch(packed, start + part, 2, 0).counted for part in (0, 2)] for start in range(0, 24, 4)]
+    counts = [
+        [packed_batch(packed, start + part, 2, 0).counted for part in (0, 2)]
+        for start in range(0, 24, 4)
+    ]
     assert any(max(pair) > 2 * min(pair) for pair in counts), counts
 
 
@@ -179,7 +263,9 @@ def test_only_the_first_process_prints_and_writes(runs):
     assert "parameters on 2 x cpu" in text
     for stage in STAGES:
         found = ((runs / n / stage).rglob("*") for n in ("one", "two"))
-        one, two = ({p.name for p in paths if not p.name.endswith(".safetensors")} for paths in found)
+        one, two = (
+            {p.name for p in paths if not p.name.endswith(".safetensors")} for paths in found
+        )
         assert one | {".launch", ".shared"} == two
     one, two = (sorted(p.name for p in (runs / n / "cache").glob("*")) for n in ("one", "two"))
     assert one == two
@@ -190,20 +276,37 @@ def test_the_reference_of_dpo_is_computed_in_shares_and_whole_in_its_file(runs):
     assert [p.name for p in one] == [p.name for p in two]
     assert len(one) == 2
     for a, b in zip(one, two, strict=True):
-        numbers = (np.frombuffer(file.read_bytes()[32:], "<f4") for file in (a, b))  # behind the digest
+        numbers = (
+            np.frombuffer(file.read_bytes()[32:], "<f4") for file in (a, b)
+        )  # behind the digest
         np.testing.assert_array_equal(*numbers)  # where NaN, in both
     text = (runs / "output.txt").read_text()
-    computed = [int(line.split(",")[1].split()[0]) for line in text.splitlines() if line.startswith("Reference: ")]
+    computed = [
+        int(line.split(",")[1].split()[0])
+        for line in text.splitlines()
+        if line.startswith("Reference: ")
+    ]
     assert computed == [12, 1] * 2 + [0] * 4, (
         "each batch by one of the two; the run that went on has the reference of its beginning"
     )
 
 
 def test_rows_that_the_processes_cannot_share_are_one_line_and_exit_code_2(small_run, tmp_path):
-    done = torchrun("-m", "fastlm", "pretrain", *small_run, "--batch-rows", "7", "--out", str(tmp_path / "run"), ok=False)
+    done = torchrun(
+        "-m",
+        "fastlm",
+        "pretrain",
+        *small_run,
+        "--batch-rows",
+        "7",
+        "--out",
+        str(tmp_path / "run"),
+        ok=False,
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
     assert lines == [
-        "fastlm: batch_rows is 7, not a multiple of torchrun's 2 processes; change --batch-rows, or start 1 or 7 of them"
+        "fastlm: batch_rows is 7, not a multiple of torchrun's 2 processes; "
+        "change --batch-rows, or start 1 or 7 of them"
     ]
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -228,11 +331,23 @@ def test_micro_batches_are_of_each_process(monkeypatch):
 @pytest.mark.slow
 def test_a_signal_stops_both_after_the_same_step_with_a_checkpoint(small_run, tmp_path):
     run = tmp_path / "run"
-    endless = ["--steps", "100000", "--checkpoint-every", "0", "--validate-every", "0", "--out", str(run)]
+    endless = [
+        "--steps",
+        "100000",
+        "--checkpoint-every",
+        "0",
+        "--validate-every",
+        "0",
+        "--out",
+        str(run),
+    ]
     process = start("-m", "fastlm", "pretrain", *small_run, *endless)
     end = time.monotonic() + 120
     try:
-        while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count('"loss"') >= 3):
+        while not (
+            (run / "metrics.jsonl").is_file()
+            and (run / "metrics.jsonl").read_text().count('"loss"') >= 3
+        ):
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -250,20 +365,41 @@ def test_two_compiled_processes_agree_with_one_that_is_not(small_run, tmp_path):
     common = [*small_run, "--steps", "4", "--validate-every", "0"]
     assert main(["pretrain", *common, "--out", str(tmp_path / "one")]) == 0
     torchrun("-m", "fastlm", "pretrain", *common, "--compile", "--out", str(tmp_path / "two"))
-    one, two = ([row["loss"] for row in rows(tmp_path / n) if "loss" in row] for n in ("one", "two"))
+    one, two = (
+        [row["loss"] for row in rows(tmp_path / n) if "loss" in row] for n in ("one", "two")
+    )
     assert len(one) == 4
     assert two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_a_killed_process_ends_the_group_and_the_run_ends_as_if_nothing_had_been(way, small_run, tmp_path):
+def test_a_killed_process_ends_the_group_and_the_run_ends_as_if_nothing_had_been(
+    way, small_run, tmp_path
+):
     """tests/train/kills.py does the same as often as one likes."""
-    options = [*small_run, "--steps", "100", "--validate-every", "0", "--checkpoint-every", "2", "--parallel", way]
-    assert kills.torchrun([*options, "--out", str(tmp_path / "undisturbed")], 0, tmp_path / "log").wait(240) == 0
+    options = [
+        *small_run,
+        "--steps",
+        "100",
+        "--validate-every",
+        "0",
+        "--checkpoint-every",
+        "2",
+        "--parallel",
+        way,
+    ]
+    assert (
+        kills.torchrun(
+            [*options, "--out", str(tmp_path / "undisturbed")], 0, tmp_path / "log"
+        ).wait(240)
+        == 0
+    )
     (seconds,) = kills.kill_at_random(options, tmp_path / "killed", 1, tmp_path / "log")
     assert seconds < 60
-    assert (tmp_path / "log").read_text().count("fastlm: ") <= 1  # none where the kill met a process that was ending
+    assert (tmp_path / "log").read_text().count(
+        "fastlm: "
+    ) <= 1  # none where the kill met a process that was ending
     old, new = weights(tmp_path / "undisturbed"), weights(tmp_path / "killed")
     assert [name for name in old if not old[name].equal(new[name])] == []
 
@@ -272,5 +408,8 @@ def test_a_killed_process_ends_the_group_and_the_run_ends_as_if_nothing_had_been
 def test_a_process_that_keeps_the_others_waiting_is_named(tmp_path):
     done = torchrun(str(HERE / "hanging_process.py"), ok=False)
     told = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
-    assert told == ["fastlm: waited 0.1 minutes (--timeout-minutes) for process 1, which reads the rows of step 7; "
-                    "go on with --resume, or have torchrun do it: --max-restarts"]  # fmt: skip
+    assert told == [
+        "fastlm: waited 0.1 minutes (--timeout-minutes) for process 1, which reads the rows of "
+        "step 7; "
+        "go on with --resume, or have torchrun do it: --max-restarts"
+    ]

@@ -30,8 +30,12 @@ def recipe(tmp_path_factory, small_text, small_tokenizer) -> Path:
         for v in words
         if w != v
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    (folder / "text.txt").write_text(small_text.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8"
+    )
+    (folder / "text.txt").write_text(
+        small_text.read_text(encoding="utf-8")[:4000], encoding="utf-8"
+    )
     tuning = f'data = "{folder}/rows.jsonl"\ncache = "{folder}/cache"\n'
     tuning += "batch_rows = 2\nsteps = 6\nmax_len = 32\n"
     tuning += "held_out = 0.3\ncheckpoint_every = 2\n"
@@ -82,18 +86,26 @@ def test_the_table_has_the_stages_own_numbers(recipe, whole):
         assert f"{row['perplexity']['window']['perplexity']:.2f}" in text
         model, tokenizer = open_model(row["place"], torch.device("cpu"))
         with torch.no_grad():
-            answers = load_instructions(str(recipe.parent / "rows.jsonl"), tokenizer, 32, held_out=0.3).validation
+            answers = load_instructions(
+                str(recipe.parent / "rows.jsonl"), tokenizer, 32, held_out=0.3
+            ).validation
             nats = torch.cat([losses(model, *example) for example in answers])
             assert row["answer_perplexity"] == pytest.approx(math.exp(nats.mean().item()), rel=1e-5)
-            sides = load_preferences(str(recipe.parent / "rows.jsonl"), tokenizer, 32, held_out=0.3).validation
+            sides = load_preferences(
+                str(recipe.parent / "rows.jsonl"), tokenizer, 32, held_out=0.3
+            ).validation
             means = [losses(model, *side).mean().item() for side in sides]
-            right = [chosen < rejected for chosen, rejected in zip(means[::2], means[1::2], strict=True)]
+            right = [
+                chosen < rejected for chosen, rejected in zip(means[::2], means[1::2], strict=True)
+            ]
             assert row["prefers_chosen"] == pytest.approx(sum(right) / len(right))
 
 
 def losses(model, ids, counted) -> torch.Tensor:
     ids = torch.from_numpy(ids).long()
-    return F.cross_entropy(model.logits(ids[None, :-1])[0], ids[1:], reduction="none")[torch.from_numpy(counted[1:])]
+    return F.cross_entropy(model.logits(ids[None, :-1])[0], ids[1:], reduction="none")[
+        torch.from_numpy(counted[1:])
+    ]
 
 
 @pytest.mark.parametrize("stopped_in", ["pretrain", "sft", "dpo"])
@@ -109,7 +121,9 @@ def test_it_goes_on_where_it_stopped(stopped_in, recipe, whole, tmp_path, capsys
         assert main(["pipeline", str(recipe), "--out", str(part)]) == 130
     assert "goes on with the same command" in capsys.readouterr().out
     assert main(["pipeline", str(recipe), "--out", str(part)]) == 0
-    a, b = ((checkpoint.locate(p / "dpo") / "model.safetensors").read_bytes() for p in (whole[0], part))
+    a, b = (
+        (checkpoint.locate(p / "dpo") / "model.safetensors").read_bytes() for p in (whole[0], part)
+    )
     assert a == b
     capsys.readouterr()
     assert main(["pipeline", str(recipe), "--out", str(part)]) == 0

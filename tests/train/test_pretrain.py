@@ -52,7 +52,9 @@ def start(arguments: list[str]) -> subprocess.Popen:
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count('"loss"') >= step:
+        if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count(
+            '"loss"'
+        ) >= step:
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -127,7 +129,9 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(small_run,
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-def test_a_run_on_a_cpu_that_does_not_compile_imports_neither_triton_nor_dynamo(small_run, tmp_path):
+def test_a_run_on_a_cpu_that_does_not_compile_imports_neither_triton_nor_dynamo(
+    small_run, tmp_path
+):
     """They take 66 and 76 MiB, and Dynamo 2.3 s."""
     arguments = [
         "pretrain",
@@ -142,7 +146,9 @@ def test_a_run_on_a_cpu_that_does_not_compile_imports_neither_triton_nor_dynamo(
     heavy = "{'triton', 'torch._dynamo'}"
     code = "import sys; from fastlm.cli import main; main(sys.argv[1:])"
     code += f"; print({heavy} & {{*sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "set()"
 
 
@@ -211,7 +217,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(name, small_run, tmp_pa
         if torch.cuda.is_available():
             pytest.skip("there is a GPU here")
     extra, words = MISTAKES[name]
-    assert words.lower() in mistake(["pretrain", *small_run, *extra, "--out", str(tmp_path / "run")]).lower()
+    assert (
+        words.lower()
+        in mistake(["pretrain", *small_run, *extra, "--out", str(tmp_path / "run")]).lower()
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -224,7 +233,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(name, small_run, tmp_pa
         ("folder", None, "no .txt"),
     ],
 )
-def test_unusable_text_is_one_line_and_leaves_nothing_behind(name, content, words, small_run, tmp_path, mistake):
+def test_unusable_text_is_one_line_and_leaves_nothing_behind(
+    name, content, words, small_run, tmp_path, mistake
+):
     path = tmp_path / name
     if content is None:
         path.mkdir()
@@ -252,7 +263,9 @@ def test_damaged_shards_and_checkpoints_are_named(small_run, tmp_path, capsys, m
     assert "has done its 4 steps" in mistake(["pretrain", "--resume", str(run)])
     weights_file = checkpoint.locate(run) / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:-7])
-    assert "has no whole checkpoint; start a new run" in mistake(["pretrain", "--resume", str(run), "--steps", "8"])
+    assert "has no whole checkpoint; start a new run" in mistake(
+        ["pretrain", "--resume", str(run), "--steps", "8"]
+    )
     shard = next((tmp_path / "cache").rglob("train-*.bin"))
     shard.write_bytes(shard.read_bytes()[:-10])
     assert shard.name in mistake(["pretrain", *small_run, "--out", str(tmp_path / "other")])
@@ -269,14 +282,21 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(small_run, tmp_p
     capsys.readouterr()
     assert main(["pretrain", "--resume", str(tmp_path / "damaged")]) == 0
     assert f"Passed over: {newest}/optimizer.safetensors is damaged" in capsys.readouterr().out
-    a, b = (checkpoint.locate(tmp_path / name) / "model.safetensors" for name in ("undisturbed", "damaged"))
+    a, b = (
+        checkpoint.locate(tmp_path / name) / "model.safetensors"
+        for name in ("undisturbed", "damaged")
+    )
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_changed_text_is_not_mistaken_for_the_text_of_the_run(small_run, small_text, tmp_path, mistake):
+def test_changed_text_is_not_mistaken_for_the_text_of_the_run(
+    small_run, small_text, tmp_path, mistake
+):
     text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text(small_text.read_text())
-    assert main(["pretrain", *small_run, "--data", str(text), "--steps", "4", "--out", str(run)]) == 0
+    assert (
+        main(["pretrain", *small_run, "--data", str(text), "--steps", "4", "--out", str(run)]) == 0
+    )
     text.write_text(small_text.read_text() * 2)
     assert "has changed since" in mistake(["pretrain", "--resume", str(run), "--steps", "8"])
 
@@ -325,24 +345,32 @@ def test_tensorboard_events_are_written(small_run, tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx(list(losses(tmp_path / "run").values()), rel=1e-6)
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(
+        list(losses(tmp_path / "run").values()), rel=1e-6
+    )
 
 
 @pytest.mark.slow
 def test_compiled_and_eager_runs_agree(small_run, tmp_path):
     for name, extra in (("eager", []), ("compiled", ["--compile"])):
-        assert main(["pretrain", *small_run, "--steps", "6", *extra, "--out", str(tmp_path / name)]) == 0
+        assert (
+            main(["pretrain", *small_run, "--steps", "6", *extra, "--out", str(tmp_path / name)])
+            == 0
+        )
     eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
     assert list(compiled.values()) == pytest.approx(list(eager.values()), rel=1e-4)
 
 
-def test_a_shortlist_learns_what_the_whole_softmax_learns_and_resumes_bit_for_bit(small_run, tmp_path):
+def test_a_shortlist_learns_what_the_whole_softmax_learns_and_resumes_bit_for_bit(
+    small_run, tmp_path
+):
     options = "--steps 40 --batch-rows 4 --checkpoint-every 25 --validate-every 0"
     common = [*small_run, *options.split()]
     for name, extra in (("whole", []), ("short", ["--shortlist", "100"])):
         assert main(["pretrain", *common, *extra, "--out", str(tmp_path / name)]) == 0
     whole, short = (
-        next(r["validation_loss"] for r in rows(tmp_path / n) if "validation_loss" in r) for n in ("whole", "short")
+        next(r["validation_loss"] for r in rows(tmp_path / n) if "validation_loss" in r)
+        for n in ("whole", "short")
     )
     assert short == pytest.approx(whole, abs=0.2)  # the whole vocabulary in both validations
     before = losses(tmp_path / "short")
@@ -356,7 +384,9 @@ def test_a_shortlist_learns_what_the_whole_softmax_learns_and_resumes_bit_for_bi
     assert (last / "model.safetensors").read_bytes() == expected
 
 
-def test_isolated_documents_train_the_same_whatever_the_micro_batches(small_run, small_text, tmp_path):
+def test_isolated_documents_train_the_same_whatever_the_micro_batches(
+    small_run, small_text, tmp_path
+):
     words = small_text.read_text(encoding="utf-8").split()
     texts = [" ".join(words[i : i + 9]) for i in range(0, 4000, 9)]
     data = tmp_path / "rows.jsonl"
@@ -378,7 +408,9 @@ def test_isolated_documents_train_the_same_whatever_the_micro_batches(small_run,
     ):
         assert main(["pretrain", *common, *extra, "--out", str(tmp_path / name)]) == 0
     whole, parts, short = (losses(tmp_path / name) for name in ("whole", "parts", "short"))
-    assert list(short.values()) == pytest.approx(list(whole.values()), rel=0.1)  # estimates of the same losses
+    assert list(short.values()) == pytest.approx(
+        list(whole.values()), rel=0.1
+    )  # estimates of the same losses
     assert list(whole.values()) == pytest.approx(list(parts.values()), rel=1e-5)
     assert main(["pretrain", *common[:-1], "--out", str(tmp_path / "joined")]) == 0
     assert losses(tmp_path / "joined") != whole
@@ -387,9 +419,16 @@ def test_isolated_documents_train_the_same_whatever_the_micro_batches(small_run,
 def test_tokens_of_each_source_of_a_mixture_are_logged(small_run, small_text, tmp_path):
     half = len(small_text.read_text(encoding="utf-8")) // 2
     for name, part in (("a", slice(0, half)), ("b", slice(half, None))):
-        (tmp_path / f"{name}.txt").write_text(small_text.read_text(encoding="utf-8")[part], encoding="utf-8")
+        (tmp_path / f"{name}.txt").write_text(
+            small_text.read_text(encoding="utf-8")[part], encoding="utf-8"
+        )
     data = f"{tmp_path}/a.txt:3, {tmp_path}/b.txt:1"
-    assert main(["pretrain", *small_run, "--data", data, "--steps", "8", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(
+            ["pretrain", *small_run, "--data", data, "--steps", "8", "--out", str(tmp_path / "run")]
+        )
+        == 0
+    )
     counts = [r["tokens_by_source"] for r in rows(tmp_path / "run") if "loss" in r]
     assert [sum(c.values()) for c in counts] == [256 * n for n in range(1, 9)]
     first, second = counts[-1].values()
@@ -398,9 +437,13 @@ def test_tokens_of_each_source_of_a_mixture_are_logged(small_run, small_text, tm
 
 def test_bad_rows_stop_the_run_or_are_skipped(small_run, small_text, tmp_path, mistake):
     data = tmp_path / "rows.jsonl"
-    lines = [json.dumps({"text": part}) for part in small_text.read_text(encoding="utf-8").split("\n\n")]
+    lines = [
+        json.dumps({"text": part}) for part in small_text.read_text(encoding="utf-8").split("\n\n")
+    ]
     data.write_text("\n".join([*lines[:3], "{broken", *lines[3:]]), encoding="utf-8")
-    assert "rows.jsonl:4" in mistake(["pretrain", *small_run, "--data", str(data), "--out", str(tmp_path / "run")])
+    assert "rows.jsonl:4" in mistake(
+        ["pretrain", *small_run, "--data", str(data), "--out", str(tmp_path / "run")]
+    )
     assert (
         main(
             [

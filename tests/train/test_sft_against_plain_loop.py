@@ -28,7 +28,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def start(tmp_path, small_tokenizer) -> Path:
     """A random model as a Hugging Face folder."""
-    shape = ModelConfig(vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=LEN)
+    shape = ModelConfig(
+        vocab_size=384, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=LEN
+    )
     tokenizer = small_tokenizer.read_text(encoding="utf-8")
     write_folder(build(shape, 0, CPU), {"tokenizer.json": tokenizer}, 0, tmp_path / "start")
     return tmp_path / "start"
@@ -36,7 +38,10 @@ def start(tmp_path, small_tokenizer) -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    lines = [{"prompt": f"count to {n % 9}:", "completion": " " + " ".join(map(str, range(1 + n % 9)))} for n in range(60)]
+    lines = [
+        {"prompt": f"count to {n % 9}:", "completion": " " + " ".join(map(str, range(1 + n % 9)))}
+        for n in range(60)
+    ]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
@@ -69,7 +74,9 @@ def plain_loop(cfg: SftConfig) -> list[float]:
         for ids, flags in examples:
             x = torch.from_numpy(ids.astype(np.int64))
             targets = torch.where(torch.from_numpy(flags[1:]), x[1:], -100)
-            loss = F.cross_entropy(model(x[None, :-1]).logits[0], targets, reduction="sum") / counted
+            loss = (
+                F.cross_entropy(model(x[None, :-1]).logits[0], targets, reduction="sum") / counted
+            )
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,7 +118,10 @@ def test_the_loss_curve_is_the_plain_loops(micro_rows, start, data, tmp_path):
         optim=optim,
     )
     assert sft(cfg) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     ours = [line["loss"] for line in lines if "loss" in line]
     theirs = plain_loop(cfg)
     assert theirs[-1] < theirs[0] - 0.2

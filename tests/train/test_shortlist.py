@@ -14,7 +14,9 @@ V = 50
 
 
 def ranked() -> torch.Tensor:
-    return by_frequency(torch.randint(V, (500,), generator=torch.Generator().manual_seed(0)) ** 2 // V, V)
+    return by_frequency(
+        torch.randint(V, (500,), generator=torch.Generator().manual_seed(0)) ** 2 // V, V
+    )
 
 
 def test_by_frequency_counts():
@@ -39,7 +41,10 @@ def test_draws_avoid_what_is_already_there_and_repeat_with_the_seed():
     assert len(drawn) >= 4
     assert not set(drawn.tolist()) & set(kept.tolist())
     assert len(kept) == len(kept.unique())
-    assert all(torch.equal(a, b) for a, b in zip(draw(ranked(), targets, 14, 1, 2), (ids, raised, _), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(draw(ranked(), targets, 14, 1, 2), (ids, raised, _), strict=True)
+    )
     assert not torch.equal(draw(ranked(), targets, 14, 1, 3)[0], ids)
 
 
@@ -47,7 +52,10 @@ def test_the_estimate_of_the_partition_is_unbiased():
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
     targets = torch.tensor([4, 49, 37, 0, 3, 11, IGNORED, IGNORED])
     sums = torch.stack(
-        [(logits[ids] + raised).exp().sum() for ids, raised, _ in (draw(ranked(), targets, 12, 0, i) for i in range(3000))]
+        [
+            (logits[ids] + raised).exp().sum()
+            for ids, raised, _ in (draw(ranked(), targets, 12, 0, i) for i in range(3000))
+        ]
     )
     standard_error = sums.std() / len(sums) ** 0.5
     assert abs(sums.mean() - logits.exp().sum()) < 4 * standard_error

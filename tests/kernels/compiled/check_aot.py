@@ -1,4 +1,7 @@
-"""Every shipped configuration built for every architecture, without a GPU. Run by test_compiled.py, in a process of its own."""
+"""Every shipped configuration built for every architecture, without a GPU.
+
+Run by test_compiled.py, in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,16 @@ def launches(case, rows=32768):
 def check(case, target, bulk_bits=128):
     for launch in launches(case):
         built = inspect.read_binary(launch, target)
-        # Triton 3.6's assembler keeps 8 bytes of the in-place cross-entropy on sm_120's stack; that of 3.9 none.
-        assert built.spills <= (8 if target == "sm_120" and triton.__version__.startswith("3.6.") else 0), built
+        # Triton 3.6's assembler keeps 8 bytes of the in-place cross-entropy on sm_120's stack; that
+        # of 3.9 none.
+        assert built.spills <= (
+            8 if target == "sm_120" and triton.__version__.startswith("3.6.") else 0
+        ), built
         assert built.fp64 == 0, built
         assert built.atomics == 0, built
-        narrowest = bulk_bits // 2 if target.startswith("gfx") else bulk_bits  # 64 lanes to a warp: as many bytes
+        narrowest = (
+            bulk_bits // 2 if target.startswith("gfx") else bulk_bits
+        )  # 64 lanes to a warp: as many bytes
         assert narrowest <= built.load_bits <= bulk_bits, built
         assert built.registers <= 255, built
         if built.kernel != "sum_partials_kernel" and "forward" not in case.direction:
@@ -44,12 +52,17 @@ def check(case, target, bulk_bits=128):
 @pytest.mark.parametrize("target", inspect.TARGETS)
 @pytest.mark.parametrize("case", MODEL, ids=lambda c: c.name)
 def test_the_model_s_kernels_build_for_every_architecture(case, target):
-    """No spills, no fp64, no atomics, 128-bit accesses; also at V = 50257, whose rows start unaligned."""
+    """No spills, no fp64, no atomics, 128-bit accesses.
+
+    Also at V = 50257, whose rows start unaligned.
+    """
     check(case, target)
 
 
 @pytest.mark.parametrize("target", inspect.DEVICES)
-@pytest.mark.parametrize("case", [c for c in BF16 if c.direction == "in place"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in BF16 if c.direction == "in place"], ids=lambda c: c.name
+)
 def test_logits_in_flight_fit_in_the_l2_cache(case, target):
     """So that the second read of a row, which makes the gradient, need not come from memory."""
     (launch,) = launches(case)
@@ -58,7 +71,9 @@ def test_logits_in_flight_fit_in_the_l2_cache(case, target):
     assert rows * row_bytes <= inspect.DEVICES[target][1]
 
 
-@pytest.mark.parametrize("case", [c for c in BF16 if c.name not in {m.name for m in MODEL}], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in BF16 if c.name not in {m.name for m in MODEL}], ids=lambda c: c.name
+)
 def test_every_width_s_block_size_builds(case):
     check(case, "sm_90")
 
@@ -68,14 +83,23 @@ def test_fp32_builds(case):
     check(case, "sm_80")
 
 
-@pytest.mark.parametrize("case", [c for c in MODEL if c.direction != "in place"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in MODEL if c.direction != "in place"], ids=lambda c: c.name
+)
 def test_rows_are_addressed_in_64_bits(case):
-    """Nothing 32 bits wide is multiplied by a row's stride: more than 2^31 elements are addressed rightly."""
+    """Nothing 32 bits wide is multiplied by a row's stride.
+
+    More than 2^31 elements are addressed rightly.
+    """
     for launch in launches(case):
         if launch.kernel.__name__ == "sum_partials_kernel":
             continue  # at most 396 x 32768 numbers
         ptx = inspect.compiled(launch, "sm_90").asm["ptx"]
-        strides = {v for k, v in launch.arguments.items() if isinstance(v, int) and ("STRIDE" in k or k in ("D", "F"))}
+        strides = {
+            v
+            for k, v in launch.arguments.items()
+            if isinstance(v, int) and ("STRIDE" in k or k in ("D", "F"))
+        }
         narrow = re.findall(r"(?:mul|mad)\.lo\.[su]32\s[^;]*?\b(\d+)(?:,[^;]*)?;", ptx)
         assert not {int(n) for n in narrow} & {s for s in strides if s > 64}, case.name
         assert re.search(r"(?:mul|mad)\.(?:lo\.[su]64|wide)|shl\.b64", ptx), case.name
