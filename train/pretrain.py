@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.bigram import MOST
 from fastlm.config import PretrainConfig, Sampling
 from fastlm.data import IGNORED
 from fastlm.data.text.batches import isolate_documents, row_batch, validation_batches
@@ -21,7 +19,7 @@ from fastlm.data.text.tokens import TokenData, TokenSource, token_counts, unigra
 from fastlm.errors import check
 from fastlm.inference.generation import generate
 from fastlm.kernels import native
-from fastlm.model import build, count_parameters, training_flops_per_token
+from fastlm.model import build, count_parameters
 from fastlm.monitor import Monitor, showing_bytes
 from fastlm.runtime import autocast
 from fastlm.tokenizer import Tokenizer, load_tokenizer
@@ -37,7 +35,7 @@ from fastlm.train.run import (
     settle_memory,
     train_steps,
 )
-from fastlm.train.shortlist import by_frequency, draw
+from fastlm.train.token_statistics import COUNTED, TrainingSoftmax, initialiser
 
 
 @parallel.under_torchrun
@@ -48,31 +46,25 @@ def pretrain(cfg: PretrainConfig) -> int:
     data = open_text(cfg, tokenizer)
     held_out = data.validation[: cfg.validation_tokens]
 
-    # the start of the text, where its statistics give the first weights or the shortlist
-    short = candidates(cfg) < cfg.model.vocab_size
-    from_bigrams = cfg.init == "bigram" or (cfg.init == "auto" and not cfg.model.tie_embeddings)
-    from_bigrams = from_bigrams and not cfg.resume
-    sample = None
-    if short or from_bigrams:
-        sample = torch.from_numpy(data.train[:MOST].astype("int64"))
+    softmax = TrainingSoftmax(cfg, data.train, parallel.micro_rows(cfg))
     model = build(
         cfg.model,
         cfg.seed,
         device,
-        sample if from_bigrams else None,
+        initialiser(cfg, data.train),
         checkpoint_activations=cfg.checkpoint_activations,
     )
     parallel.distribute(cfg, model, device)
     attention = choose_attention(cfg, device, cfg.model, packed=cfg.isolate_documents)
     model.attention_backend = attention.backend
     settle_memory(model, device, parallel.micro_rows(cfg) * cfg.seq_len)
-    say_model_and_text(cfg, device, data)
+    say_model_and_text(cfg, device, data, softmax.flops_per_token())
     name = f"pretrain-{Path(cfg.recipe).stem}"
     facts = {"train_tokens": len(data.train), "attention": str(attention)}
     run = resume_or_create("pretrain", cfg, device, model, tokenizer, facts, name)
     say_start(run, described(cfg, len(data.train)))
 
-    training_loss = compiled_step(cfg, device, model, model.loss)
+    training_loss = compiled_step(cfg, device, model, softmax.loss(model))
 
     def loss(tokens: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
         with autocast(device):
@@ -88,12 +80,13 @@ def pretrain(cfg: PretrainConfig) -> int:
         counted = (((x, y), count(y)) for x, y in windows)
         return loop.with_perplexity(loop.validate(plain_loss, counted, device))
 
-    ranked = by_frequency(sample, cfg.model.vocab_size) if short and sample is not None else None
-    steps = batches(cfg, data.train, run.state["position"], ranked, tokenizer.eos_id)
-    outcome = train_steps(run, steps, loss, validate, flops_per_token(cfg))
+    position = run.state["position"]
+    steps = softmax.steps(batches(cfg, data.train, position, tokenizer.eos_id), position)
+    outcome = train_steps(run, steps, loss, validate, softmax.flops_per_token())
 
     def result() -> None:
-        counts = (token_counts(ids, tokenizer.vocab_size) for ids in (data.train[:MOST], held_out))
+        texts = (data.train[:COUNTED], held_out)
+        counts = (token_counts(ids, tokenizer.vocab_size) for ids in texts)
         baseline = unigram_perplexity(*counts)
         say_result(run, outcome.monitor, len(held_out), baseline)
         say_sample(run, held_out[: min(32, cfg.seq_len // 2)].tolist())
@@ -134,13 +127,11 @@ def batches(
     cfg: PretrainConfig,
     train: TokenSource,
     position: int,
-    ranked: Tensor | None,
     eos_id: int,
 ) -> Iterator[loop.Step]:
     """Each step's micro-batches in this process, with what is counted in them.
 
-    position: rows that the run has drawn before. ranked: all tokens by frequency, where the softmax
-    is over a shortlist.
+    position: rows that the run has drawn before.
     """
     rows = parallel.micro_rows(cfg)
     most_documents = 0  # of a micro-batch: one shape for all, so that nothing compiles twice
@@ -151,7 +142,7 @@ def batches(
         counted = 0
         micro_batches = []
         starts = range(start, start + cfg.batch_rows, rows)
-        for i, first in parallel.shard(enumerate(starts)):
+        for first in parallel.shard(starts):
             x, y = row_batch(train, first, rows, cfg.seq_len, cfg.seed)
             options: dict[str, Any] = {}
             if cfg.isolate_documents:
@@ -160,10 +151,6 @@ def batches(
                 options["cu_seqlens"] = cu_seqlens
                 options["max_seqlen"] = longest
             counted += count(y)
-            if ranked is not None:
-                shortlist, raised, y = draw(ranked, y, cfg.shortlist, cfg.seed, start + i)
-                options["shortlist"] = shortlist
-                options["raised"] = raised
             micro_batches.append((x, y, options))
         figures: dict[str, Any] = {"tokens": len(micro_batches) * rows * cfg.seq_len}
         drawn = train.tokens_drawn(start + cfg.batch_rows, cfg.seq_len)
@@ -177,23 +164,13 @@ def count(targets: Tensor) -> int:
     return int((targets != IGNORED).sum())
 
 
-def candidates(cfg: PretrainConfig) -> int:
-    """Tokens that the training softmax is over: the vocabulary, or shortlist and own targets."""
-    size = cfg.shortlist + parallel.micro_rows(cfg) * cfg.seq_len
-    return min(size, cfg.model.vocab_size) if cfg.shortlist else cfg.model.vocab_size
-
-
-def flops_per_token(cfg: PretrainConfig) -> float:
-    """FLOP of training on one token, with a head as wide as the training softmax."""
-    shape = dataclasses.replace(cfg.model, vocab_size=candidates(cfg))
-    return training_flops_per_token(shape, cfg.seq_len)
-
-
-def say_model_and_text(cfg: PretrainConfig, device: torch.device, data: TokenData) -> None:
+def say_model_and_text(
+    cfg: PretrainConfig, device: torch.device, data: TokenData, flops_per_token: float
+) -> None:
     """The first words: what is trained on what."""
     lines = [
         f"Model: {cfg.preset}, {count_parameters(cfg.model) / 1e6:.1f}M parameters on "
-        f"{parallel.devices(device)}, {flops_per_token(cfg) / 1e9:.3f} GFLOP per token",
+        f"{parallel.devices(device)}, {flops_per_token / 1e9:.3f} GFLOP per token",
         f"Text:  {cfg.data}, {len(data.train):,} training and {len(data.validation):,} validation "
         "tokens",
     ]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.bigram import bigram_tables
 from fastlm.config import ModelConfig
-from fastlm.errors import check
 from fastlm.model.transformer import Transformer
+
+Initialiser = Callable[[Transformer, int], object]  # fills a model's parameters, given a seed
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int, text: Tensor | None = None) -> None:
+def initialise(model: Transformer, seed: int) -> torch.Generator:
     """Fill every parameter, the same on every device.
 
-    Embedding and head: N(0, 0.02^2), or with text (n,) int64 the tables of its bigram model
-    (fastlm/bigram.py), which needs an untied head; the padding rows 0. Matrices that read the
-    residual stream (qkv, gate_up): N(0, 1 / fan_in). Matrices that write to it (out, down): 0, so
-    that every block starts as the identity. Norm weights: 1. Biases: 0.
+    Embedding and head: N(0, 0.02^2), the padding rows 0. Matrices that read the residual stream
+    (qkv, gate_up): N(0, 1 / fan_in). Matrices that write to it (out, down): 0, so that every block
+    starts as the identity. Norm weights: 1. Biases: 0. Returns the generator, to draw more from.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -39,25 +39,17 @@ def initialise(model: Transformer, seed: int, text: Tensor | None = None) -> Non
             p.zero_()
         else:
             normal(p, p.shape[1] ** -0.5)
-    if text is not None:
-        c = model.config
-        check(
-            not c.tie_embeddings,
-            "init bigram needs an untied head; pass --model.no-tie-embeddings, or --init normal",
-        )
-        embedding, head = bigram_tables(text, c.vocab_size, c.dim, generator)
-        model.embedding[: c.vocab_size] = embedding
-        model.head[: c.vocab_size] = head
+    return generator
 
 
 def build(
     config: ModelConfig,
     seed: int,
     device: torch.device,
-    text: Tensor | None = None,
+    initialiser: Initialiser = initialise,
     **options: Any,
 ) -> Transformer:
-    """A freshly initialised model: text as in initialise(), options as in Transformer."""
+    """A new model on the device; options as in Transformer."""
     model = Transformer(config, **options)
-    initialise(model, seed, text)
+    initialiser(model, seed)
     return model.to(device)

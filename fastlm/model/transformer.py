@@ -138,31 +138,23 @@ class Transformer(nn.Module):
         tokens: Tensor,
         targets: Tensor,
         z_loss: float = 0.0,
-        shortlist: Tensor | None = None,
-        raised: Tensor | None = None,
         max_counted: int | None = None,
         **packed: Unpack[Packed],
     ) -> Tensor:
         """Sum of -log p(target) over the counted positions, nats, fp32.
 
         tokens, targets: (B, T), -100 where not counted. With z_loss, plus z_loss *
-        logsumexp(logits)^2 at each of them (PaLM, Chowdhery et al. 2022, section 5). With a
-        shortlist of token ids (C,) the softmax is over these, with raised (C,) added to their
-        logits, and targets index the shortlist. max_counted: the caller's promise that no more
-        targets count, so that on a GPU the others cost no matmul.
+        logsumexp(logits)^2 at each of them (PaLM, Chowdhery et al. 2022, section 5). max_counted:
+        the caller's promise that no more targets count, so that on a GPU the others cost no matmul.
         """
         h, head = self.hidden_and_head(tokens, **packed)
-        size = self.config.vocab_size
-        if shortlist is not None:
-            head, size = kernels.embedding(shortlist, head), len(shortlist)
         return kernels.linear_cross_entropy(
             h,
             head,
             targets.flatten(),
-            bias=raised,
             reduction="sum",
             z_loss=z_loss,
-            vocab_size=size,
+            vocab_size=self.config.vocab_size,
             max_counted=max_counted,
         )
 

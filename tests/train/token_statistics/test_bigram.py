@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
-from fastlm.bigram import bigram_tables
 from fastlm.config import ModelConfig
 from fastlm.errors import UserError
 from fastlm.model import Transformer, build
+from fastlm.train.token_statistics.bigram import bigram_tables, initialise_from_bigrams
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -37,6 +37,10 @@ def text(n: int = 4000) -> torch.Tensor:
     return torch.tensor(out)
 
 
+def from_bigrams(config: ModelConfig, tokens: torch.Tensor) -> Transformer:
+    return build(config, 0, CPU, partial(initialise_from_bigrams, text=tokens))
+
+
 def by_hand(tokens: torch.Tensor, k: float) -> torch.Tensor:
     """log p(j | i) of the smoothed bigram model, with loops."""
     ids = tokens.tolist()
@@ -45,17 +49,13 @@ def by_hand(tokens: torch.Tensor, k: float) -> torch.Tensor:
         n[i][j] += 1
     share = [sum(n[i][j] for i in range(12)) + 0.1 for j in range(12)]
     p = [s / sum(share) for s in share]
-    return torch.tensor(
-        [
-            [math.log(p[j] * (n[i][j] / p[j] + k) / (sum(n[i]) + k)) for j in range(12)]
-            for i in range(12)
-        ]
-    )
+    rows = [[p[j] * (n[i][j] / p[j] + k) / (sum(n[i]) + k) for j in range(12)] for i in range(12)]
+    return torch.tensor(rows).log()
 
 
 def test_an_untrained_model_is_the_smoothed_bigram_model():
     tokens = text()
-    model = build(CONFIG, 0, CPU, tokens)
+    model = from_bigrams(CONFIG, tokens)
     predicted = model.logits(torch.arange(12)[:, None])[:, 0].log_softmax(-1)
     expected = by_hand(tokens, 100.0).log_softmax(-1)
     assert (predicted - expected).abs().max() < 0.05  # the longest rows are shortened a little
@@ -67,12 +67,10 @@ def test_fewer_channels_do_better_than_single_tokens_and_worse_than_all():
     losses = {}
     for dim in (4, 8, 32):
         embedding, head = bigram_tables(tokens, 12, dim, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(
-            embedding.norm(dim=1), torch.full((12,), dim**0.5), rtol=1e-4, atol=0
-        )
-        losses[dim] = torch.nn.functional.cross_entropy(
-            embedding[tokens[:-1]] @ head.T, tokens[1:]
-        ).item()
+        norms = embedding.norm(dim=1)
+        torch.testing.assert_close(norms, torch.full((12,), dim**0.5), rtol=1e-4, atol=0)
+        logits = embedding[tokens[:-1]] @ head.T
+        losses[dim] = torch.nn.functional.cross_entropy(logits, tokens[1:]).item()
     share = torch.bincount(tokens, minlength=12) / len(tokens)
     unigram = -(share * share.log()).sum().item()
     assert losses[32] < losses[8] < losses[4] < unigram
@@ -87,15 +85,15 @@ def test_tokens_outside_the_frequent_ones_start_with_their_share_alone():
 
 
 def test_everything_but_the_tables_starts_as_without_statistics():
-    plain, counted = build(CONFIG, 0, CPU), build(CONFIG, 0, CPU, text())
+    plain, counted = build(CONFIG, 0, CPU), from_bigrams(CONFIG, text())
     for (name, a), b in zip(plain.named_parameters(), counted.parameters(), strict=True):
         assert torch.equal(a, b) == (name not in ("embedding", "head")), name
-    again = build(CONFIG, 0, CPU, text())
+    again = from_bigrams(CONFIG, text())
     assert torch.equal(counted.embedding, again.embedding)
     assert counted.embedding[12:].abs().max() == counted.head[12:].abs().max() == 0
 
 
 def test_tied_embeddings_cannot_hold_two_tables():
     with pytest.raises(UserError, match="needs an untied head"):
-        build(replace(CONFIG, tie_embeddings=True), 0, CPU, text())
+        from_bigrams(replace(CONFIG, tie_embeddings=True), text())
     assert isinstance(build(CONFIG, 0, CPU), Transformer)
