@@ -18,7 +18,7 @@ from fastlm.errors import check, nearest
 from fastlm.monitor import Monitor
 from fastlm.runtime import autocast
 from fastlm.train import loop, parallel
-from fastlm.train.losses import LOSSES, Pairs, membership, of_answers
+from fastlm.train.losses import LOSSES, Pairs, membership, sum_per_answer
 from fastlm.train.packed import Tuning, open_tuning
 from fastlm.train.reference import ReferencePass, reference_logprobs, with_reference
 from fastlm.train.run import (
@@ -54,22 +54,20 @@ def dpo(cfg: DpoConfig) -> int:
     run = resume_or_create("dpo", cfg, device, model, tuning.tokenizer, facts, name)
     say_start(run, tuning.described())
 
-    def loss(batch: PackedBatch, start: Tensor) -> dict[str, Tensor]:
-        return sums(cfg, batch, logprobs(batch), start)
+    def loss(batch: PackedBatch, reference_logps: Tensor) -> dict[str, Tensor]:
+        return sums(cfg, batch, logprobs(batch), reference_logps)
 
     def validate() -> dict[str, float]:
-        pairs = (
-            (with_reference(batch, reference_held_out), batch.units // 2)
-            for batch in tuning.held_out_batches()
-        )
+        held_out = tuning.held_out_batches()
+        pairs = ((with_reference(b, reference_held_out), b.units // 2) for b in held_out)
         return loop.validate(loss, pairs, device)
 
     steps = batches(tuning, run.state["position"], reference_train)
     outcome = train_steps(run, steps, loss, validate, tuning.flops_per_token())
+    export = f"fastlm export {run.folder} --to DIR"
     next_commands = {
         f"fastlm chat {run.folder}": "talk to this model",
-        f"fastlm export {run.folder} --to DIR": "a folder that transformers, vLLM and llama.cpp "
-        "load",
+        export: "a folder that transformers, vLLM and llama.cpp load",
     }
     return finish(run, outcome, lambda: say_result(run, outcome.monitor), next_commands)
 
@@ -87,14 +85,14 @@ def check_loss(cfg: DpoConfig) -> None:
 def reference_of(
     tuning: Tuning[DpoConfig], reference: ReferencePass
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The reference's log-probabilities of training and held-out rows.
+    """The reference's log-probabilities of training and of held-out rows, (n_rows, row_len) each.
 
-    None where none are needed.
+    None for both where the loss needs none, and for the second where nothing is held out.
     """
     cfg = tuning.cfg
     if not LOSSES[cfg.loss].needs_reference:
         return None, None
-    # the steps that meet rows not met before
+    # an epoch meets every row: later steps bring none that is new
     steps = min(cfg.steps, math.ceil(len(tuning.train) / cfg.batch_rows))
     rows = itertools.chain.from_iterable(itertools.islice(tuning.steps(0), steps))
     used = zip(rows, itertools.repeat(True))
@@ -126,10 +124,10 @@ def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -
     k3); on text that the policy did not write it is a distance, not the true divergence.
     """
     member = membership(batch.unit, batch.units)
-    policy = of_answers(logps.flatten(), member)
-    start = of_answers(reference.flatten(), member)
+    policy = sum_per_answer(logps.flatten(), member)
     lengths = member.sum(1).view(-1, 2)
-    losses, rewards = LOSSES[cfg.loss].of(Pairs(policy, start, lengths), cfg)
+    pairs = Pairs(policy, sum_per_answer(reference.flatten(), member), lengths)
+    losses, rewards = LOSSES[cfg.loss].of(pairs, cfg)
     policy = policy.detach()
     rewards = rewards.detach()
     margins = rewards[:, 0] - rewards[:, 1]
@@ -144,7 +142,7 @@ def sums(cfg: DpoConfig, batch: PackedBatch, logps: Tensor, reference: Tensor) -
         figures[f"length/{name}"] = lengths[:, side].sum()
     if LOSSES[cfg.loss].needs_reference:
         d = reference - logps.detach()
-        k3 = of_answers((d.expm1() - d).flatten(), member)
+        k3 = sum_per_answer((d.expm1() - d).flatten(), member)
         figures["kl"] = (k3 / lengths).mean(1).sum()
     return figures
 

@@ -103,18 +103,18 @@ LOSSES = {
 }
 
 
-def of_answers(per_token: Tensor, member: Tensor) -> Tensor:
+def sum_per_answer(per_token: Tensor, member: Tensor) -> Tensor:
     """Sums over each answer's counted tokens, (pairs, 2).
 
-    per_token (N,); member (2 pairs, N), 1 where a token belongs to the answer. A product and not a
-    scatter, so that the order of addition is the same on every run.
+    per_token (N,); member as membership() gives it, of 2 pairs answers. A matmul and not a scatter,
+    so that the order of addition is the same on every run.
     """
     return (member @ per_token).view(-1, 2)
 
 
 def membership(unit: Tensor, units: int) -> Tensor:
-    """Which tokens belong to which answer, (units, N) fp32.
+    """Which tokens belong to which answer: 1 where they do, else 0, (units, N) fp32.
 
-    unit (...): the number of each counted token's answer, -1 elsewhere.
+    unit (...), N numbers in all: of each counted token's answer, -1 elsewhere. units: answers.
     """
     return (unit.flatten() == torch.arange(units, device=unit.device)[:, None]).float()

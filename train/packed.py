@@ -79,10 +79,10 @@ class Tuning(Generic[C]):
     def steps(self, position: int) -> Iterator[list[PackedBatch]]:
         """This process's micro-batches of each step, from the row `position` on."""
         for start in itertools.count(position, self.cfg.batch_rows):
-            rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
+            first_rows = range(start, start + self.cfg.batch_rows, self.micro_rows)
             yield [
                 packed_batch(self.train, row, self.micro_rows, self.cfg.seed, self.room)
-                for row in parallel.shard(rows)
+                for row in parallel.shard(first_rows)
             ]
 
     def held_out_batches(self) -> Iterator[PackedBatch]:
@@ -144,7 +144,10 @@ def open_tuning(
 def read_examples(
     cfg: TuningConfig, tokenizer: Tokenizer, load: Callable[..., Examples]
 ) -> Examples:
-    """The examples of a stage; one process of each machine reads them, the others its cache."""
+    """The examples of a stage.
+
+    One process of each machine reads them, the others what it has put into the cache.
+    """
     with parallel.main_process_first():
         return load(
             cfg.data,

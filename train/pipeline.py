@@ -28,11 +28,12 @@ from fastlm.evaluation.score import segment_nats, summarise
 from fastlm.model import Transformer, count_parameters
 from fastlm.monitor import perplexity, wide_console
 from fastlm.report.command import write_report
+from fastlm.report.page import number
 from fastlm.runtime import autocast, pick_device, tf32_matmuls
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import loop, parallel
 from fastlm.train.dpo import dpo
-from fastlm.train.losses import membership, of_answers
+from fastlm.train.losses import membership, sum_per_answer
 from fastlm.train.packed import read_examples, with_lengths
 from fastlm.train.pretrain import pretrain
 from fastlm.train.sft import sft
@@ -122,8 +123,8 @@ def score(cfg: PipelineConfig, path: str, console: Console) -> Row:
     """
     device = pick_device(cfg.eval.device)
     model, tokenizer, longest = open_scorer(path, device, "")
-    text = cfg.eval
-    documents, digest, _ = read_documents(text.data, text.split, text.max_documents, text.bad_rows)
+    o = cfg.eval
+    documents, digest, _ = read_documents(o.data, o.split, o.max_documents, o.bad_rows)
     wanted = protocols.chosen(cfg.eval.protocols)
     scores = {}
     for protocol in views(wanted, documents, tokenizer, longest, console):
@@ -182,7 +183,7 @@ def prefers_chosen(
         with autocast(device):
             logps = model.logprobs(batch.x, batch.y, **batch.layout())
         member = membership(batch.unit, batch.units)
-        means = of_answers(logps.flatten(), member) / member.sum(1).view(-1, 2)
+        means = sum_per_answer(logps.flatten(), member) / member.sum(1).view(-1, 2)
         right += int((means[:, 0] > means[:, 1]).sum())
         pairs += len(means)
     return right / pairs
@@ -216,11 +217,11 @@ def print_table(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
         change = scores[0] / first["perplexity"][names[0]]["perplexity"] - 1
         table.add_row(
             row["model"],
-            text(row["parameters"], ",d"),
-            *[text(value, ".2f") for value in scores],
-            text(None if row is first else change, "+.0%"),
-            text(row["answer_perplexity"], ".2f"),
-            text(row["prefers_chosen"], ".1%"),
+            number(row["parameters"], ",d"),
+            *[number(value, ".2f") for value in scores],
+            number(None if row is first else change, "+.0%"),
+            number(row["answer_perplexity"], ".2f"),
+            number(row["prefers_chosen"], ".1%"),
         )
     console.print(table)
     console.print(
@@ -231,7 +232,3 @@ def print_table(console: Console, cfg: PipelineConfig, rows: list[Row]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def text(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

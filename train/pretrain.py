@@ -101,6 +101,7 @@ def pretrain(cfg: PretrainConfig) -> int:
 
 
 def open_tokenizer(cfg: PretrainConfig) -> Tokenizer:
+    """The tokenizer; UserError where the model's vocabulary is too small for it."""
     tokenizer = load_tokenizer(cfg.tokenizer)
     check(
         tokenizer.vocab_size <= cfg.model.vocab_size,
@@ -113,12 +114,12 @@ def open_tokenizer(cfg: PretrainConfig) -> Tokenizer:
 def open_text(cfg: PretrainConfig, tokenizer: Tokenizer) -> TokenData:
     """The tokenised text, prepared where it is not there yet.
 
-    Raises UserError where it is too short for a row.
+    Raises UserError where the training text is too short for a row.
     """
     with parallel.main_process_first(), showing_bytes(parallel.console()) as progress:
         settings = Settings(on_bad_row=cfg.bad_rows)
         data = prepare(cfg.data, tokenizer, cache_folder(cfg.cache), progress, settings)
-    data.train.rows(cfg.seq_len)
+    data.train.rows(cfg.seq_len)  # raises where there is not one
     return data
 
 
@@ -133,10 +134,10 @@ def batches(
     position: rows that the run has drawn before.
     """
     rows = parallel.micro_rows(cfg)
-    room = 0
+    most_documents = 0  # of a micro-batch: one shape for all, so that nothing compiles twice
     if cfg.isolate_documents:
         all_rows = range(position, position + cfg.steps * cfg.batch_rows, rows)
-        room = train.most_documents(all_rows, cfg.seq_len, cfg.seed)
+        most_documents = train.most_documents(all_rows, cfg.seq_len, cfg.seed)
     for start in itertools.count(position, cfg.batch_rows):
         counted = 0
         micro_batches = []
@@ -145,7 +146,7 @@ def batches(
             x, y = row_batch(train, first, rows, cfg.seq_len, cfg.seed)
             options: dict[str, Any] = {}
             if cfg.isolate_documents:
-                y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id, room)
+                y, positions, cu_seqlens, longest = isolate_documents(x, y, eos_id, most_documents)
                 options["positions"] = positions
                 options["cu_seqlens"] = cu_seqlens
                 options["max_seqlen"] = longest
@@ -159,6 +160,7 @@ def batches(
 
 
 def count(targets: Tensor) -> int:
+    """How many of the targets the loss counts."""
     return int((targets != IGNORED).sum())
 
 
@@ -199,6 +201,7 @@ def say_result(run: loop.Run, monitor: Monitor, n_held_out: int, baseline: float
 
 
 def say_sample(run: loop.Run, prompt: list[int]) -> None:
+    """What the model writes after the prompt."""
     sampling = Sampling(temperature=1.0, top_p=0.95)
     sample = generate(run.model, [prompt], 64, sampling, run.cfg.seed)[0]
     run.say("\nSample (the start of the held-out text, then the model's words):")

@@ -53,7 +53,7 @@ def reference_logprobs(
     process; those with False are another's. They are scored as they come in training and by the
     same program, which is why gradients stay on: so the first step's rewards are 0. What the file
     for this model and these rows holds already is not computed again, nor is what another process
-    computes.
+    computes. name: of these rows, for the user.
     """
     file = reference.cache / f"reference-{key_of(reference, rows)}.f32"
     known = read_kept(file, (len(rows), rows.row_len))
@@ -70,9 +70,8 @@ def reference_logprobs(
         real = batch.numbers >= 0
         at = batch.numbers[real].numpy()
         wanted = mine and bool(np.isnan(known[at]).any())
-        if parallel.all_reduce_max(wanted)[
-            0
-        ]:  # a sharded model makes its passes in all processes or in none
+        # A sharded model makes its passes in all processes or in none.
+        if parallel.all_reduce_max(wanted)[0]:
             with parallel.micro_batch(last=False):
                 logps = reference.logprobs(move(batch, reference.device))
             if wanted:

@@ -165,7 +165,7 @@ def dpo_step(model, config, rows: int, seq_len: int):
         layout = {"positions": positions, "cu_seqlens": bounds, "max_seqlen": seq_len}
         logps = model.logprobs(ids, targets, max_counted=counted, **layout)
         member = losses.membership(unit, units)
-        policy, start = (losses.of_answers(x.flatten(), member) for x in (logps, reference))
+        policy, start = (losses.sum_per_answer(x.flatten(), member) for x in (logps, reference))
         return losses.dpo(policy, start, 0.1)[0].sum() / units
 
     extra = [(torch.long, rows, seq_len), (torch.float32, rows, seq_len)]

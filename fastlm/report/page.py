@@ -165,6 +165,7 @@ MEASURED_NOTE = (
 
 
 def number(value: float | None, form: str) -> str:
+    """A figure in Python's format `form`; nothing where there is none."""
     return "" if value is None else format(value, form)
 
 

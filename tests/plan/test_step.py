@@ -28,7 +28,7 @@ WORK = Work(PRESETS["modern-253m"], 32, 1024)
 
 
 def compiled_steps(unit: str) -> list[tuple[str, int, float]]:
-    """(model, tokens of a row, count) of the pretrain steps that bench/compiled_step.py counted, 32
+    """(model, tokens of a row, count) of the pretrain steps that bench/counted/ has counted, 32
     rows each."""
     rows = json.loads(
         (ROOT / "bench" / "results" / "h100-projected.json").read_text(encoding="utf-8")

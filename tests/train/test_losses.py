@@ -73,5 +73,5 @@ def test_answers_sum_over_their_own_tokens():
     unit = torch.tensor([[-1, 0, 0, 1], [-1, 2, 3, 3]])
     member = losses.membership(unit, 4)
     per_token = torch.tensor([9.0, 1, 2, 4, 9, 8, 16, 32])
-    assert losses.of_answers(per_token, member).tolist() == [[3, 4], [8, 48]]
+    assert losses.sum_per_answer(per_token, member).tolist() == [[3, 4], [8, 48]]
     assert member.sum(1).tolist() == [2, 1, 1, 2]
