@@ -300,11 +300,6 @@ class Monitor:
             self.events.close()
 
 
-def perplexity(nats: float) -> float:
-    """exp(nats per token); inf where fp64 ends."""
-    return float(torch.exp(torch.tensor(nats, dtype=torch.float64)))
-
-
 @contextmanager
 def showing_bytes(console: Console) -> Iterator[Callable[[int, int | None, int], None]]:
     """A progress display for preparing text.

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from fastlm import monitor
 from fastlm.errors import UserError
-from fastlm.monitor import Monitor, Power, keep_lines, perplexity, sparkline
+from fastlm.evaluation.score import perplexity
+from fastlm.monitor import Monitor, Power, keep_lines, sparkline
 
 CPU = torch.device("cpu")
 

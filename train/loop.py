@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from fastlm.config import OptimConfig, StageConfig
 from fastlm.data.prefetch import move
+from fastlm.evaluation.score import perplexity
 from fastlm.kernels import updates
 from fastlm.model import Transformer
-from fastlm.monitor import Monitor, perplexity
+from fastlm.monitor import Monitor
 from fastlm.parts import local
 from fastlm.tokenizer import Tokenizer
 from fastlm.train import parallel
@@ -190,7 +191,7 @@ def train(
     with stop_signals() as stopped:
         if state["step"] == 0 and cfg.validate_every:
             monitor.validation(0, validate())  # what the start alone is worth
-            parallel.rest(model)
+            parallel.reshard(model)
         for step in range(state["step"], cfg.steps):
             parallel.note(f"reads the rows of step {step + 1}")
             micro_batches, n_counted, figures = next(batches)
@@ -214,7 +215,7 @@ def train(
             if due(done, cfg.validate_every, cfg.steps):
                 monitor.flush()
                 held_out = validate()
-                parallel.rest(model)
+                parallel.reshard(model)
                 monitor.validation(done, held_out)
                 state["validation_loss"] = held_out.get("loss")
             # a signal to one process stops all, after the same step

@@ -526,7 +526,7 @@ def shards(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
-def rest(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Free what passes without a backward pass have left gathered.
 
     The parameters are then the optimizer's again.
@@ -542,7 +542,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.set_reshard_after_forward(False)
         part.unshard()
     yield
-    rest(model)
+    reshard(model)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -553,7 +553,7 @@ def whole(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the step
 
 
-class Stage(nn.Module):
+class Forward(nn.Module):
     """A model whose forward is one of its methods: DistributedDataParallel knows no other."""
 
     def __init__(self, model: nn.Module, method: str):
@@ -584,11 +584,11 @@ def training_step(
             return function(*args, **options)
 
         return sharded
-    stage = Stage(model, function.__name__)
-    constant = [name for name, _ in stage.named_buffers()]
+    forward = Forward(model, function.__name__)
+    constant = [name for name, _ in forward.named_buffers()]
     ddp_class = nn.parallel.DistributedDataParallel
-    ddp_class._set_params_and_buffers_to_ignore_for_model(stage, constant)
-    ddp = ddp_class(stage, init_sync=False, gradient_as_bucket_view=True)
+    ddp_class._set_params_and_buffers_to_ignore_for_model(forward, constant)
+    ddp = ddp_class(forward, init_sync=False, gradient_as_bucket_view=True)
     ddp.register_comm_hook(None, add_up)
 
     def replicated(*args: Any, **options: Any) -> Tensor:

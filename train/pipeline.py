@@ -24,9 +24,9 @@ from fastlm.data.prefetch import move
 from fastlm.errors import check
 from fastlm.evaluation import protocols
 from fastlm.evaluation.evaluate import open_scorer, read_documents, views
-from fastlm.evaluation.score import segment_nats, summarise
+from fastlm.evaluation.score import perplexity, segment_nats, summarise
 from fastlm.model import Transformer, count_parameters
-from fastlm.monitor import perplexity, wide_console
+from fastlm.monitor import wide_console
 from fastlm.report.command import write_report
 from fastlm.report.page import number
 from fastlm.runtime import autocast, pick_device, tf32_matmuls

@@ -85,7 +85,7 @@ def resume_or_create(
     more. A run goes on only where what it started from (FACTS) is the same.
     name: of the new run's folder in runs/, where --out names none.
     """
-    parallel.rest(model)
+    parallel.reshard(model)
     optimizers = make_optimizers(model, cfg.optim)
     state = {
         "step": 0,

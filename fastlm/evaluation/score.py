@@ -175,6 +175,11 @@ def padded_batch(
     return tokens, torch.cat(index), torch.cat(targets), torch.cat(owner)
 
 
+def perplexity(nats: float) -> float:
+    """exp(nats per token); inf where fp64 ends."""
+    return float(torch.exp(torch.tensor(nats, dtype=torch.float64)))
+
+
 @dataclass(frozen=True)
 class Result:
     """One protocol's outcome: what was added up, over what, and the perplexities that follow."""
