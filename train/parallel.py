@@ -513,7 +513,7 @@ def fully_shard_blocks(
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)  # gradients are added up, not averaged
             part.set_force_sum_reduction_for_comms(True)  # which is a plain sum: gloo has no other
-    for method in ("loss", "logprobs"):
+    for method in ("loss", "logprobs", "run"):
         register_fsdp_forward_method(model, method)
 
 
@@ -554,21 +554,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Forward(nn.Module):
-    """A model whose forward is one of its methods: DistributedDataParallel knows no other."""
+    """A model whose forward is a function of it: DistributedDataParallel knows no other."""
 
-    def __init__(self, model: nn.Module, method: str):
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
         super().__init__()
         self.model = model
-        self.method = method
+        self.function = function
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        return getattr(self.model, self.method)(*args, **options)
+        return self.function(*args, **options)
 
 
 def training_step(
     cfg: StageConfig, model: nn.Module, function: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """A method of the model as training calls it, inside of micro_batch().
+    """A function of the model as training calls it, inside of micro_batch().
 
     Gradients end up added over the processes.
 
@@ -584,7 +584,7 @@ def training_step(
             return function(*args, **options)
 
         return sharded
-    forward = Forward(model, function.__name__)
+    forward = Forward(model, function)
     constant = [name for name, _ in forward.named_buffers()]
     ddp_class = nn.parallel.DistributedDataParallel
     ddp_class._set_params_and_buffers_to_ignore_for_model(forward, constant)

@@ -74,7 +74,7 @@ def plain_operations():
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
-    def loss(h, weight, targets, *, bias, reduction, z_loss, vocab_size, max_counted):
+    def loss(h, weight, targets, *, reduction, z_loss, vocab_size, bias=None, max_counted=None):
         return F.cross_entropy(
             F.linear(h, weight, bias)[:, :vocab_size].float(), targets, reduction=reduction
         )

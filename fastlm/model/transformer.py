@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypedDict, Unpack, cast
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,14 @@ class Transformer(nn.Module):
             else:
                 update, x = block(update, x, layout)
         return self.norm(update, x)[0]
+
+    def run(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        """function(self, *args, **options), as a forward pass of this module.
+
+        For a loss from outside: what gathers a sharded model before a pass, and adds up gradients
+        behind it, knows this method by its name.
+        """
+        return function(self, *args, **options)
 
     def hidden_and_head(self, tokens: Tensor, **packed: Unpack[Packed]) -> tuple[Tensor, Tensor]:
         """Hidden states (B * T, D) of tokens (B, T), and the weight of the head.

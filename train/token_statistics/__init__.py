@@ -64,7 +64,7 @@ class TrainingSoftmax:
             return model.loss
 
         def loss(*batch: Any, **options: Any) -> Tensor:
-            return loss_over(model, *batch, **options)
+            return model.run(loss_over, *batch, **options)
 
         return loss
 
